@@ -1,0 +1,84 @@
+"""What a run leaves on disk: folders that appear whole or not at all, and where each stage's folder is."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from config import Config, RunError, UsageError
+
+NOTICE = "NOTICE.txt"
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a scratch folder that becomes `path` when the block ends well, and is removed when it does not.
+
+    Raises RunError naming the folder if it cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        scratch.mkdir(parents=True)
+        yield scratch
+        for file in scratch.rglob("*"):
+            if file.is_file():
+                flush_to_disk(file)
+        scratch.rename(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def move_into(source: Path, target: Path) -> None:
+    """Move a finished folder's files into an existing one, each by a rename, so that none is ever seen half-written."""
+    for file in sorted(source.iterdir()):
+        file.replace(target / file.name)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file aside, flush it, and rename it: a reader sees the old file or the new one."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        flush_to_disk(scratch)
+        scratch.replace(path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def flush_to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def stage_folder(config: Config, stage: str) -> Path:
+    """Where the language model (`sft`) or reward model (`reward`) trained here is, or will be."""
+    if config.task == stage and config.output_dir:
+        return Path(config.output_dir)
+    return Path("saved_models") / config.run_name / stage
+
+
+def new_ppo_folder(config: Config) -> Path:
+    """The folder of a new PPO run: --output_dir, which must not hold one yet, or the first free ppo, ppo-2, ...
+
+    Raises UsageError if --output_dir holds files already, or if the folder could not be written.
+    """
+    if config.output_dir:
+        folder = Path(config.output_dir)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UsageError(f"--output_dir {folder} is not empty; name a new folder, so that nothing is overwritten")
+    else:
+        root = Path("saved_models") / config.run_name
+        names = ["ppo", *(f"ppo-{number}" for number in range(2, 10_000))]
+        folder = next(root / name for name in names if not (root / name).exists())
+    check_writable(folder)
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Raise UsageError unless the folder, or the nearest of its parents that exists, can be written."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"{folder} cannot be written: {existing} is not a folder that this user may write to")

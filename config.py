@@ -1,0 +1,339 @@
+"""Every setting of a run: one frozen dataclass, the presets, and the command line made from it.
+
+A value comes from the first of these that names it: a flag, the `--config` file, the preset, the default below.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; the message says why in a sentence. Exit code 2."""
+
+
+class RunError(Exception):
+    """Work that had begun cannot go on; the message says why in a sentence. Exit code 1."""
+
+
+TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")
+USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finished run and its settings
+
+
+def option(group: str, default, text: str, interval: str = "", choices: tuple[str, ...] = ()):
+    """A field with its help (units included), the interval its value must lie in, or the choices it has."""
+    metadata = {"group": group, "help": text, "interval": interval, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's settings, checked when made: raises UsageError for a value outside its interval or choices."""
+
+    # task
+    task: str = option("task", "train", "what to do", choices=TASKS)
+    preset: str = option("task", "", "the system to start from: tiny (alone, with no download), gpt2-imdb")
+    output_dir: str = option("task", "", "folder of this stage; default: saved_models/<preset or model>/<stage>")
+    seed: int = option("task", 0, "seed of weights, sampling and order", "[0, inf)")
+    device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
+    dry_run: bool = option("task", False, "do everything but the update: preflight, one rollout, three samples")
+
+    # model
+    base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
+    dtype: str = option("model", "float32", "of the weights", choices=("float32", "bfloat16"))
+    gradient_checkpointing: bool = option("model", False, "recompute activations in the update, to save memory")
+
+    # data
+    dataset_path: str = option("data", "", "Hub id, folder or file; none: the built-in generated movie reviews")
+    dataset_split: str = option("data", "train", "split that prompts and training text are taken from")
+    prompt_column: str = option("data", "text", "column that holds the prompt, or the text that starts with it")
+    label_column: str = option("data", "label", "column that holds a text's class, for `--task reward`")
+    prompt_tokens: int = option(
+        "data", 0, "keep this many first tokens as the prompt, in whole words; 0: all", "[0, inf)"
+    )
+    max_prompt_length: int = option("data", 512, "longest prompt in tokens", "[1, inf)")
+    long_prompts: str = option(
+        "data", "truncate", "a prompt that is too long: cut on the left, or refused", choices=("truncate", "refuse")
+    )
+
+    # reward
+    reward_model_path: str = option("reward", "", "sequence classifier: Hub id or folder; none: the one trained here")
+    reward_label: str = option("reward", "", "the label that is rewarded, by name or index; none: the last")
+    reward_output: str = option(
+        "reward", "logit", "what is taken of it", choices=("logit", "logprob", "probability", "margin")
+    )
+    reward_input: str = option(
+        "reward", "prompt_response", "text that is scored", choices=("prompt_response", "response")
+    )
+    reward_fn: str = option("reward", "", "FILE.py:NAME of a function (prompts, responses, rows) -> scores")
+    reward_weights: str = option("reward", "", "weights of the terms, as in reward_model=1.0,reward_fn=0.5; none: 1")
+    missing_eos_penalty: float = option(
+        "reward", 0.0, "subtracted from the score of a response without EOS", "[0, inf)"
+    )
+    whiten_scores: bool = option("reward", False, "shift and scale the scores of a rollout to mean 0, variance 1")
+    score_clip: float = option("reward", 0.0, "clip scores to plus or minus this; 0: off", "[0, inf)")
+
+    # sampling
+    max_new_tokens: int = option("sampling", 48, "longest response in tokens", "[1, inf)")
+    temperature: float = option("sampling", 1.0, "divides the logits; 0 is greedy, for generate only", "[0, inf)")
+    top_k: int = option("sampling", 0, "draw among the k likeliest tokens, for generate only; 0: all", "[0, inf)")
+    top_p: float = option("sampling", 1.0, "draw among the likeliest tokens of this mass, for generate only", "(0, 1]")
+    min_new_tokens: int = option("sampling", 0, "no EOS before this many tokens, for generate only", "[0, inf)")
+
+    # ppo
+    n_updates: int = option("ppo", 100, "rollouts, each followed by an update", "[1, inf)")
+    batch_size: int = option("ppo", 64, "prompts a rollout", "[1, inf)")
+    mini_batch_size: int = option("ppo", 16, "rows a forward pass", "[1, inf)")
+    gradient_accumulation_steps: int = option("ppo", 1, "forward passes an optimizer step", "[1, inf)")
+    ppo_epochs: int = option("ppo", 4, "passes over a rollout", "[1, inf)")
+    learning_rate: float = option("ppo", 1e-5, "Adam's, at the start; falls linearly to 0", "(0, inf)")
+    max_grad_norm: float = option("ppo", 1.0, "gradients are scaled down to this norm", "(0, inf)")
+    clip_range: float = option("ppo", 0.2, "the ratio is clipped to 1 plus or minus this", "(0, 1)")
+    clip_range_value: float = option("ppo", 0.2, "a value may move this far in reward units", "(0, inf)")
+    value_coef: float = option("ppo", 0.1, "weight of the value loss", "[0, inf)")
+    entropy_coef: float = option("ppo", 0.0, "weight of the entropy bonus", "[0, inf)")
+    gamma: float = option("ppo", 1.0, "discount per token", "[0, 1]")
+    lam: float = option("ppo", 0.95, "lambda of GAE: 1 trusts returns, 0 trusts values", "[0, 1]")
+    whiten_advantages: bool = option("ppo", True, "shift and scale advantages to mean 0, variance 1 over the rollout")
+    kl_coef: float = option("ppo", 0.05, "price of one nat of KL to the reference, in reward units", "[0, inf)")
+    kl_estimator: str = option(
+        "ppo",
+        "k1",
+        "of the KL in the reward; only k1 has the right optimum, the others are there to be compared",
+        choices=("k1", "k2", "k3", "abs"),
+    )
+    kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
+    kl_horizon: float = option("ppo", 10000, "responses over which kl_coef adapts", "(0, inf)")
+    target_kl: float = option(
+        "ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 of this; 0: off", "[0, inf)"
+    )
+
+    # stages
+    vocab_size: int = option("stages", 1024, "of the tokenizer trained here", "[300, inf)")
+    context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, inf)")
+    n_layer: int = option("stages", 4, "layers of the model trained here", "[1, inf)")
+    n_embd: int = option("stages", 128, "width of the model trained here", "[1, inf)")
+    n_head: int = option("stages", 4, "attention heads of the model trained here", "[1, inf)")
+    n_reviews: int = option("stages", 20000, "size of the built-in corpus", "[100, inf)")
+    sft_steps: int = option("stages", 1000, "optimizer steps of the language model's training", "[1, inf)")
+    sft_batch_size: int = option("stages", 64, "texts a step", "[1, inf)")
+    sft_learning_rate: float = option("stages", 3e-3, "AdamW's peak", "(0, inf)")
+    reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
+    reward_batch_size: int = option("stages", 64, "texts a step", "[1, inf)")
+    reward_learning_rate: float = option("stages", 1e-3, "AdamW's peak", "(0, inf)")
+
+    # evaluation
+    eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, inf)")
+    eval_split: str = option(
+        "evaluation", "test", "validation: to choose by; test: to report", choices=("validation", "test")
+    )
+
+    # generate
+    prompt: tuple[str, ...] = option("generate", (), "a prompt; may be given several times")
+    prompts: str = option("generate", "", "a file of prompts: .txt (one a line), .jsonl or .json")
+    num_samples: int = option("generate", 1, "responses a prompt", "[1, inf)")
+    output: str = option("generate", "", "write JSON Lines of prompt, response, reward here instead of printing")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            check_value(spec, getattr(self, spec.name))
+        step_rows = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % step_rows:
+            raise UsageError(
+                f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
+                f"the nearest that does is {nearest_divisor(self.batch_size, step_rows)} rows in all"
+            )
+        if self.n_embd % self.n_head:
+            raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
+        if self.task == "train" and (self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens):
+            raise UsageError(
+                "--temperature 0, --top_k, --top_p and --min_new_tokens are for --task generate: training must score "
+                "the very distribution it samples from; leave them out, or use --temperature alone"
+            )
+
+    @property
+    def run_name(self) -> str:
+        """The run's folder under saved_models/: the preset or model, and the data where it is not the preset's own."""
+        name = self.preset or Path(self.base_model_name).name
+        own_data = PRESETS.get(self.preset, {}).get("dataset_path", "")
+        return name if self.dataset_path == own_data else f"{name}-{Path(self.dataset_path).stem}"
+
+    @property
+    def trains_from_scratch(self) -> bool:
+        return not self.base_model_name
+
+
+PRESETS = {
+    "tiny": {
+        "prompt_tokens": 8,
+        "max_prompt_length": 12,
+        "max_new_tokens": 64,
+        "n_updates": 60,
+        "batch_size": 64,
+        "mini_batch_size": 32,
+        "learning_rate": 3e-4,
+        "kl_coef": 0.05,
+        "missing_eos_penalty": 1.0,
+        "reward_output": "margin",
+    },
+    "gpt2-imdb": {
+        "base_model_name": "lvwerra/gpt2-imdb",
+        "reward_model_path": "siebert/sentiment-roberta-large-english",
+        "reward_label": "POSITIVE",
+        "dataset_path": "stanfordnlp/imdb",
+        "prompt_tokens": 8,
+        "max_prompt_length": 16,
+        "max_new_tokens": 48,
+        "n_updates": 200,
+        "batch_size": 64,
+        "mini_batch_size": 16,
+        "learning_rate": 1.41e-5,
+        "eval_samples": 500,
+    },
+}
+
+
+def check_value(spec: dataclasses.Field, value) -> None:
+    """Raise UsageError if a field's value is not among its choices or not in its interval."""
+    choices, interval = spec.metadata["choices"], spec.metadata["interval"]
+    if choices and value not in choices:
+        raise UsageError(f"--{spec.name} {value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
+    if interval:
+        low, high = (float(bound) for bound in interval[1:-1].split(","))
+        above = value > low if interval[0] == "(" else value >= low
+        below = value < high if interval[-1] == ")" else value <= high
+        if not (above and below) or math.isnan(value):
+            raise UsageError(f"--{spec.name} is {value}, expected a value in {interval}")
+
+
+def nearest(word: str, choices) -> str:
+    """A clause that proposes the choice most like the word, or nothing."""
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def nearest_divisor(number: int, wanted: int) -> int:
+    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
+
+
+def coerce(spec: dataclasses.Field, value):
+    """A file's or flag's value in the field's type: YAML reads 1e-5 as text. Raises UsageError where it cannot be."""
+    kind = tuple if get_args(spec.type) else spec.type
+    try:
+        if kind is tuple:
+            return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
+        if kind is bool and not isinstance(value, bool):
+            return {"true": True, "false": False}[str(value).lower()]
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError(value)
+        return int(float(value)) if kind is int else kind(value)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        raise UsageError(f"--{spec.name} is {value!r}, expected {kind.__name__}") from None
+
+
+def read_config_file(path: str) -> dict:
+    """The settings in a .yaml or .json file. Raises UsageError if it is missing, unreadable or no mapping."""
+    import yaml  # JSON is YAML
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"--config {path} holds a {type(settings).__name__}, expected field names and values")
+    return settings
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours: one sentence."""
+
+    def error(self, message: str):
+        raise UsageError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line: one flag a field, grouped, with help, default and interval."""
+    parser = Parser(
+        prog="main.py",
+        usage=f"main.py --task {{{','.join(TASKS)}}} [--preset NAME] [--config FILE] [--field VALUE ...]",
+        description="PPO for language models. With no arguments but --task train it runs the tiny preset: a teaching "
+        "demonstration that trains a small model here, offline.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings; flags override it")
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for spec in dataclasses.fields(Config):
+        group = spec.metadata["group"]
+        groups.setdefault(group, parser.add_argument_group(group))
+        limits = spec.metadata["interval"] or " | ".join(spec.metadata["choices"])
+        text = " ".join(filter(None, [spec.metadata["help"], limits, f"(default {spec.default or 'none'})"]))
+        if spec.type is bool:
+            settings = {"action": argparse.BooleanOptionalAction}
+        elif get_args(spec.type):
+            settings = {"action": "append", "metavar": "TEXT"}
+        else:
+            settings = {"metavar": spec.type.__name__.upper()}
+        groups[group].add_argument(f"--{spec.name}", help=text.replace("%", "%%"), **settings)
+    return parser
+
+
+def newest_run(output_dir: str) -> Path:
+    """The folder of the policy to use: output_dir, or the newest under saved_models/. Raises UsageError if none."""
+    if output_dir:
+        if not (Path(output_dir) / "value_head.safetensors").exists():
+            raise UsageError(
+                f"--output_dir {output_dir} holds no trained policy; run `python main.py --task train` first"
+            )
+        return Path(output_dir)
+    runs = [path.parent for path in Path("saved_models").glob("*/ppo*/value_head.safetensors")]
+    if not runs:
+        raise UsageError("saved_models/ holds no trained policy; run `python main.py --task train` first")
+    return max(runs, key=lambda run: (run / "value_head.safetensors").stat().st_mtime)
+
+
+def run_settings(output_dir: str) -> dict:
+    """The settings of a finished run, as the base of the tasks that use its policy."""
+    run = newest_run(output_dir)
+    settings = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
+    return settings | {"output_dir": str(run)}
+
+
+def parse_args(arguments: list[str] | None = None) -> Config:
+    """Resolve flags, file and preset into a Config. Raises UsageError, which names the nearest valid choice."""
+    given, unknown = build_parser().parse_known_args(arguments)
+    flags = vars(given)
+    specs = {spec.name: spec for spec in dataclasses.fields(Config)}
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        raise UsageError(f"unknown argument {flag}{nearest(flag, [f'--{name}' for name in [*specs, 'config']])}")
+    path = flags.pop("config", "")
+    from_file = read_config_file(path) if path else {}
+    for name in from_file:
+        if name not in specs:
+            raise UsageError(f"--config {path} has an unknown field {name!r}{nearest(str(name), specs)}")
+    settings = {name: coerce(specs[name], value) for name, value in {**from_file, **flags}.items()}
+    if settings.get("task") in USES_A_RUN:
+        base = run_settings(settings.pop("output_dir", ""))
+    else:
+        base = preset_settings(settings)
+    merged = {name: coerce(specs[name], value) for name, value in {**base, **settings}.items() if name in specs}
+    return Config(**merged)
+
+
+def preset_settings(settings: dict) -> dict:
+    """The preset's row of values; tiny's where neither a preset nor a model is named. Raises UsageError if unknown."""
+    preset = settings.get("preset") or ("" if settings.get("base_model_name") else "tiny")
+    if preset and preset not in PRESETS:
+        raise UsageError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+    return {"preset": preset} | PRESETS.get(preset, {})
+
+
+def to_json(config: Config) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)

@@ -1,0 +1,148 @@
+"""Texts and prompts: from the Hub, a folder, a file, or the built-in generated reviews; and padding into batches.
+
+Every source is divided into four parts that share no row: `train` (the models, the reward model and the prompts of
+PPO), `judge` (the independent judges of an evaluation), `validation` (to choose by) and `test` (to report on).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torchtyping import TensorType
+from transformers import PreTrainedTokenizerBase
+
+from config import Config, UsageError, nearest
+from reviews import movie_reviews
+
+PARTS = ("train", "judge", "validation", "test")
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+class Prompt(NamedTuple):
+    text: str
+    ids: list[int]
+    row: dict  # the dataset's own
+
+
+def load_rows(config: Config, part: str) -> list[dict]:
+    """The rows of one part. Raises UsageError if the data is missing, empty or cannot be read."""
+    if not config.dataset_path:
+        size = config.n_reviews if part in ("train", "judge") else max(2000, config.eval_samples)
+        return movie_reviews(size, seed=PARTS.index(part))
+    splits = load_splits(config.dataset_path)
+    if config.dataset_split not in splits:
+        raise UsageError(
+            f"--dataset_split {config.dataset_split!r} is not in {config.dataset_path}; it has {', '.join(splits)}"
+        )
+    if part == "test" and part in splits and config.dataset_split != "test":
+        rows = splits["test"].to_list()
+    else:
+        rows = partition(splits[config.dataset_split], part, own_test="test" in splits)
+    if not rows:
+        raise UsageError(f"--dataset_path {config.dataset_path} has no rows for {part}")
+    return rows
+
+
+def load_splits(path: str) -> dict:
+    """The dataset's splits by name, through `datasets`. Raises UsageError, whatever went wrong there."""
+    import datasets  # a second to import, which --help and the built-in data need not wait for
+
+    datasets.disable_progress_bars()
+    kind = FORMATS.get(Path(path).suffix)
+    if kind and not Path(path).is_file():
+        raise UsageError(f"--dataset_path {path} does not exist")
+    try:
+        return datasets.load_dataset(kind, data_files=path) if kind else datasets.load_dataset(path)
+    except Exception as error:  # the library raises a dozen kinds
+        reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        raise UsageError(f"--dataset_path {path} cannot be loaded: {reason}") from None
+
+
+def partition(dataset, part: str, own_test: bool) -> list[dict]:
+    """A part of one split: a fixed shuffle, then a quarter for judge, a twentieth for validation, a tenth for test.
+
+    With a test split of its own, that tenth stays with train.
+    """
+    shuffled = dataset.shuffle(seed=0)
+    size = len(shuffled)
+    cuts = {"judge": (0, 25), "validation": (25, 30), "test": (30, 40), "train": (30 if own_test else 40, 100)}
+    first, last = (size * percent // 100 for percent in cuts[part])
+    return shuffled.select(range(first, last)).to_list()
+
+
+def column(rows: list[dict], name: str, flag: str, kind: type = str) -> list:
+    """One column of the rows. Raises UsageError naming the columns there are, or what was found instead of `kind`."""
+    if name not in rows[0]:
+        raise UsageError(
+            f"--{flag} {name!r} is no column of the data; it has {', '.join(rows[0])}{nearest(name, rows[0])}"
+        )
+    values = [row[name] for row in rows]
+    for number, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise UsageError(
+                f"--{flag} {name!r} holds a {type(value).__name__} in row {number}, expected a {kind.__name__}"
+            )
+    return values
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int = 0) -> list[Prompt]:
+    """The prompts of one part: the prompt column, or its first `prompt_tokens`; too long ones are cut or refused."""
+    rows = load_rows(config, part)
+    rows = rows[: limit or len(rows)]
+    texts = column(rows, config.prompt_column, "prompt_column")
+    if config.prompt_tokens:
+        texts = first_words(texts, tokenizer, config.prompt_tokens)
+    encoded = tokenizer(texts).input_ids
+    prompts = [Prompt(*parts) for parts in zip(texts, encoded, rows, strict=True) if parts[1]]
+    if not prompts:
+        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text in {config.dataset_path}")
+    return limit_length(prompts, config)
+
+
+def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[str]:
+    """The longest beginning of each text that ends with a word and takes at most n_tokens, or its first token."""
+    openings = []
+    for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False).input_ids, strict=True):
+        start = tokenizer.decode(ids[:n_tokens])
+        cuts_a_word = len(ids) > n_tokens and not text[len(start) : len(start) + 1].isspace()
+        openings.append(start.rsplit(maxsplit=1)[0] if cuts_a_word and len(start.split()) > 1 else start)
+    return openings
+
+
+def limit_length(prompts: list[Prompt], config: Config) -> list[Prompt]:
+    """Cut prompts beyond max_prompt_length on the left, and say how many; or refuse them, if so configured."""
+    too_long = sum(len(prompt.ids) > config.max_prompt_length for prompt in prompts)
+    if too_long and config.long_prompts == "refuse":
+        raise UsageError(
+            f"{too_long} of {len(prompts)} prompts are longer than --max_prompt_length {config.max_prompt_length} "
+            f"tokens (the longest has {max(len(prompt.ids) for prompt in prompts)}); raise it, or let them be cut "
+            "with --long_prompts truncate"
+        )
+    if too_long:
+        print(f"{too_long} of {len(prompts)} prompts were cut on the left to {config.max_prompt_length} tokens")
+    return [prompt._replace(ids=prompt.ids[-config.max_prompt_length :]) for prompt in prompts]
+
+
+def pad(
+    sequences: list[list[int]], pad_id: int, side: str
+) -> tuple[TensorType["batch", "sequence"], TensorType["batch", "sequence", bool]]:
+    """Ids and mask as wide as the longest sequence; the padding is on the `left` (causal prompts) or the `right`."""
+    width = max(map(len, sequences))
+    ids = torch.full((len(sequences), width), pad_id)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
+        ids[row, columns] = torch.tensor(sequence)
+        mask[row, columns] = True
+    return ids, mask
+
+
+def prompt_batches(prompts: list[Prompt], batch_size: int, generator: torch.Generator) -> Iterator[list[Prompt]]:
+    """Endless batches: each pass over the prompts in a new order, and what one pass lacks is taken from the next."""
+    order: list[int] = []
+    while True:
+        while len(order) < batch_size:
+            order += torch.randperm(len(prompts), generator=generator).tolist()
+        yield [prompts[i] for i in order[:batch_size]]
+        order = order[batch_size:]

@@ -1,0 +1,179 @@
+"""What is trained, and what judges it: the policy with its value head, the frozen reference, the reward model.
+
+Both families of language models answer one question, `score`: given prompts and responses, how probable was each
+response token, and what was the state before it worth? After that call nothing knows which family it was.
+
+    causal (GPT-2, Llama):  pad pad x x x │ y0 y1 y2 eos     one sequence; the output at a token predicts the next
+    encoder-decoder (T5):   x x x pad pad → start y0 y1 y2   the encoder reads x, the decoder predicts y0 y1 y2 eos
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torchtyping import TensorType, is_float
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ppo import token_entropy, token_logprobs
+
+REWARD_OUTPUTS = ("logit", "logprob", "probability", "margin")
+
+
+class Scores(NamedTuple):
+    """Per response token: log-probability in nats, value in reward units, and entropy in nats where asked for."""
+
+    logprobs: TensorType["batch", "time", is_float]
+    values: TensorType["batch", "time", is_float]
+    entropy: TensorType["batch", "time", is_float] | None
+
+
+class PolicyModel(nn.Module):
+    """A language model with a scalar value head on its trunk: the policy and its critic, sharing all but the heads.
+
+    The head starts at zero, so V = 0 until it has learned something, and its first loss leaves the trunk alone. It
+    lives outside the language model, in float32, so that the latter saves and loads as if it were not there.
+    """
+
+    def __init__(self, language_model: PreTrainedModel) -> None:
+        super().__init__()
+        self.language_model = language_model
+        self.value_head = nn.Linear(language_model.config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.to(language_model.device)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.language_model.config.is_encoder_decoder
+
+    def score(
+        self,
+        query_ids: TensorType["batch", "query"],
+        query_mask: TensorType["batch", "query", bool],
+        response_ids: TensorType["batch", "time"],
+        response_mask: TensorType["batch", "time", bool],
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Scores:
+        """log π(y_t | x, y_<t) at the sampling temperature, and V(x, y_<t), for every response position.
+
+        Columns beyond `response_mask` hold finite numbers without meaning. Logits are taken to float32 before the
+        softmax; no (batch, time, vocab) tensor outlives the call. Raises ValueError unless temperature > 0.
+        """
+        if not temperature > 0:
+            raise ValueError(f"temperature must be above 0, got {temperature}")
+        run = self._run_encoder_decoder if self.is_encoder_decoder else self._run_causal
+        logits, hidden = run(query_ids, query_mask, response_ids, response_mask)
+        logits = logits.float() / temperature
+        entropy = token_entropy(logits) if with_entropy else None
+        values = self.value_head(hidden.float())[..., 0]
+        return Scores(token_logprobs(logits, response_ids), values, entropy)
+
+    forward = score  # what a wrapper such as DistributedDataParallel calls
+
+    def _run_causal(self, query_ids, query_mask, response_ids, response_mask):
+        """Logits and hidden states that predict the response: the one place where tokens and outputs are shifted.
+
+        The output at index i has read tokens 0..i and predicts token i + 1, so response token t, which stands at
+        index Q + t, is predicted at Q + t - 1. Left padding needs explicit positions: GPT-2 would count the padding.
+        """
+        ids = torch.cat([query_ids, response_ids], dim=1)
+        mask = torch.cat([query_mask, response_mask], dim=1)
+        first = query_ids.shape[1] - 1
+        predicting = torch.arange(first, first + response_ids.shape[1], device=ids.device)
+        output = self.language_model(
+            input_ids=ids,
+            attention_mask=mask.long(),
+            position_ids=position_ids(mask),
+            logits_to_keep=predicting,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return output.logits, output.hidden_states[-1][:, predicting]
+
+    def _run_encoder_decoder(self, query_ids, query_mask, response_ids, response_mask):
+        """Logits and decoder states that predict the response: the decoder reads start, y_0, ..., y_{T-2}.
+
+        No decoder mask: a causal decoder never sees the padding on the right, and the start token, which T5 shares
+        with padding, must not be hidden from it.
+        """
+        start = torch.full_like(response_ids[:, :1], self.language_model.config.decoder_start_token_id)
+        output = self.language_model(
+            input_ids=query_ids,
+            attention_mask=query_mask.long(),
+            decoder_input_ids=torch.cat([start, response_ids[:, :-1]], dim=1),
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return output.logits, output.decoder_hidden_states[-1]
+
+
+def position_ids(mask: TensorType["batch", "sequence", bool]) -> TensorType["batch", "sequence"]:
+    """Positions that count real tokens only: 0, 1, 2, ... from the first one, and 0 on the padding before it."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def frozen_copy(policy: PolicyModel) -> PolicyModel:
+    """The reference ρ: a copy that shares no storage with the policy, without gradients, in eval mode for good."""
+    return copy.deepcopy(policy).requires_grad_(False).eval()
+
+
+class RewardModel:
+    """A sequence classifier with its own tokenizer, and the one of its outputs that counts as reward."""
+
+    def __init__(
+        self,
+        classifier: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        label: str = "",
+        output: str = "logit",
+    ) -> None:
+        """`label`: name or index of a label, "" for the last. Raises ValueError if the classifier has none such."""
+        self.classifier = classifier.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.label = label_index(classifier.config.id2label, label)
+        self.output = output
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str], batch_size: int = 64) -> TensorType["batch", is_float]:
+        """One reward a text, on the CPU: the label's `logit`, `logprob`, `probability`, or `margin` in log-odds.
+
+        Texts beyond the classifier's length lose their beginning, because the response is at the end.
+        """
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length share a batch
+        rewards = torch.empty(len(texts))
+        for start in range(0, len(texts), batch_size):
+            rows = order[start : start + batch_size]
+            encoded = self.tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            encoded = {name: encoded[name].to(self.classifier.device) for name in ("input_ids", "attention_mask")}
+            logits = self.classifier(**encoded).logits.float()
+            rewards[rows] = reward_from_logits(logits, self.label, self.output).cpu()
+        return rewards
+
+
+def label_index(id2label: dict[int, str], label: str) -> int:
+    """A label's index by name (any case) or number, "" for the last. Raises ValueError that names those there are."""
+    if label == "":
+        return max(id2label)
+    for index, name in id2label.items():
+        if label.lower() == name.lower() or label == str(index):
+            return index
+    known = ", ".join(f"{index} ({name})" for index, name in id2label.items())
+    raise ValueError(f"the reward model has no label {label!r}; it has {known}")
+
+
+def reward_from_logits(
+    logits: TensorType["batch", "labels", is_float], label: int, output: str
+) -> TensorType["batch", is_float]:
+    """z_l (`logit`), log p_l, p_l, or `margin` = log p_l - log(1 - p_l) = z_l - logsumexp of the other labels.
+
+    A head with a single label (a regression) has nothing to compare with: it gives its logit whatever `output` says.
+    """
+    if output == "logit" or logits.shape[1] == 1:
+        return logits[:, label]
+    if output == "margin":
+        others = torch.arange(logits.shape[1], device=logits.device) != label
+        return logits[:, label] - logits[:, others].logsumexp(-1)
+    logprobs = logits.log_softmax(-1)[:, label]
+    return logprobs if output == "logprob" else logprobs.exp()

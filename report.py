@@ -1,0 +1,131 @@
+"""What a run says about itself: arithmetic and memory before it starts, its invariants, its log rows, its notices."""
+
+import torch
+
+from config import Config, RunError, UsageError
+from generate import Sample
+from loading import context_length
+from model import PolicyModel
+from ppo import Rollout, importance_ratio, masked_mean
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # nats, between sampling token by token and scoring at once
+
+
+def notice(config: Config, n_parameters: int) -> str:
+    """What the tiny preset is and is not, and the command for the real thing; empty for any other run."""
+    if not config.trains_from_scratch:
+        return ""
+    data = config.dataset_path or "generated movie reviews"
+    return (
+        f"This is a teaching demonstration: a language model of {n_parameters:,} parameters, trained here from scratch "
+        f"on {data}. Nothing was downloaded; it is neither GPT-2 nor IMDB. GPT-2 on IMDB is\n"
+        "    python main.py --task train --preset gpt2-imdb     (downloads about 2 GB)"
+    )
+
+
+def batch_arithmetic(config: Config, n_prompts: int) -> str:
+    """prompts -> rollouts -> forward passes -> optimizer steps, in words."""
+    rows = config.mini_batch_size * config.gradient_accumulation_steps
+    steps = config.batch_size // rows
+    return (
+        f"{n_prompts:,} prompts; {config.n_updates} updates x {config.batch_size} prompts a rollout "
+        f"= {config.n_updates * config.batch_size / n_prompts:.2f} passes over them\n"
+        f"each update: {config.ppo_epochs} epochs x {steps} optimizer steps of {rows} rows "
+        f"({config.gradient_accumulation_steps} forward passes of {config.mini_batch_size} rows each) "
+        f"= {config.ppo_epochs * steps} optimizer steps, {config.n_updates * config.ppo_epochs * steps:,} in all"
+    )
+
+
+def memory_estimate(config: Config, policy: PolicyModel) -> str:
+    """Bytes that the update needs, roughly: weights, reference, gradients and Adam's two moments, activations, logits.
+
+    Activations are taken as 18 floats a token, layer and unit of width (or a layer's inputs alone with activation
+    checkpointing), logits as three (rows, response, vocab) tensors.
+    """
+    parameters = sum(p.numel() for p in policy.parameters())
+    weight = {"float32": 4, "bfloat16": 2}[config.dtype]
+    settings = policy.language_model.config
+    tokens = config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens)
+    floats = 2 if config.gradient_checkpointing else 18
+    activations = floats * weight * tokens * settings.num_hidden_layers * settings.hidden_size
+    logits = 3 * 4 * config.mini_batch_size * config.max_new_tokens * settings.vocab_size
+    static = 5 * weight * parameters
+    return (
+        f"memory, estimated: {gigabytes(static)} for {parameters:,} parameters with reference, gradients and Adam, "
+        f"{gigabytes(activations + logits)} for a forward pass of {config.mini_batch_size} rows "
+        "(less with a smaller --mini_batch_size or with --gradient_checkpointing)"
+    )
+
+
+def gigabytes(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.2f} GB"
+
+
+def check_context(config: Config, policy: PolicyModel) -> None:
+    """Raise UsageError if the longest prompt and response together do not fit into the model's context."""
+    context = context_length(policy.language_model.config)
+    if not policy.is_encoder_decoder and config.max_prompt_length + config.max_new_tokens > context:
+        raise UsageError(
+            f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} is more "
+            f"than the {context} tokens the model can read; at most {max(context - config.max_new_tokens, 1)} tokens "
+            "of prompt are left beside such a response"
+        )
+
+
+def check_invariants(policy: PolicyModel, rollout: Rollout, sampled: Sample, config: Config) -> None:
+    """What must hold before the first update, on real data; raises RunError with the likely cause if it does not.
+
+    Sampling and scoring agree on every log-probability, scoring twice gives the same (the ratio is 1), the policy is
+    its reference (KL is 0), and no dropout is on.
+    """
+    tolerance = TOLERANCE[config.dtype]
+    on = [n for n, m in policy.named_modules() if isinstance(m, torch.nn.Dropout) and m.training and m.p > 0]
+    if on:
+        raise RunError(f"dropout is on in {on[0]}: the same tokens would score differently every time")
+    gap = torch.where(rollout.mask, (rollout.logprobs - sampled.logprobs).abs(), 0.0).max().item()
+    if not gap <= tolerance:
+        raise RunError(
+            f"sampling and scoring disagree by {gap:.3g} nats on a token (tolerance {tolerance}): likely causes are "
+            "positions that count padding, a logits processor that only one of them applies, or a wrong shift"
+        )
+    with torch.no_grad():
+        again = policy(
+            rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.mask, config.temperature
+        ).logprobs
+    ratio = importance_ratio(again, rollout.logprobs, rollout.mask)
+    if not (ratio - 1).abs().max().item() <= tolerance:
+        raise RunError(
+            f"the importance ratio is {ratio.max().item():.4f} before any update, expected 1: scoring is random"
+        )
+    kl = torch.where(rollout.mask, (rollout.logprobs - rollout.ref_logprobs).abs(), 0.0).max().item()
+    if not kl <= tolerance:
+        raise RunError(
+            f"policy and reference differ by {kl:.3g} nats on a token before any update: not the same weights"
+        )
+
+
+def rollout_stats(rollout: Rollout, terms: dict[str, torch.Tensor], raw_scores: torch.Tensor) -> dict[str, float]:
+    """A rollout's log row: rewards in reward units, KL and entropy in nats, lengths in tokens, all over real tokens."""
+    d = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
+    return {
+        "reward": raw_scores.mean().item(),
+        **{f"reward_{name}": values.mean().item() for name, values in terms.items()},
+        "score": rollout.scores.mean().item(),
+        "kl": rollout.kl.sum(1).mean().item(),
+        "kl_k1": d.sum(1).mean().item(),
+        "kl_k3": (torch.expm1(-d) + d).sum(1).mean().item(),
+        "value": masked_mean(rollout.values, rollout.mask).item(),
+        "return": masked_mean(rollout.returns, rollout.mask).item(),
+        "response_length": rollout.mask.sum(1).float().mean().item(),
+    }
+
+
+def bar_numbers(stats: dict[str, float]) -> dict[str, str]:
+    """The few numbers that matter, for the progress bar."""
+    return {
+        "reward": f"{stats['reward']:.2f}",
+        "kl": f"{stats['kl_k1']:.2f}",
+        "entropy": f"{stats['entropy']:.2f}",
+        "length": f"{stats['response_length']:.0f}",
+        "eos": f"{stats['ended']:.0%}",
+    }

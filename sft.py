@@ -1,0 +1,202 @@
+"""The stages before PPO: a language model trained on texts, and a classifier of them to serve as reward.
+
+Both are supervised training by one loop, `fit`. The language model is the policy's start and its reference; the
+classifier starts from the language model's trunk and also sees texts cut short, so that it knows how little a
+beginning tells, and cannot be won over by one.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+
+from checkpoint import stage_folder, whole_folder, write_whole
+from config import Config, UsageError, to_json
+from dataset import column, load_rows, pad
+from loading import context_length, load_language_model, load_tokenizer, new_language_model, new_tokenizer, pick_device
+
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+def fit(model: PreTrainedModel, batches: Iterator[dict], steps: int, learning_rate: float, name: str) -> float:
+    """Minimise the model's own loss by AdamW: a tenth of warm-up, then linearly to 0. Returns the recent mean loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), fused=True)
+    warm_up = math.ceil(steps / 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
+    )
+    model.train()
+    recent = 0.0
+    bar = tqdm(range(steps), desc=name, unit="step")
+    for step in bar:
+        loss = model(**next(batches)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        recent = loss.item() if step == 0 else 0.95 * recent + 0.05 * loss.item()
+        bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
+    model.eval()
+    return recent
+
+
+def length_grouped(lengths: list[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
+    """Endless batches of indices of texts of like length, in random order: little padding, every text once a pass."""
+    while True:
+        order = torch.randperm(len(lengths), generator=generator).tolist()
+        pools = [order[i : i + 32 * batch_size] for i in range(0, len(order), 32 * batch_size)]
+        ordered = [i for pool in pools for i in sorted(pool, key=lambda i: lengths[i])]
+        batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            yield batches[number]
+
+
+def token_pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
+    """The texts as ids, each ended by EOS and cut into pieces of at most `length`."""
+    pieces = []
+    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+        whole = [*ids, tokenizer.eos_token_id]
+        pieces += [whole[start : start + length] for start in range(0, len(whole), length)]
+    return [piece for piece in pieces if len(piece) > 1]
+
+
+def language_batch(pieces: list[list[int]], pad_id: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Inputs of a causal model that predicts every real token of the pieces after the first."""
+    ids, mask = pad(pieces, pad_id, "right")
+    labels = torch.where(mask, ids, IGNORED)
+    return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device), "labels": labels.to(device)}
+
+
+@torch.no_grad()
+def perplexity(model: PreTrainedModel, pieces: list[list[int]], pad_id: int) -> float:
+    """exp of the mean negative log-likelihood a token, over all predicted tokens of the pieces."""
+    total = count = 0.0
+    for start in range(0, len(pieces), 64):
+        batch = language_batch(pieces[start : start + 64], pad_id, model.device)
+        predicted = (batch["labels"][:, 1:] != IGNORED).sum().item()
+        total += model(**batch).loss.item() * predicted
+        count += predicted
+    return math.exp(total / count)
+
+
+def train_language_model(
+    config: Config, texts: list[str], tokenizer: PreTrainedTokenizerBase, name: str
+) -> PreTrainedModel:
+    """A language model trained on texts: --base_model_name fine-tuned, or a small GPT-2 from scratch."""
+    device = pick_device(config.device)
+    if config.trains_from_scratch:
+        model = new_language_model(config, tokenizer).to(device)
+    else:
+        model = load_language_model(config.base_model_name, "float32", device)
+    pieces = token_pieces(texts, tokenizer, min(context_length(model.config), config.context_length))
+    generator = torch.Generator().manual_seed(config.seed)
+    groups = length_grouped([len(piece) for piece in pieces], config.sft_batch_size, generator)
+    batches = (language_batch([pieces[i] for i in group], tokenizer.pad_token_id, device) for group in groups)
+    fit(model, batches, config.sft_steps, config.sft_learning_rate, name)
+    return model
+
+
+def run_sft(config: Config) -> Path:
+    """The `sft` stage: train the language model, print its held-out perplexity, and save it whole."""
+    folder = new_stage_folder(config, "sft")
+    texts = column(load_rows(config, "train"), config.prompt_column, "prompt_column")
+    held_out = column(load_rows(config, "validation"), config.prompt_column, "prompt_column")
+    if config.trains_from_scratch:
+        tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)
+    else:
+        tokenizer = load_tokenizer(config.base_model_name)
+    model = train_language_model(config, texts, tokenizer, "language model")
+    pieces = token_pieces(held_out[:1000], tokenizer, min(context_length(model.config), config.context_length))
+    result = perplexity(model, pieces, tokenizer.pad_token_id)
+    with whole_folder(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        write_whole(scratch / "run_config.json", to_json(config))
+    print(
+        f"language model: held-out perplexity {result:.2f} a token, {model.num_parameters():,} parameters, in {folder}"
+    )
+    return folder
+
+
+def classifier_batch(
+    texts: list[list[int]], labels: list[int], pad_id: int, device: torch.device
+) -> dict[str, torch.Tensor]:
+    ids, mask = pad(texts, pad_id, "right")
+    inputs = {"input_ids": ids, "attention_mask": mask.long(), "labels": torch.tensor(labels)}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def cut_short(ids: list[int], length: int, generator: torch.Generator) -> list[int]:
+    """The text, or for half of the draws its beginning, of a random number of tokens; of that, the last `length`."""
+    whole, end = torch.rand(2, generator=generator).tolist()
+    kept = len(ids) if whole < 0.5 else math.ceil(end * len(ids))
+    return ids[:kept][-length:]
+
+
+@torch.no_grad()
+def accuracy(model: PreTrainedModel, texts: list[list[int]], labels: list[int], pad_id: int) -> float:
+    """Share of the texts whose likeliest label is their own."""
+    right = 0
+    for start in range(0, len(texts), 64):
+        batch = classifier_batch(texts[start : start + 64], labels[start : start + 64], pad_id, model.device)
+        right += (model(**batch).logits.argmax(-1) == batch["labels"]).sum().item()
+    return right / len(texts)
+
+
+def run_reward(config: Config, language_model_path: str) -> Path:
+    """The `reward` stage: train a classifier of the labelled texts, print its held-out accuracy, and save it whole."""
+    folder = new_stage_folder(config, "reward")
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(language_model_path)
+    train, held_out = (load_rows(config, part) for part in ("train", "validation"))
+    labels = column(train, config.label_column, "label_column", int)
+    names = {label: {0: "NEGATIVE", 1: "POSITIVE"}.get(label, str(label)) for label in sorted(set(labels))}
+    if list(names) != list(range(len(names))) or len(names) < 2:
+        raise UsageError(f"--label_column {config.label_column!r} holds {list(names)[:5]}, expected 0, 1, ...")
+    model = AutoModelForSequenceClassification.from_pretrained(
+        language_model_path, num_labels=len(names), id2label=names, pad_token_id=tokenizer.pad_token_id
+    ).to(device)
+    length = min(context_length(model.config), config.context_length)
+    texts = tokenizer(column(train, config.prompt_column, "prompt_column"), add_special_tokens=False).input_ids
+    generator = torch.Generator().manual_seed(config.seed)
+    groups = length_grouped([len(text) for text in texts], config.reward_batch_size, generator)
+    batches = (
+        classifier_batch(
+            [cut_short(texts[i], length, generator) for i in group],
+            [labels[i] for i in group],
+            tokenizer.pad_token_id,
+            device,
+        )
+        for group in groups
+    )
+    fit(model, batches, config.reward_steps, config.reward_learning_rate, "reward model")
+    whole, half = held_out_accuracies(config, model, tokenizer, held_out[:2000], length)
+    with whole_folder(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        write_whole(scratch / "run_config.json", to_json(config))
+    print(f"reward model: held-out accuracy {whole:.1%} on whole texts, {half:.1%} on their first halves, in {folder}")
+    return folder
+
+
+def held_out_accuracies(
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int
+) -> tuple[float, float]:
+    """Accuracy on whole texts, of which the model reads the last `length` tokens, and on their first halves."""
+    labels = column(rows, config.label_column, "label_column", int)
+    texts = tokenizer(column(rows, config.prompt_column, "prompt_column"), add_special_tokens=False).input_ids
+    whole = [text[-length:] for text in texts]
+    half = [text[: math.ceil(len(text) / 2)][-length:] for text in texts]
+    whole_accuracy, half_accuracy = (accuracy(model, cut, labels, tokenizer.pad_token_id) for cut in (whole, half))
+    return whole_accuracy, half_accuracy
+
+
+def new_stage_folder(config: Config, stage: str) -> Path:
+    folder = stage_folder(config, stage)
+    if folder.exists():
+        raise UsageError(f"{folder} exists already; name another --output_dir, so that nothing is overwritten")
+    return folder

@@ -1,0 +1,333 @@
+"""The loop: sample, score, shape rewards, estimate advantages, update, log; and again.
+
+Read `train` first, then `collect_rollout` and `update`. The equations are in ppo.py, the models in model.py.
+"""
+
+import csv
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+import ppo
+from checkpoint import NOTICE, move_into, whole_folder, write_whole
+from config import Config, RunError, to_json
+from dataset import Prompt, load_prompts, pad, prompt_batches
+from evaluation import respond, reward_difference, sample_pairs
+from generate import Sample, decode_responses, eval_mode, sample
+from loading import load_policy, load_tokenizer, pick_device, save_policy
+from model import PolicyModel, frozen_copy
+from plot import plot_training
+from report import (
+    bar_numbers,
+    batch_arithmetic,
+    check_context,
+    check_invariants,
+    memory_estimate,
+    notice,
+    rollout_stats,
+)
+from reward import RewardTerm, load_reward_terms, parse_weights, weighted_sum
+
+
+class Models(NamedTuple):
+    """All that a rollout needs: who acts, who it is compared with, how text becomes tokens, and what is rewarded."""
+
+    policy: PolicyModel
+    reference: PolicyModel
+    tokenizer: PreTrainedTokenizerBase
+    terms: dict[str, RewardTerm]
+
+
+class Collected(NamedTuple):
+    """A rollout with what the log wants to know of it; only `rollout` is trained on."""
+
+    rollout: ppo.Rollout
+    sampled: Sample
+    responses: list[str]
+    terms: dict[str, torch.Tensor]
+    rewards: torch.Tensor  # raw weighted sum of the terms, before `shape_scores`
+    stats: dict[str, float]
+
+
+@torch.no_grad()
+def collect_rollout(
+    models: Models, prompts: list[Prompt], config: Config, kl_coef: float, generator: torch.Generator
+) -> Collected:
+    """Sample a response to every prompt and work out, without gradient, all that the update will need."""
+    policy, reference, tokenizer, _ = models
+    device = policy.value_head.weight.device
+
+    # 1. Sample. The ids drawn here are the ones trained on; they are never decoded and tokenised again.
+    side = "right" if policy.is_encoder_decoder else "left"
+    query_ids, query_mask = (x.to(device) for x in pad([p.ids for p in prompts], tokenizer.pad_token_id, side))
+    sampled = sample(
+        policy,
+        query_ids,
+        query_mask,
+        config.max_new_tokens,
+        tokenizer.eos_token_id,
+        tokenizer.pad_token_id,
+        temperature=config.temperature,
+        generator=generator,
+    )
+    response_ids, mask = sampled.response_ids, sampled.mask
+
+    # 2. Log-probabilities and values, by the very function that the update differentiates.
+    with eval_mode(policy):
+        scored, entropy = score_rows(policy, query_ids, query_mask, response_ids, mask, config)
+    ref_scored, _ = score_rows(reference, query_ids, query_mask, response_ids, mask, config)
+
+    # 3. Score the text, then spread the score and the KL over the tokens.
+    responses = decode_responses(tokenizer, query_ids, query_mask, response_ids, mask, policy.is_encoder_decoder)
+    texts, rows = [p.text for p in prompts], [p.row for p in prompts]
+    terms = {name: term(texts, responses, rows) for name, term in models.terms.items()}
+    rewards = weighted_sum(terms, parse_weights(config.reward_weights)).to(device)
+    has_eos = ((response_ids == tokenizer.eos_token_id) & mask).any(1)
+    scores = ppo.shape_scores(
+        rewards, has_eos, config.missing_eos_penalty, config.whiten_scores, config.score_clip or None
+    )
+    kl = ppo.kl_estimate(scored.logprobs, ref_scored.logprobs, mask, config.kl_estimator)
+    token_rewards = ppo.shape_rewards(scores, kl, mask, kl_coef)
+
+    # 4. Advantages and returns.
+    advantages = ppo.estimate_advantages(token_rewards, scored.values, mask, config.gamma, config.lam)
+    returns = ppo.estimate_returns(advantages, scored.values, mask)
+    if config.whiten_advantages:
+        advantages = ppo.masked_whiten(advantages, mask)
+    rollout = ppo.Rollout(
+        query_ids,
+        query_mask,
+        response_ids,
+        mask,
+        scored.logprobs,
+        ref_scored.logprobs,
+        scored.values,
+        scores,
+        kl,
+        token_rewards,
+        advantages,
+        returns,
+    )
+    stats = rollout_stats(rollout, terms, rewards)
+    stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
+    return Collected(rollout, sampled, responses, terms, rewards, stats)
+
+
+def score_rows(policy: PolicyModel, query_ids, query_mask, response_ids, mask, config: Config):
+    """Score a rollout in forward passes of mini_batch_size rows, as the update will; and the entropy beside it."""
+    parts = [
+        policy(*rows, config.temperature, with_entropy=True)
+        for rows in zip(
+            *(x.split(config.mini_batch_size) for x in (query_ids, query_mask, response_ids, mask)), strict=True
+        )
+    ]
+    logprobs, values, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+    return type(parts[0])(logprobs, values, None), entropy
+
+
+def minibatch_loss(
+    policy: PolicyModel, rows: ppo.Rollout, n_tokens: int, config: Config
+) -> tuple[torch.Tensor, dict[str, float]]:
+    """L = L_policy + value_coef L_value - entropy_coef H: PPO, eq. 9, negated into a loss.
+
+    Token means with the divisor `n_tokens`, the count of the whole minibatch of which `rows` may be a part: losses,
+    gradients and statistics of the parts add up to those of the whole.
+    """
+    new = policy(
+        rows.query_ids, rows.query_mask, rows.response_ids, rows.mask, config.temperature, config.entropy_coef > 0
+    )
+    ratio = ppo.importance_ratio(new.logprobs, rows.logprobs, rows.mask)
+    policy_losses, clipped = ppo.policy_losses(ratio, rows.advantages, rows.mask, config.clip_range)
+    value_losses, value_clipped = ppo.value_losses(
+        new.values, rows.values, rows.returns, rows.mask, config.clip_range_value
+    )
+
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return ppo.masked_mean(x, rows.mask, n_tokens)
+
+    policy_loss, value_loss = mean(policy_losses), mean(value_losses)
+    loss = policy_loss + config.value_coef * value_loss
+    if config.entropy_coef > 0:
+        loss = loss - config.entropy_coef * mean(new.entropy)
+    with torch.no_grad():
+        stats = {
+            "loss": loss,
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "clip_fraction": mean(clipped.float()),
+            "value_clip_fraction": mean(value_clipped.float()),
+            "approx_kl_k1": mean(ppo.kl_estimate(rows.logprobs, new.logprobs, rows.mask, "k1")),
+            "approx_kl_k3": mean(ppo.kl_estimate(rows.logprobs, new.logprobs, rows.mask, "k3")),
+            "ratio": mean(ratio),
+            "ratio_min": ratio.min(),
+            "ratio_max": ratio.max(),
+        }
+    return loss, {name: value.item() for name, value in stats.items()}
+
+
+def combine(parts: list[dict[str, float]], reduce) -> dict[str, float]:
+    """One row of statistics from several: extremes by min and max, everything else by `reduce`."""
+    special = {"ratio_min": min, "ratio_max": max}
+    return {name: special.get(name, reduce)(part[name] for part in parts) for name in parts[0]}
+
+
+def update(
+    policy: PolicyModel,
+    optimizer: torch.optim.Optimizer,
+    rollout: ppo.Rollout,
+    config: Config,
+    generator: torch.Generator,
+) -> dict[str, float]:
+    """ppo_epochs passes over the rollout, an optimizer step a minibatch; returns means over every minibatch.
+
+    Every pass draws a new order. With `target_kl`, a minibatch whose k3 to the sampling policy exceeds 1.5 target_kl
+    is not stepped on, and ends the update.
+    """
+    policy.train()  # no dropout anywhere: for activation checkpointing, which sleeps in eval mode
+    n_rows = len(rollout.scores)
+    step_rows = config.mini_batch_size * config.gradient_accumulation_steps
+    minibatches = []
+    for _ in range(config.ppo_epochs):
+        for rows in torch.randperm(n_rows, generator=generator).to(rollout.mask.device).split(step_rows):
+            n_tokens = int(rollout.mask[rows].sum())
+            optimizer.zero_grad()
+            parts = []
+            for part in rows.split(config.mini_batch_size):
+                loss, stats = minibatch_loss(policy, ppo.select_rows(rollout, part), n_tokens, config)
+                loss.backward()
+                parts.append(stats)
+            minibatches.append(combine(parts, sum))
+            if config.target_kl and minibatches[-1]["approx_kl_k3"] > 1.5 * config.target_kl:
+                return combine(minibatches, mean_of)
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+            optimizer.step()
+    return combine(minibatches, mean_of)
+
+
+def mean_of(values) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear to 0, per update: the first (step 0) has the full rate, the last one 1 / n_updates of it."""
+    return config.learning_rate * (1 - step / config.n_updates)
+
+
+def train(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
+    """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
+    models, prompts = load_models(config, base_model, reward_model_path)
+    n_parameters = sum(p.numel() for p in models.policy.parameters())
+    held_out = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
+    check_context(config, models.policy)
+    print(notice(config, n_parameters) or f"{base_model}: {n_parameters:,} parameters")
+    print(f"{batch_arithmetic(config, len(prompts))}\n{memory_estimate(config, models.policy)}")
+
+    generator = torch.Generator().manual_seed(config.seed)
+    batches = prompt_batches(prompts, config.batch_size, generator)
+    first = next(batches)
+    if config.dry_run:
+        return dry_run(models, first, config, generator)
+    folder.mkdir(parents=True)
+    write_whole(folder / "run_config.json", to_json(config))
+    write_whole(folder / NOTICE, notice(config, n_parameters) + "\n")
+    run_updates(models, first, batches, config, generator, folder)
+
+    before, after = (
+        respond(policy, models.reference, models.tokenizer, models.terms, held_out, config)
+        for policy in (models.reference, models.policy.eval())
+    )
+    with whole_folder(folder / "policy") as scratch:
+        save_policy(models.policy, models.tokenizer, scratch)
+    move_into(folder / "policy", folder)
+    (folder / "policy").rmdir()
+    figure = plot_training(folder, notice(config, n_parameters))
+    print(f"\n{reward_difference(before, after)}\n\n{sample_pairs(before, after)}\n")
+    print(f"policy, tokenizer, logs: {folder}\ntraining curves: {figure}")
+    print(f'now try: python main.py --task generate --output_dir {folder} --prompt "{held_out[0].text}"')
+    print(notice(config, n_parameters))
+
+
+def run_updates(models: Models, first: list[Prompt], batches, config: Config, generator, folder: Path) -> None:
+    """n_updates of rollout and update, each logged as it ends."""
+    policy, kl_coef = models.policy, config.kl_coef
+    optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate, eps=1e-5, fused=True)
+    log, timings = [], []
+    bar = tqdm(range(config.n_updates), desc="PPO", unit="update")
+    for step in bar:
+        started = time.perf_counter()
+        batch = first if step == 0 else next(batches)
+        collected = collect_rollout(models, batch, config, kl_coef, generator)
+        if step == 0:
+            check_invariants(policy, collected.rollout, collected.sampled, config)
+        sampled = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        stats = update(policy, optimizer, collected.rollout, config, generator)
+        if not torch.isfinite(torch.tensor(stats["loss"])):
+            raise RunError(f"the loss is {stats['loss']} at update {step}; try a lower --learning_rate")
+        log.append({"step": step, **collected.stats, **stats, "kl_coef": kl_coef, "learning_rate": group["lr"]})
+        log[-1]["explained_variance"] = explained_variance(collected.rollout)
+        if config.kl_target:
+            kl_coef = ppo.adapt_kl_coef(
+                kl_coef, collected.stats["kl_k3"], config.kl_target, config.kl_horizon, config.batch_size
+            )
+        timings.append(timing(step, started, sampled, collected.rollout))
+        write_logs(folder, log, timings, batch, collected)
+        bar.set_postfix(bar_numbers(collected.stats), refresh=False)
+
+
+def explained_variance(rollout: ppo.Rollout) -> float:
+    return ppo.explained_variance(rollout.values, rollout.returns, rollout.mask).item()
+
+
+def timing(step: int, started: float, sampled: float, rollout: ppo.Rollout) -> dict[str, float]:
+    """Seconds of an update's two halves, and response tokens a second over both."""
+    now = time.perf_counter()
+    return {
+        "step": step,
+        "seconds_rollout": sampled - started,
+        "seconds_update": now - sampled,
+        "tokens_per_second": rollout.mask.sum().item() / (now - started),
+    }
+
+
+def write_logs(folder: Path, log: list[dict], timings: list[dict], prompts: list[Prompt], collected: Collected) -> None:
+    """training_stats.json and timings.json rewritten whole; training_log.csv grows by a row a response."""
+    write_whole(folder / "training_stats.json", json.dumps(log, indent=1))
+    write_whole(folder / "timings.json", json.dumps(timings, indent=1))
+    path = folder / "training_log.csv"
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        if file.tell() == 0:
+            writer.writerow(["step", "query", "response", "reward", *(f"reward_{name}" for name in collected.terms)])
+        for i, (prompt, response) in enumerate(zip(prompts, collected.responses, strict=True)):
+            terms = [values[i].item() for values in collected.terms.values()]
+            writer.writerow([log[-1]["step"], prompt.text, response, collected.rewards[i].item(), *terms])
+
+
+def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[Models, list[Prompt]]:
+    """Policy, frozen reference, tokenizer and reward terms, and the prompts to train on."""
+    device = pick_device(config.device)
+    print(f"device: {device}")
+    tokenizer = load_tokenizer(base_model)
+    prompts = load_prompts(config, tokenizer, "train")
+    policy = load_policy(base_model, config.dtype, device, config.gradient_checkpointing)
+    separator = " " if policy.is_encoder_decoder else ""
+    terms = load_reward_terms(config, reward_model_path, device, separator)
+    return Models(policy, frozen_copy(policy), tokenizer, terms), prompts
+
+
+def dry_run(models: Models, prompts: list[Prompt], config: Config, generator: torch.Generator) -> None:
+    """Everything but the update: one rollout, the invariants, three samples with their rewards."""
+    collected = collect_rollout(models, prompts, config, config.kl_coef, generator)
+    check_invariants(models.policy, collected.rollout, collected.sampled, config)
+    print("start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout")
+    for i in range(min(3, len(prompts))):
+        terms = ", ".join(f"{name} {values[i].item():.3f}" for name, values in collected.terms.items())
+        print(f"prompt {prompts[i].text!r}\n  response {collected.responses[i]!r}\n  {terms}")
