@@ -4,6 +4,7 @@ Every source is divided into four parts that share no row: `train` (the models, 
 PPO), `judge` (the independent judges of an evaluation), `validation` (to choose by) and `test` (to report on).
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -25,11 +26,10 @@ class Prompt(NamedTuple):
     row: dict  # the dataset's own
 
 
-def load_rows(config: Config, part: str) -> list[dict]:
-    """The rows of one part. Raises UsageError if the data is missing, empty or cannot be read."""
+def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]:
+    """The rows of one part, or the first `limit`. Raises UsageError if the data is missing, empty or unreadable."""
     if not config.dataset_path:
-        size = config.n_reviews if part in ("train", "judge") else max(2000, config.eval_samples)
-        return movie_reviews(size, seed=PARTS.index(part))
+        return movie_reviews(limit or config.n_reviews, seed=PARTS.index(part))
     splits = load_splits(config.dataset_path)
     if config.dataset_split not in splits:
         raise UsageError(
@@ -41,7 +41,7 @@ def load_rows(config: Config, part: str) -> list[dict]:
         rows = partition(splits[config.dataset_split], part, own_test="test" in splits)
     if not rows:
         raise UsageError(f"--dataset_path {config.dataset_path} has no rows for {part}")
-    return rows
+    return rows[:limit]
 
 
 def load_splits(path: str) -> dict:
@@ -86,10 +86,9 @@ def column(rows: list[dict], name: str, flag: str, kind: type = str) -> list:
     return values
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int = 0) -> list[Prompt]:
-    """The prompts of one part: the prompt column, or its first `prompt_tokens`; too long ones are cut or refused."""
-    rows = load_rows(config, part)
-    rows = rows[: limit or len(rows)]
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int) -> list[Prompt]:
+    """Prompts from the first `limit` rows of a part: the prompt column, or its first `prompt_tokens`."""
+    rows = load_rows(config, part, limit)
     texts = column(rows, config.prompt_column, "prompt_column")
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
@@ -124,6 +123,24 @@ def limit_length(prompts: list[Prompt], config: Config) -> list[Prompt]:
     return [prompt._replace(ids=prompt.ids[-config.max_prompt_length :]) for prompt in prompts]
 
 
+def read_prompts(path: str) -> list[str]:
+    """Prompts from a .txt (one a line), .jsonl or .json file: texts, or objects with a `prompt` or `query`."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        lines = [line for line in text.splitlines() if line.strip()]
+        rows = json.loads(text) if path.endswith(".json") else lines
+        rows = [json.loads(line) for line in lines] if path.endswith(".jsonl") else rows
+        prompts = [row if isinstance(row, str) else row.get("prompt") or row["query"] for row in rows]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"--prompts {path} cannot be read as prompts ({reason}); expected .txt, .jsonl or .json"
+        ) from None
+    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise UsageError(f"--prompts {path} holds no prompts, or some that are not text")
+    return prompts
+
+
 def pad(
     sequences: list[list[int]], pad_id: int, side: str
 ) -> tuple[TensorType["batch", "sequence"], TensorType["batch", "sequence", bool]]:
@@ -146,3 +163,23 @@ def prompt_batches(prompts: list[Prompt], batch_size: int, generator: torch.Gene
             order += torch.randperm(len(prompts), generator=generator).tolist()
         yield [prompts[i] for i in order[:batch_size]]
         order = order[batch_size:]
+
+
+def decode_responses(
+    tokenizer: PreTrainedTokenizerBase,
+    query_ids: TensorType["batch", "query"],
+    query_mask: TensorType["batch", "query", bool],
+    response_ids: TensorType["batch", "time"],
+    mask: TensorType["batch", "time", bool],
+    is_encoder_decoder: bool,
+) -> list[str]:
+    """The responses as text, without special tokens.
+
+    A causal model's response is decoded behind its prompt: some tokenizers drop the space in front of a first word.
+    """
+    texts = []
+    for query, real, response, kept in zip(query_ids, query_mask, response_ids, mask, strict=True):
+        before = query[:0] if is_encoder_decoder else query[real]
+        both = tokenizer.decode(torch.cat([before, response[kept]]), skip_special_tokens=True)
+        texts.append(both[len(tokenizer.decode(before, skip_special_tokens=True)) :])
+    return texts

@@ -5,6 +5,7 @@ that had no part in the training: a bag-of-words classifier and a language model
 """
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -19,53 +20,40 @@ from torch import nn
 from checkpoint import write_whole
 from config import Config, UsageError
 from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
-from generate import decode_responses, sample
+from generate import respond
 from loading import load_policy, load_tokenizer, pick_device
 from model import PolicyModel
 from ppo import kl_estimate, masked_mean
 from reviews import movie_reviews
-from reward import load_reward_terms, parse_weights, weighted_sum
+from reward import load_reward_terms, total_reward
 from sft import train_language_model
 
 
 @torch.no_grad()
-def respond(
+def evaluate_policy(
     policy: PolicyModel, reference: PolicyModel, tokenizer, terms: dict, prompts: list[Prompt], config: Config
 ) -> list[dict]:
-    """One row a prompt: response, reward and its terms, length, ended, KL to the reference (k1) and value, in nats.
+    """One row a prompt: response, reward and its terms, length, whether it ended, KL to the reference (k1), value.
 
     Seeded by config.seed alone: two policies draw with the same random numbers. The reward is the raw weighted sum.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    device = policy.value_head.weight.device
-    weights, table = parse_weights(config.reward_weights), []
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        side = "right" if policy.is_encoder_decoder else "left"
-        query = [x.to(device) for x in pad([prompt.ids for prompt in batch], tokenizer.pad_token_id, side)]
-        ids, mask, _ = sample(
-            policy,
-            *query,
-            config.max_new_tokens,
-            tokenizer.eos_token_id,
-            tokenizer.pad_token_id,
-            temperature=config.temperature,
-            generator=generator,
-        )
-        scored = policy(*query, ids, mask, config.temperature or 1.0)
+    table = []
+    for start in range(0, len(prompts), 2 * config.batch_size):
+        batch = prompts[start : start + 2 * config.batch_size]
+        *query, (ids, mask, _), texts = respond(policy, tokenizer, [p.ids for p in batch], config, generator)
+        total, rewards = total_reward(terms, [p.text for p in batch], texts, [p.row for p in batch], config)
+        logprobs, values, _ = policy(*query, ids, mask, config.temperature or 1.0)
         ref_logprobs = reference(*query, ids, mask, config.temperature or 1.0).logprobs
-        texts = decode_responses(tokenizer, *query, ids, mask, policy.is_encoder_decoder)
-        rewards = {name: term([p.text for p in batch], texts, [p.row for p in batch]) for name, term in terms.items()}
-        total = weighted_sum(rewards, weights)
-        kl = kl_estimate(scored.logprobs, ref_logprobs, mask).sum(1)
+        kl = kl_estimate(logprobs, ref_logprobs, mask).sum(1)
         for i, prompt in enumerate(batch):
-            real = ids[i][mask[i]]
+            real = ids[i][mask[i]].tolist()
             table.append(
                 {"query": prompt.text, "response": texts[i], "reward": total[i].item()}
-                | {f"reward_{name}": values[i].item() for name, values in rewards.items()}
-                | {"length": len(real), "ended": bool((real == tokenizer.eos_token_id).any())}
-                | {"kl": kl[i].item(), "value": scored.values[i, 0].item()}
-                | {"query_ids": prompt.ids, "response_ids": real.tolist()}
+                | {f"reward_{name}": value[i].item() for name, value in rewards.items()}
+                | {"length": len(real), "ended": tokenizer.eos_token_id in real}
+                | {"kl": kl[i].item(), "value": values[i, 0].item()}
+                | {"query_ids": prompt.ids, "response_ids": real}
             )
     return table
 
@@ -80,7 +68,7 @@ def bootstrap_interval(differences: list[float], seed: int = 0, draws: int = 200
 
 def distinct_bigrams(texts: list[str]) -> float:
     """Share of different pairs of neighbouring words among all such pairs in the texts together."""
-    pairs = [pair for text in texts for words in [text.lower().split()] for pair in zip(words, words[1:], strict=False)]
+    pairs = [pair for text in texts for words in [text.lower().split()] for pair in itertools.pairwise(words)]
     return len(set(pairs)) / max(1, len(pairs))
 
 
@@ -102,7 +90,7 @@ def perplexity_under(judge: PolicyModel, rows: list[dict], pad_id: int) -> float
 def words_and_pairs(text: str) -> list[str]:
     """The features of the bag-of-words judge: lower-cased words, and pairs of neighbours, so that `not bad` is one."""
     words = re.findall(r"[a-z']+", text.lower())
-    return words + [f"{a} {b}" for a, b in zip(words, words[1:], strict=False)]
+    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
 
 
 def bag_of_words_judge(texts: list[str], labels: list[int], min_count: int = 3) -> Callable[[list[str]], np.ndarray]:
@@ -141,7 +129,7 @@ def judge_accuracy(judge: Callable, texts: list[str], labels: list[int]) -> floa
 
 def load_text_judge(config: Config) -> Callable | None:
     """The bag-of-words judge, its accuracy printed; None where the data has no labels of 0 and 1."""
-    rows, held_out = load_rows(config, "judge"), load_rows(config, "test")
+    rows, held_out = load_rows(config, "judge"), load_rows(config, "test", 2000)
     if config.label_column not in rows[0] or {row[config.label_column] for row in rows} != {0, 1}:
         return None
     texts, labels = (
@@ -151,10 +139,10 @@ def load_text_judge(config: Config) -> Callable | None:
     tests = {"held-out texts": held_out}
     if not config.dataset_path:
         tests |= {f"{kind} reviews": movie_reviews(1000, len(PARTS), kind) for kind in ("negated", "mixed")}
-    figures = [
-        f"{judge_accuracy(judge, [r[config.prompt_column] for r in rows], [r[config.label_column] for r in rows]):.1%} on {name}"
-        for name, rows in tests.items()
-    ]
+    figures = []
+    for name, rows in tests.items():
+        known = [row[config.label_column] for row in rows]
+        figures.append(f"{judge_accuracy(judge, [row[config.prompt_column] for row in rows], known):.1%} on {name}")
     print("independent judge (words and word pairs), accuracy: " + ", ".join(figures))
     return judge
 
@@ -249,10 +237,12 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     prompts = load_prompts(config, tokenizer, config.eval_split, config.eval_samples)
     if len(prompts) < 2:
         raise UsageError(f"{config.eval_split} has {len(prompts)} prompts, expected at least 2")
-    terms = load_reward_terms(config, reward_model_path, device, " " if policy.is_encoder_decoder else "")
+    terms = load_reward_terms(config, reward_model_path, device, policy.separator)
     text_judge = load_text_judge(config)
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
-    before, after = (respond(model, reference, tokenizer, terms, prompts, config) for model in (reference, policy))
+    before, after = (
+        evaluate_policy(model, reference, tokenizer, terms, prompts, config) for model in (reference, policy)
+    )
     figures = {
         name: summarise(rows, text_judge, fluency_judge, tokenizer.pad_token_id)
         for name, rows in (("before", before), ("after", after))

@@ -5,15 +5,23 @@ both. Top-k, top-p, a minimum length and greedy choice change the distribution, 
 training samples with none of them.
 """
 
+import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torchtyping import TensorType, is_float
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from model import PolicyModel, position_ids
+from checkpoint import write_whole
+from config import Config, UsageError
+from dataset import decode_responses, pad, read_prompts
+from loading import check_context, load_policy, load_tokenizer, pick_device
+from model import PolicyModel, first_inputs, next_inputs, select_inputs
+from reward import load_reward_terms, total_reward
 
 
 class Sample(NamedTuple):
@@ -97,40 +105,6 @@ def eval_mode(policy: PolicyModel) -> Iterator[None]:
         policy.train(was_training)
 
 
-def first_inputs(language_model: PreTrainedModel, query_ids: torch.Tensor, query_mask: torch.Tensor) -> dict:
-    """The arguments of the first forward pass: the whole prompt, or the encoded prompt and the start token."""
-    attention_mask = query_mask.long()
-    if language_model.config.is_encoder_decoder:
-        encoded = language_model.get_encoder()(input_ids=query_ids, attention_mask=attention_mask)
-        start = torch.full_like(query_ids[:, :1], language_model.config.decoder_start_token_id)
-        return {"decoder_input_ids": start, "encoder_outputs": encoded, "attention_mask": attention_mask}
-    positions = position_ids(query_mask)
-    return {"input_ids": query_ids, "attention_mask": attention_mask, "position_ids": positions, "logits_to_keep": 1}
-
-
-def next_inputs(inputs: dict, tokens: TensorType["batch"], cache) -> dict:
-    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers."""
-    if "decoder_input_ids" in inputs:
-        return inputs | {"decoder_input_ids": tokens[:, None], "past_key_values": cache}
-    mask = inputs["attention_mask"]
-    return inputs | {
-        "input_ids": tokens[:, None],
-        "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
-        "position_ids": inputs["position_ids"][:, -1:] + 1,
-        "past_key_values": cache,
-    }
-
-
-def select_inputs(inputs: dict, keep: TensorType["batch", bool]) -> dict:
-    """Drop the rows that have ended from everything that the next forward pass reads, the cache included."""
-    inputs["past_key_values"].batch_select_indices(keep.nonzero()[:, 0])
-    kept = {name: value[keep] for name, value in inputs.items() if torch.is_tensor(value)}
-    if "encoder_outputs" in inputs:
-        encoded = inputs["encoder_outputs"]
-        kept["encoder_outputs"] = type(encoded)(last_hidden_state=encoded.last_hidden_state[keep])
-    return inputs | kept
-
-
 def truncate_logits(
     logits: TensorType["batch", "vocab", is_float], top_k: int, top_p: float
 ) -> TensorType["batch", "vocab", is_float]:
@@ -165,21 +139,101 @@ def draw(
     return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log().float()
 
 
-def decode_responses(
-    tokenizer: PreTrainedTokenizerBase,
-    query_ids: TensorType["batch", "query"],
-    query_mask: TensorType["batch", "query", bool],
-    response_ids: TensorType["batch", "time"],
-    mask: TensorType["batch", "time", bool],
-    is_encoder_decoder: bool,
-) -> list[str]:
-    """The responses as text, without special tokens.
+class Responses(NamedTuple):
+    """A batch of prompts with the responses drawn for them, as tensors and as text."""
 
-    A causal model's response is decoded behind its prompt: some tokenizers drop the space in front of a first word.
-    """
-    texts = []
-    for query, real, response, kept in zip(query_ids, query_mask, response_ids, mask, strict=True):
-        before = query[:0] if is_encoder_decoder else query[real]
-        both = tokenizer.decode(torch.cat([before, response[kept]]), skip_special_tokens=True)
-        texts.append(both[len(tokenizer.decode(before, skip_special_tokens=True)) :])
-    return texts
+    query_ids: TensorType["batch", "query"]
+    query_mask: TensorType["batch", "query", bool]
+    sampled: Sample
+    texts: list[str]
+
+
+def respond(
+    policy: PolicyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    config: Config,
+    generator: torch.Generator,
+) -> Responses:
+    """Sample a response to each prompt, given as ids, with the config's sampling settings."""
+    query = encode(prompts, tokenizer, policy)
+    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
+    sampled = sample(policy, *query, config.max_new_tokens, *ends, generator=generator, **sampling_options(config))
+    return Responses(*query, sampled, decode_responses(tokenizer, *query, *sampled[:2], policy.is_encoder_decoder))
+
+
+def encode(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, policy: PolicyModel) -> list[torch.Tensor]:
+    """Ids and mask on the policy's device, padded on the side that its family wants."""
+    padded = pad(prompts, tokenizer.pad_token_id, "right" if policy.is_encoder_decoder else "left")
+    return [tensor.to(policy.language_model.device) for tensor in padded]
+
+
+def sampling_options(config: Config) -> dict:
+    return {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_new_tokens")}
+
+
+def generate(config: Config, reward_model_path: str) -> None:
+    """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
+    prompts = [*config.prompt, *(read_prompts(config.prompts) if config.prompts else [])]
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is empty; expected some text for the model to go on from")
+    if config.output and not prompts:
+        raise UsageError("--output needs --prompt or --prompts")
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.output_dir, "output_dir")
+    policy = load_policy(config.output_dir, config.dtype, device).eval()
+    check_context(config, policy)
+    generator = torch.Generator().manual_seed(config.seed)
+    if len(prompts) == config.num_samples == 1 and sys.stdout.isatty() and not config.output:
+        return stream(policy, tokenizer, prompts[0], config, generator)
+    if not prompts:
+        return stream_lines(policy, tokenizer, config, generator)
+    terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
+    lines = []
+    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
+    for start in range(0, len(prompts), config.batch_size):
+        batch = prompts[start : start + config.batch_size]
+        ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
+        texts = respond(policy, tokenizer, ids, config, generator).texts
+        if config.output:
+            rows = [{config.prompt_column: prompt} for prompt in batch]
+            rewards = total_reward(terms, batch, texts, rows, config)[0].tolist()
+            lines += map(json_line, batch, texts, rewards)
+        else:
+            print(*map(policy.separator.join, zip(batch, texts, strict=True)), sep="\n")
+    if config.output:
+        write_whole(Path(config.output), "".join(lines))
+        print(f"{len(lines)} responses: {config.output}")
+
+
+def json_line(prompt: str, response: str, reward: float) -> str:
+    return json.dumps({"prompt": prompt, "response": response, "reward": reward}, ensure_ascii=False) + "\n"
+
+
+def stream(policy: PolicyModel, tokenizer, prompt: str, config: Config, generator: torch.Generator) -> None:
+    """Print the prompt, then its response as it is drawn: decoded anew each time, as a character may take two tokens."""
+    query = encode([tokenizer(prompt).input_ids[-config.max_prompt_length :]], tokenizer, policy)
+    print(prompt, end=policy.separator, flush=True)
+    drawn, shown, options = query[0][:, :0], "", sampling_options(config)
+    end = tokenizer.eos_token_id
+    for tokens, _ in sample_tokens(policy, *query, config.max_new_tokens, end, generator=generator, **options):
+        drawn = torch.cat([drawn, tokens[:, None]], dim=1)
+        real = torch.ones_like(drawn, dtype=torch.bool)
+        text = decode_responses(tokenizer, *query, drawn, real, policy.is_encoder_decoder)[0]
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    print()
+
+
+def stream_lines(policy: PolicyModel, tokenizer, config: Config, generator: torch.Generator) -> None:
+    """Respond to a prompt a line from standard input until it ends; on a terminal, ask for each."""
+    if sys.stdin.isatty():
+        print("type the beginning of a text; end with Ctrl-D")
+    while True:
+        try:
+            prompt = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        for _ in range(config.num_samples if prompt.strip() else 0):
+            stream(policy, tokenizer, prompt, config, generator)

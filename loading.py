@@ -124,6 +124,17 @@ def context_length(config: PretrainedConfig) -> int:
     return 10**9
 
 
+def check_context(config: Config, policy: PolicyModel) -> None:
+    """Raise UsageError if the longest prompt and response together do not fit into the model's context."""
+    context = context_length(policy.language_model.config)
+    if not policy.is_encoder_decoder and config.max_prompt_length + config.max_new_tokens > context:
+        raise UsageError(
+            f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} is more "
+            f"than the {context} tokens the model can read; at most {max(context - config.max_new_tokens, 1)} tokens "
+            "of prompt are left beside such a response"
+        )
+
+
 def new_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on the texts: whatever a person types has tokens."""
     tokenizer = Tokenizer(models.BPE())
@@ -155,6 +166,7 @@ def new_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Pr
         n_embd=config.n_embd,
         n_layer=config.n_layer,
         n_head=config.n_head,
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one kernel
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait collapse on a shared core
 
-from checkpoint import check_writable, new_ppo_folder, stage_folder
+from checkpoint import new_ppo_folder, stage_folder
 from config import Config, RunError, UsageError, parse_args
 
 
@@ -21,7 +21,7 @@ def run(config: Config) -> None:
     base_model = config.base_model_name or str(stage_folder(config, "sft"))
     reward_model = config.reward_model_path or str(stage_folder(config, "reward"))
     if config.task == "generate":
-        from generate_task import generate
+        from generate import generate
 
         return generate(config, reward_model)
     if config.task == "evaluate":

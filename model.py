@@ -47,6 +47,11 @@ class PolicyModel(nn.Module):
     def is_encoder_decoder(self) -> bool:
         return self.language_model.config.is_encoder_decoder
 
+    @property
+    def separator(self) -> str:
+        """What stands between prompt and response as text: a causal model's response goes on in mid-sentence."""
+        return "\n" if self.is_encoder_decoder else ""
+
     def score(
         self,
         query_ids: TensorType["batch", "query"],
@@ -112,6 +117,40 @@ class PolicyModel(nn.Module):
 def position_ids(mask: TensorType["batch", "sequence", bool]) -> TensorType["batch", "sequence"]:
     """Positions that count real tokens only: 0, 1, 2, ... from the first one, and 0 on the padding before it."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def first_inputs(language_model: PreTrainedModel, query_ids: torch.Tensor, query_mask: torch.Tensor) -> dict:
+    """The arguments of the first forward pass: the whole prompt, or the encoded prompt and the start token."""
+    attention_mask = query_mask.long()
+    if language_model.config.is_encoder_decoder:
+        encoded = language_model.get_encoder()(input_ids=query_ids, attention_mask=attention_mask)
+        start = torch.full_like(query_ids[:, :1], language_model.config.decoder_start_token_id)
+        return {"decoder_input_ids": start, "encoder_outputs": encoded, "attention_mask": attention_mask}
+    positions = position_ids(query_mask)
+    return {"input_ids": query_ids, "attention_mask": attention_mask, "position_ids": positions, "logits_to_keep": 1}
+
+
+def next_inputs(inputs: dict, tokens: TensorType["batch"], cache) -> dict:
+    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers."""
+    if "decoder_input_ids" in inputs:
+        return inputs | {"decoder_input_ids": tokens[:, None], "past_key_values": cache}
+    mask = inputs["attention_mask"]
+    return inputs | {
+        "input_ids": tokens[:, None],
+        "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+        "position_ids": inputs["position_ids"][:, -1:] + 1,
+        "past_key_values": cache,
+    }
+
+
+def select_inputs(inputs: dict, keep: TensorType["batch", bool]) -> dict:
+    """Drop the rows that have ended from everything that the next forward pass reads, the cache included."""
+    inputs["past_key_values"].batch_select_indices(keep.nonzero()[:, 0])
+    kept = {name: value[keep] for name, value in inputs.items() if torch.is_tensor(value)}
+    if "encoder_outputs" in inputs:
+        encoded = inputs["encoder_outputs"]
+        kept["encoder_outputs"] = type(encoded)(last_hidden_state=encoded.last_hidden_state[keep])
+    return inputs | kept
 
 
 def frozen_copy(policy: PolicyModel) -> PolicyModel:

@@ -2,9 +2,8 @@
 
 import torch
 
-from config import Config, RunError, UsageError
+from config import Config, RunError
 from generate import Sample
-from loading import context_length
 from model import PolicyModel
 from ppo import Rollout, importance_ratio, masked_mean
 
@@ -59,17 +58,6 @@ def memory_estimate(config: Config, policy: PolicyModel) -> str:
 
 def gigabytes(n_bytes: float) -> str:
     return f"{n_bytes / 1e9:.2f} GB"
-
-
-def check_context(config: Config, policy: PolicyModel) -> None:
-    """Raise UsageError if the longest prompt and response together do not fit into the model's context."""
-    context = context_length(policy.language_model.config)
-    if not policy.is_encoder_decoder and config.max_prompt_length + config.max_new_tokens > context:
-        raise UsageError(
-            f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} is more "
-            f"than the {context} tokens the model can read; at most {max(context - config.max_new_tokens, 1)} tokens "
-            "of prompt are left beside such a response"
-        )
 
 
 def check_invariants(policy: PolicyModel, rollout: Rollout, sampled: Sample, config: Config) -> None:

@@ -50,9 +50,13 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
-def weighted_sum(terms: dict[str, TensorType["batch"]], weights: dict[str, float]) -> TensorType["batch"]:
-    """Σ_i w_i term_i, with weight 1 for a term that has none."""
-    return sum(weights.get(name, 1.0) * values for name, values in terms.items())
+def total_reward(
+    terms: dict[str, RewardTerm], prompts: list[str], responses: list[str], rows: list[dict], config: Config
+) -> tuple[TensorType["batch"], dict[str, TensorType["batch"]]]:
+    """Σ_i w_i term_i for each response, with weight 1 for a term that is given none; and the terms by name."""
+    weights = parse_weights(config.reward_weights)
+    values = {name: term(prompts, responses, rows) for name, term in terms.items()}
+    return sum(weights.get(name, 1.0) * value for name, value in values.items()), values
 
 
 def classifier_term(config: Config, path: str, device: torch.device, separator: str) -> RewardTerm:

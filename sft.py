@@ -104,13 +104,13 @@ def run_sft(config: Config) -> Path:
     """The `sft` stage: train the language model, print its held-out perplexity, and save it whole."""
     folder = new_stage_folder(config, "sft")
     texts = column(load_rows(config, "train"), config.prompt_column, "prompt_column")
-    held_out = column(load_rows(config, "validation"), config.prompt_column, "prompt_column")
+    held_out = column(load_rows(config, "validation", 1000), config.prompt_column, "prompt_column")
     if config.trains_from_scratch:
         tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)
     else:
         tokenizer = load_tokenizer(config.base_model_name)
     model = train_language_model(config, texts, tokenizer, "language model")
-    pieces = token_pieces(held_out[:1000], tokenizer, min(context_length(model.config), config.context_length))
+    pieces = token_pieces(held_out, tokenizer, min(context_length(model.config), config.context_length))
     result = perplexity(model, pieces, tokenizer.pad_token_id)
     with whole_folder(folder) as scratch:
         model.save_pretrained(scratch)
@@ -152,7 +152,7 @@ def run_reward(config: Config, language_model_path: str) -> Path:
     folder = new_stage_folder(config, "reward")
     device = pick_device(config.device)
     tokenizer = load_tokenizer(language_model_path)
-    train, held_out = (load_rows(config, part) for part in ("train", "validation"))
+    train, held_out = load_rows(config, "train"), load_rows(config, "validation", 2000)
     labels = column(train, config.label_column, "label_column", int)
     names = {label: {0: "NEGATIVE", 1: "POSITIVE"}.get(label, str(label)) for label in sorted(set(labels))}
     if list(names) != list(range(len(names))) or len(names) < 2:
@@ -174,7 +174,7 @@ def run_reward(config: Config, language_model_path: str) -> Path:
         for group in groups
     )
     fit(model, batches, config.reward_steps, config.reward_learning_rate, "reward model")
-    whole, half = held_out_accuracies(config, model, tokenizer, held_out[:2000], length)
+    whole, half = held_out_accuracies(config, model, tokenizer, held_out, length)
     with whole_folder(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)

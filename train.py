@@ -16,22 +16,21 @@ from transformers import PreTrainedTokenizerBase
 import ppo
 from checkpoint import NOTICE, move_into, whole_folder, write_whole
 from config import Config, RunError, to_json
-from dataset import Prompt, load_prompts, pad, prompt_batches
-from evaluation import respond, reward_difference, sample_pairs
-from generate import Sample, decode_responses, eval_mode, sample
-from loading import load_policy, load_tokenizer, pick_device, save_policy
-from model import PolicyModel, frozen_copy
+from dataset import Prompt, load_prompts, prompt_batches
+from evaluation import evaluate_policy, reward_difference, sample_pairs
+from generate import Sample, eval_mode, respond
+from loading import check_context, load_policy, load_tokenizer, pick_device, save_policy
+from model import PolicyModel, Scores, frozen_copy
 from plot import plot_training
 from report import (
     bar_numbers,
     batch_arithmetic,
-    check_context,
     check_invariants,
     memory_estimate,
     notice,
     rollout_stats,
 )
-from reward import RewardTerm, load_reward_terms, parse_weights, weighted_sum
+from reward import RewardTerm, load_reward_terms, total_reward
 
 
 class Models(NamedTuple):
@@ -59,44 +58,29 @@ def collect_rollout(
     models: Models, prompts: list[Prompt], config: Config, kl_coef: float, generator: torch.Generator
 ) -> Collected:
     """Sample a response to every prompt and work out, without gradient, all that the update will need."""
-    policy, reference, tokenizer, _ = models
-    device = policy.value_head.weight.device
+    policy, reference, tokenizer, terms = models
 
     # 1. Sample. The ids drawn here are the ones trained on; they are never decoded and tokenised again.
-    side = "right" if policy.is_encoder_decoder else "left"
-    query_ids, query_mask = (x.to(device) for x in pad([p.ids for p in prompts], tokenizer.pad_token_id, side))
-    sampled = sample(
-        policy,
-        query_ids,
-        query_mask,
-        config.max_new_tokens,
-        tokenizer.eos_token_id,
-        tokenizer.pad_token_id,
-        temperature=config.temperature,
-        generator=generator,
-    )
+    query_ids, query_mask, sampled, responses = respond(policy, tokenizer, [p.ids for p in prompts], config, generator)
     response_ids, mask = sampled.response_ids, sampled.mask
 
     # 2. Log-probabilities and values, by the very function that the update differentiates.
     with eval_mode(policy):
-        scored, entropy = score_rows(policy, query_ids, query_mask, response_ids, mask, config)
-    ref_scored, _ = score_rows(reference, query_ids, query_mask, response_ids, mask, config)
+        logprobs, values, entropy = score_rows(policy, query_ids, query_mask, response_ids, mask, config)
+    ref_logprobs, _, _ = score_rows(reference, query_ids, query_mask, response_ids, mask, config)
 
     # 3. Score the text, then spread the score and the KL over the tokens.
-    responses = decode_responses(tokenizer, query_ids, query_mask, response_ids, mask, policy.is_encoder_decoder)
-    texts, rows = [p.text for p in prompts], [p.row for p in prompts]
-    terms = {name: term(texts, responses, rows) for name, term in models.terms.items()}
-    rewards = weighted_sum(terms, parse_weights(config.reward_weights)).to(device)
+    rewards, term_rewards = total_reward(terms, [p.text for p in prompts], responses, [p.row for p in prompts], config)
     has_eos = ((response_ids == tokenizer.eos_token_id) & mask).any(1)
     scores = ppo.shape_scores(
-        rewards, has_eos, config.missing_eos_penalty, config.whiten_scores, config.score_clip or None
+        rewards.to(mask.device), has_eos, config.missing_eos_penalty, config.whiten_scores, config.score_clip or None
     )
-    kl = ppo.kl_estimate(scored.logprobs, ref_scored.logprobs, mask, config.kl_estimator)
+    kl = ppo.kl_estimate(logprobs, ref_logprobs, mask, config.kl_estimator)
     token_rewards = ppo.shape_rewards(scores, kl, mask, kl_coef)
 
     # 4. Advantages and returns.
-    advantages = ppo.estimate_advantages(token_rewards, scored.values, mask, config.gamma, config.lam)
-    returns = ppo.estimate_returns(advantages, scored.values, mask)
+    advantages = ppo.estimate_advantages(token_rewards, values, mask, config.gamma, config.lam)
+    returns = ppo.estimate_returns(advantages, values, mask)
     if config.whiten_advantages:
         advantages = ppo.masked_whiten(advantages, mask)
     rollout = ppo.Rollout(
@@ -104,21 +88,21 @@ def collect_rollout(
         query_mask,
         response_ids,
         mask,
-        scored.logprobs,
-        ref_scored.logprobs,
-        scored.values,
+        logprobs,
+        ref_logprobs,
+        values,
         scores,
         kl,
         token_rewards,
         advantages,
         returns,
     )
-    stats = rollout_stats(rollout, terms, rewards)
+    stats = rollout_stats(rollout, term_rewards, rewards)
     stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
-    return Collected(rollout, sampled, responses, terms, rewards, stats)
+    return Collected(rollout, sampled, responses, term_rewards, rewards, stats)
 
 
-def score_rows(policy: PolicyModel, query_ids, query_mask, response_ids, mask, config: Config):
+def score_rows(policy: PolicyModel, query_ids, query_mask, response_ids, mask, config: Config) -> Scores:
     """Score a rollout in forward passes of mini_batch_size rows, as the update will; and the entropy beside it."""
     parts = [
         policy(*rows, config.temperature, with_entropy=True)
@@ -126,8 +110,7 @@ def score_rows(policy: PolicyModel, query_ids, query_mask, response_ids, mask, c
             *(x.split(config.mini_batch_size) for x in (query_ids, query_mask, response_ids, mask)), strict=True
         )
     ]
-    logprobs, values, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return type(parts[0])(logprobs, values, None), entropy
+    return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def minibatch_loss(
@@ -239,7 +222,7 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     run_updates(models, first, batches, config, generator, folder)
 
     before, after = (
-        respond(policy, models.reference, models.tokenizer, models.terms, held_out, config)
+        evaluate_policy(policy, models.reference, models.tokenizer, models.terms, held_out, config)
         for policy in (models.reference, models.policy.eval())
     )
     with whole_folder(folder / "policy") as scratch:
@@ -316,10 +299,9 @@ def load_models(config: Config, base_model: str, reward_model_path: str) -> tupl
     device = pick_device(config.device)
     print(f"device: {device}")
     tokenizer = load_tokenizer(base_model)
-    prompts = load_prompts(config, tokenizer, "train")
+    prompts = load_prompts(config, tokenizer, "train", config.n_updates * config.batch_size)
     policy = load_policy(base_model, config.dtype, device, config.gradient_checkpointing)
-    separator = " " if policy.is_encoder_decoder else ""
-    terms = load_reward_terms(config, reward_model_path, device, separator)
+    terms = load_reward_terms(config, reward_model_path, device, policy.separator)
     return Models(policy, frozen_copy(policy), tokenizer, terms), prompts
 
 
