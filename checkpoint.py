@@ -1,5 +1,7 @@
 """What a run leaves on disk: folders that appear whole or not at all, and where each stage's folder is."""
 
+import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -58,6 +60,43 @@ def stage_folder(config: Config, stage: str) -> Path:
     if config.task == stage and config.output_dir:
         return Path(config.output_dir)
     return Path("saved_models") / config.run_name / stage
+
+
+def new_stage_folder(config: Config) -> Path:
+    """The folder of a stage that is about to be trained. Raises UsageError if it is there, or cannot be written."""
+    folder = stage_folder(config, config.task)
+    if folder.exists():
+        raise UsageError(f"{folder} exists already; name another --output_dir, so that nothing is overwritten")
+    check_writable(folder)
+    return folder
+
+
+def trained_stage(config: Config, path: str, stage: str) -> bool:
+    """Whether the stage's folder is there. Raises UsageError if it was trained with settings other than these."""
+    settings = Path(path) / "run_config.json"
+    if not Path(path).exists():
+        return False
+    before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    shared = (
+        "dataset_path",
+        "prompt_column",
+        "vocab_size",
+        "context_length",
+        "n_layer",
+        "n_embd",
+        "n_head",
+        "n_reviews",
+    )
+    for spec in dataclasses.fields(config):
+        own = spec.metadata["group"] == "stages" and spec.name.startswith(f"{stage}_")
+        if (own or spec.name in shared) and before.get(spec.name, getattr(config, spec.name)) != getattr(
+            config, spec.name
+        ):
+            raise UsageError(
+                f"{path} was trained with --{spec.name} {before[spec.name]}, and this run asks for "
+                f"{getattr(config, spec.name)}; move that folder away, or leave the flag as it was"
+            )
+    return True
 
 
 def new_ppo_folder(config: Config) -> Path:

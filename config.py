@@ -114,17 +114,17 @@ class Config:
     )
 
     # stages
-    vocab_size: int = option("stages", 1024, "of the tokenizer trained here", "[300, inf)")
+    vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, inf)")
     context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, inf)")
-    n_layer: int = option("stages", 4, "layers of the model trained here", "[1, inf)")
+    n_layer: int = option("stages", 2, "layers of the model trained here", "[1, inf)")
     n_embd: int = option("stages", 128, "width of the model trained here", "[1, inf)")
     n_head: int = option("stages", 4, "attention heads of the model trained here", "[1, inf)")
     n_reviews: int = option("stages", 20000, "size of the built-in corpus", "[100, inf)")
-    sft_steps: int = option("stages", 1000, "optimizer steps of the language model's training", "[1, inf)")
-    sft_batch_size: int = option("stages", 64, "texts a step", "[1, inf)")
-    sft_learning_rate: float = option("stages", 3e-3, "AdamW's peak", "(0, inf)")
+    sft_steps: int = option("stages", 1200, "optimizer steps of the language model's training", "[1, inf)")
+    sft_batch_size: int = option("stages", 16, "texts a step", "[1, inf)")
+    sft_learning_rate: float = option("stages", 5e-3, "AdamW's peak", "(0, inf)")
     reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
-    reward_batch_size: int = option("stages", 64, "texts a step", "[1, inf)")
+    reward_batch_size: int = option("stages", 32, "texts a step", "[1, inf)")
     reward_learning_rate: float = option("stages", 1e-3, "AdamW's peak", "(0, inf)")
 
     # evaluation
@@ -174,13 +174,15 @@ PRESETS = {
         "prompt_tokens": 8,
         "max_prompt_length": 12,
         "max_new_tokens": 64,
-        "n_updates": 60,
+        "n_updates": 40,
         "batch_size": 64,
         "mini_batch_size": 32,
-        "learning_rate": 3e-4,
-        "kl_coef": 0.05,
-        "missing_eos_penalty": 1.0,
-        "reward_output": "margin",
+        "ppo_epochs": 2,
+        "learning_rate": 5e-4,
+        "kl_coef": 0.02,
+        "missing_eos_penalty": 0.5,
+        "reward_output": "probability",
+        "eval_samples": 256,
     },
     "gpt2-imdb": {
         "base_model_name": "lvwerra/gpt2-imdb",

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from checkpoint import write_whole
-from config import Config, UsageError
+from checkpoint import stage_folder, trained_stage, whole_folder, write_whole
+from config import Config, UsageError, to_json
 from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
 from generate import respond
 from loading import load_policy, load_tokenizer, pick_device
@@ -148,10 +148,16 @@ def load_text_judge(config: Config) -> Callable | None:
 
 
 def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
-    """A language model trained on the judge's own rows, kept beside the run for the next evaluation."""
-    texts = column(load_rows(config, "judge"), config.prompt_column, "prompt_column")
-    torch.manual_seed(config.seed + 1)
-    return PolicyModel(train_language_model(config, texts, tokenizer, "fluency judge"))
+    """A language model trained on the judge's own rows with the run's tokenizer; kept for the next evaluation."""
+    folder = stage_folder(config, "judge")
+    if not trained_stage(config, str(folder), "sft"):
+        texts = column(load_rows(config, "judge"), config.prompt_column, "prompt_column")
+        torch.manual_seed(config.seed + 1)
+        model = train_language_model(config, texts, tokenizer, "fluency judge")
+        with whole_folder(folder) as scratch:
+            model.save_pretrained(scratch)
+            write_whole(scratch / "run_config.json", to_json(config))
+    return load_policy(str(folder), "float32", pick_device(config.device)).eval()
 
 
 def summarise(rows: list[dict], text_judge: Callable | None, fluency_judge: PolicyModel | None, pad_id: int) -> dict:

@@ -211,7 +211,7 @@ def json_line(prompt: str, response: str, reward: float) -> str:
 
 
 def stream(policy: PolicyModel, tokenizer, prompt: str, config: Config, generator: torch.Generator) -> None:
-    """Print the prompt, then its response as it is drawn: decoded anew each time, as a character may take two tokens."""
+    """Print the prompt, then its response as it is drawn: decoded anew each time, as a letter may take two tokens."""
     query = encode([tokenizer(prompt).input_ids[-config.max_prompt_length :]], tokenizer, policy)
     print(prompt, end=policy.separator, flush=True)
     drawn, shown, options = query[0][:, :0], "", sampling_options(config)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait collapse on a shared core
 
-from checkpoint import new_ppo_folder, stage_folder
+from checkpoint import new_ppo_folder, new_stage_folder, stage_folder, trained_stage
 from config import Config, RunError, UsageError, parse_args
 
 
@@ -33,13 +33,21 @@ def run(config: Config) -> None:
 
 def run_training(config: Config, base_model: str, reward_model: str) -> None:
     """The task sft, reward or train, and before it the stages whose folders are not there yet; each seeds itself."""
-    folder = new_ppo_folder(config) if config.task == "train" else None
+    folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
+    from dataset import column, load_rows
+    from reward import load_reward_function, needs_reward_model
     from sft import run_reward, run_sft
     from train import train
 
-    if config.task == "sft" or (config.trains_from_scratch and not Path(base_model).exists()):
+    # refuse what can be refused before minutes of training
+    column(load_rows(config, "train"), config.prompt_column, "prompt_column")
+    if config.reward_fn:
+        load_reward_function(config.reward_fn)
+    wants_reward = config.task == "train" and needs_reward_model(config)
+
+    if config.task == "sft" or (config.trains_from_scratch and not trained_stage(config, base_model, "sft")):
         run_sft(seeded(config))
-    if config.task == "reward" or (config.task == "train" and not Path(reward_model).exists()):
+    if config.task == "reward" or (wants_reward and not trained_stage(config, reward_model, "reward")):
         run_reward(seeded(config), base_model)
     if config.task == "train":
         train(seeded(config), base_model, reward_model, folder)
@@ -62,6 +70,15 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+            raise
+        print(
+            "error: out of memory; less is needed with a smaller --mini_batch_size (and a larger "
+            "--gradient_accumulation_steps), --max_new_tokens or --max_prompt_length, or with --gradient_checkpointing",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

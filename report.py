@@ -1,11 +1,17 @@
 """What a run says about itself: arithmetic and memory before it starts, its invariants, its log rows, its notices."""
 
+import csv
+import json
+import time
+from pathlib import Path
+
 import torch
 
+from checkpoint import write_whole
 from config import Config, RunError
 from generate import Sample
 from model import PolicyModel
-from ppo import Rollout, importance_ratio, masked_mean
+from ppo import Rollout, explained_variance, importance_ratio, masked_mean
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # nats, between sampling token by token and scoring at once
 
@@ -104,6 +110,7 @@ def rollout_stats(rollout: Rollout, terms: dict[str, torch.Tensor], raw_scores: 
         "kl_k3": (torch.expm1(-d) + d).sum(1).mean().item(),
         "value": masked_mean(rollout.values, rollout.mask).item(),
         "return": masked_mean(rollout.returns, rollout.mask).item(),
+        "explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask).item(),
         "response_length": rollout.mask.sum(1).float().mean().item(),
     }
 
@@ -117,3 +124,25 @@ def bar_numbers(stats: dict[str, float]) -> dict[str, str]:
         "length": f"{stats['response_length']:.0f}",
         "eos": f"{stats['ended']:.0%}",
     }
+
+
+def timing(step: int, started: float, sampled: float, rollout: Rollout) -> dict[str, float]:
+    """Seconds of an update's two halves, and response tokens a second over both."""
+    now = time.perf_counter()
+    return {
+        "step": step,
+        "seconds_rollout": sampled - started,
+        "seconds_update": now - sampled,
+        "tokens_per_second": rollout.mask.sum().item() / (now - started),
+    }
+
+
+def write_logs(folder: Path, stats: list[dict], timings: list[dict], responses: list[dict]) -> None:
+    """training_stats.json and timings.json rewritten whole; training_log.csv grows by a row a response."""
+    write_whole(folder / "training_stats.json", json.dumps(stats, indent=1))
+    write_whole(folder / "timings.json", json.dumps(timings, indent=1))
+    with (folder / "training_log.csv").open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, responses[0])
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(responses)

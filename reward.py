@@ -18,8 +18,13 @@ from loading import load_reward_model
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
 
 
+def needs_reward_model(config: Config) -> bool:
+    """A reward function replaces the classifier, unless --reward_weights names both."""
+    return not config.reward_fn or "reward_model" in parse_weights(config.reward_weights)
+
+
 def load_reward_terms(config: Config, path: str, device: torch.device, separator: str = "") -> dict[str, RewardTerm]:
-    """The terms by name. A reward function replaces the classifier at `path`, unless --reward_weights names both.
+    """The terms by name, the classifier being the one at `path`.
 
     `separator` stands between prompt and response where a classifier reads both: nothing for a causal model, whose
     response goes on in mid-sentence, a space for an encoder-decoder's.
@@ -28,7 +33,7 @@ def load_reward_terms(config: Config, path: str, device: torch.device, separator
     terms: dict[str, RewardTerm] = {}
     if config.reward_fn:
         terms["reward_fn"] = load_reward_function(config.reward_fn)
-    if not config.reward_fn or "reward_model" in weights:
+    if needs_reward_model(config):
         terms["reward_model"] = classifier_term(config, path, device, separator)
     for name in weights:
         if name not in terms:

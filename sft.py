@@ -102,7 +102,7 @@ def train_language_model(
 
 def run_sft(config: Config) -> Path:
     """The `sft` stage: train the language model, print its held-out perplexity, and save it whole."""
-    folder = new_stage_folder(config, "sft")
+    folder = stage_folder(config, "sft")
     texts = column(load_rows(config, "train"), config.prompt_column, "prompt_column")
     held_out = column(load_rows(config, "validation", 1000), config.prompt_column, "prompt_column")
     if config.trains_from_scratch:
@@ -149,7 +149,7 @@ def accuracy(model: PreTrainedModel, texts: list[list[int]], labels: list[int], 
 
 def run_reward(config: Config, language_model_path: str) -> Path:
     """The `reward` stage: train a classifier of the labelled texts, print its held-out accuracy, and save it whole."""
-    folder = new_stage_folder(config, "reward")
+    folder = stage_folder(config, "reward")
     device = pick_device(config.device)
     tokenizer = load_tokenizer(language_model_path)
     train, held_out = load_rows(config, "train"), load_rows(config, "validation", 2000)
@@ -193,10 +193,3 @@ def held_out_accuracies(
     half = [text[: math.ceil(len(text) / 2)][-length:] for text in texts]
     whole_accuracy, half_accuracy = (accuracy(model, cut, labels, tokenizer.pad_token_id) for cut in (whole, half))
     return whole_accuracy, half_accuracy
-
-
-def new_stage_folder(config: Config, stage: str) -> Path:
-    folder = stage_folder(config, stage)
-    if folder.exists():
-        raise UsageError(f"{folder} exists already; name another --output_dir, so that nothing is overwritten")
-    return folder

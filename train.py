@@ -3,9 +3,8 @@
 Read `train` first, then `collect_rollout` and `update`. The equations are in ppo.py, the models in model.py.
 """
 
-import csv
-import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +28,8 @@ from report import (
     memory_estimate,
     notice,
     rollout_stats,
+    timing,
+    write_logs,
 )
 from reward import RewardTerm, load_reward_terms, total_reward
 
@@ -83,20 +84,9 @@ def collect_rollout(
     returns = ppo.estimate_returns(advantages, values, mask)
     if config.whiten_advantages:
         advantages = ppo.masked_whiten(advantages, mask)
-    rollout = ppo.Rollout(
-        query_ids,
-        query_mask,
-        response_ids,
-        mask,
-        logprobs,
-        ref_logprobs,
-        values,
-        scores,
-        kl,
-        token_rewards,
-        advantages,
-        returns,
-    )
+    behaviour = (logprobs, ref_logprobs, values)
+    learned_from = (scores, kl, token_rewards, advantages, returns)
+    rollout = ppo.Rollout(query_ids, query_mask, response_ids, mask, *behaviour, *learned_from)
     stats = rollout_stats(rollout, term_rewards, rewards)
     stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
     return Collected(rollout, sampled, responses, term_rewards, rewards, stats)
@@ -213,13 +203,12 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
 
     generator = torch.Generator().manual_seed(config.seed)
     batches = prompt_batches(prompts, config.batch_size, generator)
-    first = next(batches)
     if config.dry_run:
-        return dry_run(models, first, config, generator)
+        return dry_run(models, next(batches), config, generator)
     folder.mkdir(parents=True)
     write_whole(folder / "run_config.json", to_json(config))
     write_whole(folder / NOTICE, notice(config, n_parameters) + "\n")
-    run_updates(models, first, batches, config, generator, folder)
+    run_updates(models, batches, config, generator, folder)
 
     before, after = (
         evaluate_policy(policy, models.reference, models.tokenizer, models.terms, held_out, config)
@@ -236,7 +225,9 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     print(notice(config, n_parameters))
 
 
-def run_updates(models: Models, first: list[Prompt], batches, config: Config, generator, folder: Path) -> None:
+def run_updates(
+    models: Models, batches: Iterator[list[Prompt]], config: Config, generator: torch.Generator, folder: Path
+) -> None:
     """n_updates of rollout and update, each logged as it ends."""
     policy, kl_coef = models.policy, config.kl_coef
     optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate, eps=1e-5, fused=True)
@@ -244,7 +235,7 @@ def run_updates(models: Models, first: list[Prompt], batches, config: Config, ge
     bar = tqdm(range(config.n_updates), desc="PPO", unit="update")
     for step in bar:
         started = time.perf_counter()
-        batch = first if step == 0 else next(batches)
+        batch = next(batches)
         collected = collect_rollout(models, batch, config, kl_coef, generator)
         if step == 0:
             check_invariants(policy, collected.rollout, collected.sampled, config)
@@ -255,43 +246,22 @@ def run_updates(models: Models, first: list[Prompt], batches, config: Config, ge
         if not torch.isfinite(torch.tensor(stats["loss"])):
             raise RunError(f"the loss is {stats['loss']} at update {step}; try a lower --learning_rate")
         log.append({"step": step, **collected.stats, **stats, "kl_coef": kl_coef, "learning_rate": group["lr"]})
-        log[-1]["explained_variance"] = explained_variance(collected.rollout)
         if config.kl_target:
             kl_coef = ppo.adapt_kl_coef(
                 kl_coef, collected.stats["kl_k3"], config.kl_target, config.kl_horizon, config.batch_size
             )
         timings.append(timing(step, started, sampled, collected.rollout))
-        write_logs(folder, log, timings, batch, collected)
+        write_logs(folder, log, timings, log_rows(step, batch, collected))
         bar.set_postfix(bar_numbers(collected.stats), refresh=False)
 
 
-def explained_variance(rollout: ppo.Rollout) -> float:
-    return ppo.explained_variance(rollout.values, rollout.returns, rollout.mask).item()
-
-
-def timing(step: int, started: float, sampled: float, rollout: ppo.Rollout) -> dict[str, float]:
-    """Seconds of an update's two halves, and response tokens a second over both."""
-    now = time.perf_counter()
-    return {
-        "step": step,
-        "seconds_rollout": sampled - started,
-        "seconds_update": now - sampled,
-        "tokens_per_second": rollout.mask.sum().item() / (now - started),
-    }
-
-
-def write_logs(folder: Path, log: list[dict], timings: list[dict], prompts: list[Prompt], collected: Collected) -> None:
-    """training_stats.json and timings.json rewritten whole; training_log.csv grows by a row a response."""
-    write_whole(folder / "training_stats.json", json.dumps(log, indent=1))
-    write_whole(folder / "timings.json", json.dumps(timings, indent=1))
-    path = folder / "training_log.csv"
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if file.tell() == 0:
-            writer.writerow(["step", "query", "response", "reward", *(f"reward_{name}" for name in collected.terms)])
-        for i, (prompt, response) in enumerate(zip(prompts, collected.responses, strict=True)):
-            terms = [values[i].item() for values in collected.terms.values()]
-            writer.writerow([log[-1]["step"], prompt.text, response, collected.rewards[i].item(), *terms])
+def log_rows(step: int, prompts: list[Prompt], collected: Collected) -> list[dict]:
+    """A rollout's rows of training_log.csv: what was asked, what was answered, what it earned."""
+    columns = {"reward": collected.rewards, **{f"reward_{name}": x for name, x in collected.terms.items()}}
+    return [
+        {"step": step, "query": prompt.text, "response": response, **{name: x[i].item() for name, x in columns.items()}}
+        for i, (prompt, response) in enumerate(zip(prompts, collected.responses, strict=True))
+    ]
 
 
 def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[Models, list[Prompt]]:

@@ -1,5 +1,24 @@
+"""Test-wide settings: torchtyping's runtime checks work, and a skip that nobody agreed to fails the run."""
+
+import pytest
 import torch
 
 # torchtyping 0.1.5 reads Tensor.names, which PyTorch 2.13 no longer has.
 if not hasattr(torch.Tensor, "names"):
     torch.Tensor.names = property(lambda tensor: (None,) * tensor.ndim)
+
+AGREED_SKIPS: set[str] = set()  # names of tests that may be skipped, with the reason beside each
+
+unexpected_skips: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.skipped and report.nodeid.split("::")[-1].split("[")[0] not in AGREED_SKIPS:
+        unexpected_skips.append(report.nodeid)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if unexpected_skips and session.exitstatus == 0:
+        print("\nskipped, and not on the list of agreed skips:", *unexpected_skips, sep="\n  ")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
