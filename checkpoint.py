@@ -10,7 +10,20 @@ from pathlib import Path
 
 from config import Config, RunError, UsageError
 
-NOTICE = "NOTICE.txt"
+
+def notice(config: Config) -> str:
+    """What the models trained here are and are not, and the command for the real thing; empty for any other run."""
+    if not config.trains_from_scratch:
+        return ""
+    width = config.n_embd
+    layers = config.n_layer * (12 * width + 13) * width
+    parameters = (config.vocab_size + config.context_length + 2) * width + layers + width + 1  # with the value head
+    data = config.dataset_path or "generated movie reviews"
+    return (
+        f"This is a teaching demonstration: a language model of {parameters:,} parameters, trained here "
+        f"from scratch on {data}. Nothing was downloaded; it is neither GPT-2 nor IMDB. GPT-2 on IMDB is\n"
+        "    python main.py --task train --preset gpt2-imdb     (downloads about 2 GB)"
+    )
 
 
 @contextmanager
@@ -93,8 +106,8 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
             config, spec.name
         ):
             raise UsageError(
-                f"{path} was trained with --{spec.name} {before[spec.name]}, and this run asks for "
-                f"{getattr(config, spec.name)}; move that folder away, or leave the flag as it was"
+                f"{path} was trained with --{spec.name} {before[spec.name]!r}, and this run asks for "
+                f"{getattr(config, spec.name)!r}; move that folder away, or leave the flag as it was"
             )
     return True
 

@@ -25,6 +25,10 @@ TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")
 USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finished run and its settings
 
 
+REWARD_OUTPUTS = ("logit", "logprob", "probability", "margin")
+KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
+
+
 def option(group: str, default, text: str, interval: str = "", choices: tuple[str, ...] = ()):
     """A field with its help (units included), the interval its value must lie in, or the choices it has."""
     metadata = {"group": group, "help": text, "interval": interval, "choices": choices}
@@ -57,19 +61,13 @@ class Config:
         "data", 0, "keep this many first tokens as the prompt, in whole words; 0: all", "[0, inf)"
     )
     max_prompt_length: int = option("data", 512, "longest prompt in tokens", "[1, inf)")
-    long_prompts: str = option(
-        "data", "truncate", "a prompt that is too long: cut on the left, or refused", choices=("truncate", "refuse")
-    )
+    long_prompts: str = option("data", "truncate", "longer ones: cut on the left?", choices=("truncate", "refuse"))
 
     # reward
     reward_model_path: str = option("reward", "", "sequence classifier: Hub id or folder; none: the one trained here")
     reward_label: str = option("reward", "", "the label that is rewarded, by name or index; none: the last")
-    reward_output: str = option(
-        "reward", "logit", "what is taken of it", choices=("logit", "logprob", "probability", "margin")
-    )
-    reward_input: str = option(
-        "reward", "prompt_response", "text that is scored", choices=("prompt_response", "response")
-    )
+    reward_output: str = option("reward", "logit", "what is taken of the label", choices=REWARD_OUTPUTS)
+    reward_input: str = option("reward", "prompt_response", "text scored", choices=("prompt_response", "response"))
     reward_fn: str = option("reward", "", "FILE.py:NAME of a function (prompts, responses, rows) -> scores")
     reward_weights: str = option("reward", "", "weights of the terms, as in reward_model=1.0,reward_fn=0.5; none: 1")
     missing_eos_penalty: float = option(
@@ -101,12 +99,7 @@ class Config:
     lam: float = option("ppo", 0.95, "lambda of GAE: 1 trusts returns, 0 trusts values", "[0, 1]")
     whiten_advantages: bool = option("ppo", True, "shift and scale advantages to mean 0, variance 1 over the rollout")
     kl_coef: float = option("ppo", 0.05, "price of one nat of KL to the reference, in reward units", "[0, inf)")
-    kl_estimator: str = option(
-        "ppo",
-        "k1",
-        "of the KL in the reward; only k1 has the right optimum, the others are there to be compared",
-        choices=("k1", "k2", "k3", "abs"),
-    )
+    kl_estimator: str = option("ppo", "k1", "in the reward: only k1 has the right optimum", choices=KL_ESTIMATORS)
     kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
     kl_horizon: float = option("ppo", 10000, "responses over which kl_coef adapts", "(0, inf)")
     target_kl: float = option(
@@ -129,9 +122,7 @@ class Config:
 
     # evaluation
     eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, inf)")
-    eval_split: str = option(
-        "evaluation", "test", "validation: to choose by; test: to report", choices=("validation", "test")
-    )
+    eval_split: str = option("evaluation", "test", "to report on, or to choose by", choices=("test", "validation"))
 
     # generate
     prompt: tuple[str, ...] = option("generate", (), "a prompt; may be given several times")
@@ -228,6 +219,10 @@ def coerce(spec: dataclasses.Field, value):
     """A file's or flag's value in the field's type: YAML reads 1e-5 as text. Raises UsageError where it cannot be."""
     kind = tuple if get_args(spec.type) else spec.type
     try:
+        if value is None:
+            return {str: "", tuple: ()}[kind]
+        if type(value) in (list, dict, bool) and type(value) is not (list if kind is tuple else kind):
+            raise TypeError(value)
         if kind is tuple:
             return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
         if kind is bool and not isinstance(value, bool):
@@ -275,7 +270,12 @@ def build_parser() -> argparse.ArgumentParser:
         group = spec.metadata["group"]
         groups.setdefault(group, parser.add_argument_group(group))
         limits = spec.metadata["interval"] or " | ".join(spec.metadata["choices"])
-        text = " ".join(filter(None, [spec.metadata["help"], limits, f"(default {spec.default or 'none'})"]))
+        text = " ".join(
+            filter(
+                None,
+                [spec.metadata["help"], limits, f"(default {'none' if spec.default in ('', ()) else spec.default})"],
+            )
+        )
         if spec.type is bool:
             settings = {"action": argparse.BooleanOptionalAction}
         elif get_args(spec.type):
@@ -303,7 +303,10 @@ def newest_run(output_dir: str) -> Path:
 def run_settings(output_dir: str) -> dict:
     """The settings of a finished run, as the base of the tasks that use its policy."""
     run = newest_run(output_dir)
-    settings = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
+    try:
+        settings = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run / 'run_config.json'} cannot be read: {error}") from None
     return settings | {"output_dir": str(run)}
 
 
@@ -335,6 +338,12 @@ def preset_settings(settings: dict) -> dict:
     if preset and preset not in PRESETS:
         raise UsageError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
     return {"preset": preset} | PRESETS.get(preset, {})
+
+
+def describe(config: Config) -> str:
+    """The resolved settings that are not the defaults, in a line; all of them are in a run's run_config.json."""
+    changed = [spec.name for spec in dataclasses.fields(config) if getattr(config, spec.name) != spec.default]
+    return "settings: " + ", ".join(f"{name} {getattr(config, name)}" for name in changed)
 
 
 def to_json(config: Config) -> str:

@@ -49,6 +49,7 @@ def load_splits(path: str) -> dict:
     import datasets  # a second to import, which --help and the built-in data need not wait for
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     kind = FORMATS.get(Path(path).suffix)
     if kind and not Path(path).is_file():
         raise UsageError(f"--dataset_path {path} does not exist")
@@ -100,10 +101,10 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, 
 
 
 def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[str]:
-    """The longest beginning of each text that ends with a word and takes at most n_tokens, or its first token."""
+    """The longest beginning of each text that ends with a word and takes at most n_tokens."""
     openings = []
     for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False).input_ids, strict=True):
-        start = tokenizer.decode(ids[:n_tokens])
+        start = tokenizer.decode(ids[:n_tokens]).rstrip("\ufffd")  # half a character
         cuts_a_word = len(ids) > n_tokens and not text[len(start) : len(start) + 1].isspace()
         openings.append(start.rsplit(maxsplit=1)[0] if cuts_a_word and len(start.split()) > 1 else start)
     return openings
@@ -130,6 +131,8 @@ def read_prompts(path: str) -> list[str]:
         lines = [line for line in text.splitlines() if line.strip()]
         rows = json.loads(text) if path.endswith(".json") else lines
         rows = [json.loads(line) for line in lines] if path.endswith(".jsonl") else rows
+        if not isinstance(rows, list):
+            raise TypeError("expected a list")
         prompts = [row if isinstance(row, str) else row.get("prompt") or row["query"] for row in rows]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"

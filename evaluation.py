@@ -5,6 +5,7 @@ that had no part in the training: a bag-of-words classifier and a language model
 """
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -49,7 +50,8 @@ def evaluate_policy(
         for i, prompt in enumerate(batch):
             real = ids[i][mask[i]].tolist()
             table.append(
-                {"query": prompt.text, "response": texts[i], "reward": total[i].item()}
+                {"query": prompt.text, "response": texts[i], "text": policy.separator.join([prompt.text, texts[i]])}
+                | {"reward": total[i].item()}
                 | {f"reward_{name}": value[i].item() for name, value in rewards.items()}
                 | {"length": len(real), "ended": tokenizer.eos_token_id in real}
                 | {"kl": kl[i].item(), "value": values[i, 0].item()}
@@ -162,7 +164,7 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
 
 def summarise(rows: list[dict], text_judge: Callable | None, fluency_judge: PolicyModel | None, pad_id: int) -> dict:
     """The figures of one policy; see `BOUNDS` for what each should stay within."""
-    texts = [row["query"] + row["response"] for row in rows]
+    texts = [row["text"] for row in rows]
     summary = {
         "reward": float(np.mean([row["reward"] for row in rows])),
         "length": float(np.mean([row["length"] for row in rows])),
@@ -225,13 +227,12 @@ def save_comparison(folder: Path, before: list[dict], after: list[dict], figures
     results.mkdir(exist_ok=True)
     write_whole(results / "comparison.json", json.dumps(figures, indent=2))
     pairs = sorted(zip(before, after, strict=True), key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
-    with (results / "samples.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"])
-        for a, b in pairs:
-            writer.writerow(
-                [a["query"], a["response"], b["response"], a["reward"], b["reward"], b["reward"] - a["reward"]]
-            )
+    buffer = io.StringIO()
+    writer = csv.writer(buffer)
+    writer.writerow(["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"])
+    for a, b in pairs:
+        writer.writerow([a["query"], a["response"], b["response"], a["reward"], b["reward"], b["reward"] - a["reward"]])
+    write_whole(results / "samples.csv", buffer.getvalue())
 
 
 def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:

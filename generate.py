@@ -95,7 +95,7 @@ def sample_tokens(
 
 
 @contextmanager
-def eval_mode(policy: PolicyModel) -> Iterator[None]:
+def eval_mode(policy: PolicyModel):
     """Eval mode for a while: in train mode, activation checkpointing would silently drop the key/value cache."""
     was_training = policy.training
     policy.eval()

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -47,7 +48,7 @@ def load(factory, flag: str, path: str, **settings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return factory.from_pretrained(path, **settings)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         where = "a folder without a usable model" if Path(path).exists() else "no folder, and no reachable Hub model"
         reason = str(error).strip().splitlines()[0][:200]
         raise UsageError(f"--{flag} {path} is {where}: {reason}") from None

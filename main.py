@@ -6,18 +6,18 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait collapse on a shared core
 
-from checkpoint import new_ppo_folder, new_stage_folder, stage_folder, trained_stage
-from config import Config, RunError, UsageError, parse_args
+from checkpoint import new_ppo_folder, new_stage_folder, notice, stage_folder, trained_stage
+from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
 
 
 def run(config: Config) -> None:
     """Run one task. Each task's module is imported in its own branch, so that --help does not wait for torch."""
-    if config.task in ("generate", "evaluate", "plot"):
+    if config.task in USES_A_RUN:
         print(f"using {config.output_dir}")
     if config.task == "plot":
         from plot import plot_training
 
-        return print(plot_training(Path(config.output_dir)))
+        return print(plot_training(Path(config.output_dir), notice(config)))
     base_model = config.base_model_name or str(stage_folder(config, "sft"))
     reward_model = config.reward_model_path or str(stage_folder(config, "reward"))
     if config.task == "generate":
@@ -34,20 +34,17 @@ def run(config: Config) -> None:
 def run_training(config: Config, base_model: str, reward_model: str) -> None:
     """The task sft, reward or train, and before it the stages whose folders are not there yet; each seeds itself."""
     folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
-    from dataset import column, load_rows
-    from reward import load_reward_function, needs_reward_model
-    from sft import run_reward, run_sft
+    print(notice(config), describe(config), sep="\n")
+    from reward import needs_reward_model
+    from sft import check_before_training, run_reward, run_sft
     from train import train
 
-    # refuse what can be refused before minutes of training
-    column(load_rows(config, "train"), config.prompt_column, "prompt_column")
-    if config.reward_fn:
-        load_reward_function(config.reward_fn)
-    wants_reward = config.task == "train" and needs_reward_model(config)
-
+    wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
+    trains_reward = config.task == "reward" or (wants_reward and not trained_stage(config, reward_model, "reward"))
+    check_before_training(config, trains_reward)
     if config.task == "sft" or (config.trains_from_scratch and not trained_stage(config, base_model, "sft")):
         run_sft(seeded(config))
-    if config.task == "reward" or (wants_reward and not trained_stage(config, reward_model, "reward")):
+    if trains_reward:
         run_reward(seeded(config), base_model)
     if config.task == "train":
         train(seeded(config), base_model, reward_model, folder)

@@ -17,8 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ppo import token_entropy, token_logprobs
 
-REWARD_OUTPUTS = ("logit", "logprob", "probability", "margin")
-
 
 class Scores(NamedTuple):
     """Per response token: log-probability in nats, value in reward units, and entropy in nats where asked for."""

@@ -16,18 +16,6 @@ from ppo import Rollout, explained_variance, importance_ratio, masked_mean
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # nats, between sampling token by token and scoring at once
 
 
-def notice(config: Config, n_parameters: int) -> str:
-    """What the tiny preset is and is not, and the command for the real thing; empty for any other run."""
-    if not config.trains_from_scratch:
-        return ""
-    data = config.dataset_path or "generated movie reviews"
-    return (
-        f"This is a teaching demonstration: a language model of {n_parameters:,} parameters, trained here from scratch "
-        f"on {data}. Nothing was downloaded; it is neither GPT-2 nor IMDB. GPT-2 on IMDB is\n"
-        "    python main.py --task train --preset gpt2-imdb     (downloads about 2 GB)"
-    )
-
-
 def batch_arithmetic(config: Config, n_prompts: int) -> str:
     """prompts -> rollouts -> forward passes -> optimizer steps, in words."""
     rows = config.mini_batch_size * config.gradient_accumulation_steps

@@ -29,18 +29,22 @@ def load_reward_terms(config: Config, path: str, device: torch.device, separator
     `separator` stands between prompt and response where a classifier reads both: nothing for a causal model, whose
     response goes on in mid-sentence, a space for an encoder-decoder's.
     """
-    weights = parse_weights(config.reward_weights)
+    check_weights(config)
     terms: dict[str, RewardTerm] = {}
     if config.reward_fn:
         terms["reward_fn"] = load_reward_function(config.reward_fn)
     if needs_reward_model(config):
         terms["reward_model"] = classifier_term(config, path, device, separator)
-    for name in weights:
-        if name not in terms:
-            raise UsageError(
-                f"--reward_weights names {name!r}; the terms here are {', '.join(terms)}{nearest(name, terms)}"
-            )
     return terms
+
+
+def check_weights(config: Config) -> None:
+    """Raise UsageError if --reward_weights names a term that this run does not have."""
+    terms = ["reward_fn"] * bool(config.reward_fn) + ["reward_model"] * needs_reward_model(config)
+    for name in parse_weights(config.reward_weights):
+        if name not in terms:
+            known = f"{', '.join(terms)}{nearest(name, terms)}"
+            raise UsageError(f"--reward_weights names {name!r}; the terms here are {known}")
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -50,6 +54,8 @@ def parse_weights(text: str) -> dict[str, float]:
         name, _, number = part.partition("=")
         try:
             weights[name.strip()] = float(number)
+            if not math.isfinite(float(number)):
+                raise ValueError(number)
         except ValueError:
             raise UsageError(f"--reward_weights has {part!r}, expected name=number, ...") from None
     return weights
@@ -85,7 +91,7 @@ def load_reward_function(spec: str) -> RewardTerm:
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(f"--reward_fn {path} cannot be imported: {type(error).__name__}: {error}") from None
     function = getattr(module, name, None)
     if not callable(function):

@@ -17,6 +17,7 @@ from checkpoint import stage_folder, whole_folder, write_whole
 from config import Config, UsageError, to_json
 from dataset import column, load_rows, pad
 from loading import context_length, load_language_model, load_tokenizer, new_language_model, new_tokenizer, pick_device
+from reward import check_weights, load_reward_function
 
 IGNORED = -100  # the label that cross-entropy leaves out
 
@@ -93,11 +94,31 @@ def train_language_model(
     else:
         model = load_language_model(config.base_model_name, "float32", device)
     pieces = token_pieces(texts, tokenizer, min(context_length(model.config), config.context_length))
+    if not pieces:
+        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text to train on")
     generator = torch.Generator().manual_seed(config.seed)
     groups = length_grouped([len(piece) for piece in pieces], config.sft_batch_size, generator)
     batches = (language_batch([pieces[i] for i in group], tokenizer.pad_token_id, device) for group in groups)
     fit(model, batches, config.sft_steps, config.sft_learning_rate, name)
     return model
+
+
+def check_before_training(config: Config, trains_reward: bool) -> None:
+    """Refuse, before minutes of training, what would be refused after them: data, columns, weights, lengths."""
+    check_weights(config)
+    if config.reward_fn:
+        load_reward_function(config.reward_fn)
+    rows = load_rows(config, "train", None if config.dataset_path or trains_reward else 1)
+    column(rows, config.prompt_column, "prompt_column")
+    load_rows(config, "validation", 1)
+    if trains_reward:
+        class_names(rows, config)
+    longest = config.max_prompt_length + config.max_new_tokens
+    if config.task == "train" and config.trains_from_scratch and longest > config.context_length:
+        raise UsageError(
+            f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} "
+            f"is more than the {config.context_length} tokens of --context_length"
+        )
 
 
 def run_sft(config: Config) -> Path:
@@ -137,6 +158,14 @@ def cut_short(ids: list[int], length: int, generator: torch.Generator) -> list[i
     return ids[:kept][-length:]
 
 
+def class_names(rows: list[dict], config: Config) -> dict[int, str]:
+    """The classes of the label column by number. Raises UsageError unless they are 0, 1, ..., two at least."""
+    labels = sorted(set(column(rows, config.label_column, "label_column", int)))
+    if labels != list(range(len(labels))) or len(labels) < 2:
+        raise UsageError(f"--label_column {config.label_column!r} holds {labels[:5]}, expected 0, 1, ...")
+    return {label: {0: "NEGATIVE", 1: "POSITIVE"}.get(label, str(label)) for label in labels}
+
+
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, texts: list[list[int]], labels: list[int], pad_id: int) -> float:
     """Share of the texts whose likeliest label is their own."""
@@ -153,10 +182,7 @@ def run_reward(config: Config, language_model_path: str) -> Path:
     device = pick_device(config.device)
     tokenizer = load_tokenizer(language_model_path)
     train, held_out = load_rows(config, "train"), load_rows(config, "validation", 2000)
-    labels = column(train, config.label_column, "label_column", int)
-    names = {label: {0: "NEGATIVE", 1: "POSITIVE"}.get(label, str(label)) for label in sorted(set(labels))}
-    if list(names) != list(range(len(names))) or len(names) < 2:
-        raise UsageError(f"--label_column {config.label_column!r} holds {list(names)[:5]}, expected 0, 1, ...")
+    labels, names = column(train, config.label_column, "label_column", int), class_names(train, config)
     model = AutoModelForSequenceClassification.from_pretrained(
         language_model_path, num_labels=len(names), id2label=names, pad_token_id=tokenizer.pad_token_id
     ).to(device)

@@ -3,6 +3,7 @@
 Read `train` first, then `collect_rollout` and `update`. The equations are in ppo.py, the models in model.py.
 """
 
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import ppo
-from checkpoint import NOTICE, move_into, whole_folder, write_whole
+from checkpoint import move_into, notice, whole_folder, write_whole
 from config import Config, RunError, to_json
 from dataset import Prompt, load_prompts, prompt_batches
 from evaluation import evaluate_policy, reward_difference, sample_pairs
@@ -26,7 +27,6 @@ from report import (
     batch_arithmetic,
     check_invariants,
     memory_estimate,
-    notice,
     rollout_stats,
     timing,
     write_logs,
@@ -198,16 +198,13 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     n_parameters = sum(p.numel() for p in models.policy.parameters())
     held_out = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
     check_context(config, models.policy)
-    print(notice(config, n_parameters) or f"{base_model}: {n_parameters:,} parameters")
+    print(f"{base_model}: {n_parameters:,} parameters, on {models.policy.value_head.weight.device}")
     print(f"{batch_arithmetic(config, len(prompts))}\n{memory_estimate(config, models.policy)}")
 
     generator = torch.Generator().manual_seed(config.seed)
     batches = prompt_batches(prompts, config.batch_size, generator)
     if config.dry_run:
         return dry_run(models, next(batches), config, generator)
-    folder.mkdir(parents=True)
-    write_whole(folder / "run_config.json", to_json(config))
-    write_whole(folder / NOTICE, notice(config, n_parameters) + "\n")
     run_updates(models, batches, config, generator, folder)
 
     before, after = (
@@ -218,11 +215,11 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
         save_policy(models.policy, models.tokenizer, scratch)
     move_into(folder / "policy", folder)
     (folder / "policy").rmdir()
-    figure = plot_training(folder, notice(config, n_parameters))
+    figure = plot_training(folder, notice(config))
     print(f"\n{reward_difference(before, after)}\n\n{sample_pairs(before, after)}\n")
     print(f"policy, tokenizer, logs: {folder}\ntraining curves: {figure}")
-    print(f'now try: python main.py --task generate --output_dir {folder} --prompt "{held_out[0].text}"')
-    print(notice(config, n_parameters))
+    print(f"now try: python main.py --task generate --output_dir {folder} --prompt {shlex.quote(held_out[0].text)}")
+    print(notice(config))
 
 
 def run_updates(
@@ -239,6 +236,9 @@ def run_updates(
         collected = collect_rollout(models, batch, config, kl_coef, generator)
         if step == 0:
             check_invariants(policy, collected.rollout, collected.sampled, config)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / "run_config.json", to_json(config))
+            write_whole(folder / "NOTICE.txt", notice(config) + "\n")
         sampled = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -267,7 +267,6 @@ def log_rows(step: int, prompts: list[Prompt], collected: Collected) -> list[dic
 def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[Models, list[Prompt]]:
     """Policy, frozen reference, tokenizer and reward terms, and the prompts to train on."""
     device = pick_device(config.device)
-    print(f"device: {device}")
     tokenizer = load_tokenizer(base_model)
     prompts = load_prompts(config, tokenizer, "train", config.n_updates * config.batch_size)
     policy = load_policy(base_model, config.dtype, device, config.gradient_checkpointing)

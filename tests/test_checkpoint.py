@@ -1,0 +1,178 @@
+"""Files and folders appear whole or not at all, and every stage finds its place."""
+
+import os
+import time
+
+import pytest
+from micro import micro_config
+
+from checkpoint import (
+    check_writable,
+    move_into,
+    new_ppo_folder,
+    new_stage_folder,
+    stage_folder,
+    trained_stage,
+    whole_folder,
+    write_whole,
+)
+from config import RunError, UsageError, newest_run, to_json
+
+pytest_plugins = ["micro"]
+
+
+def names(folder) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_whole_folder_appears_with_its_files_when_the_block_ends(tmp_path):
+    target = tmp_path / "deep" / "model"
+    with whole_folder(target) as scratch:
+        (scratch / "weights").write_text("all of them")
+        assert not target.exists()
+    assert names(tmp_path) == {"deep", "deep/model", "deep/model/weights"}
+    assert (target / "weights").read_text() == "all of them"
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
+def test_whole_folder_leaves_nothing_behind_an_exception(error, tmp_path):
+    with pytest.raises(type(error)), whole_folder(tmp_path / "model") as scratch:
+        (scratch / "weights").write_text("half of them")
+        raise error
+    assert names(tmp_path) == set()
+
+
+def test_whole_folder_tells_a_full_disk_in_one_sentence_and_leaves_nothing(tmp_path):
+    with pytest.raises(RunError, match="model cannot be written: No space left"), whole_folder(tmp_path / "model"):
+        raise OSError(28, "No space left on device")
+    assert names(tmp_path) == set()
+
+
+def test_whole_folder_keeps_what_is_there_already(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("old")
+    with pytest.raises(RunError), whole_folder(tmp_path / "model") as scratch:
+        (scratch / "weights").write_text("new")
+    assert names(tmp_path) == {"model", "model/weights"}
+    assert (tmp_path / "model" / "weights").read_text() == "old"
+
+
+def test_whole_folder_below_a_file_is_a_run_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="file/model cannot be written"), whole_folder(tmp_path / "file" / "model"):
+        pytest.fail("the block must not run")
+
+
+def test_write_whole_replaces_a_file_only_at_the_end(tmp_path, monkeypatch):
+    """Until the rename, a reader finds the old text under the name, whatever has been written aside."""
+    path, seen = tmp_path / "log", []
+    write_whole(path, "old")
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: (seen.append(path.read_text()), fsync(number)))
+    write_whole(path, "nëw")
+    assert seen == ["old"]
+    assert path.read_text(encoding="utf-8") == "nëw"
+    assert names(tmp_path) == {"log"}
+
+
+def test_write_whole_keeps_the_old_file_when_it_cannot_finish(tmp_path, monkeypatch):
+    path = tmp_path / "log"
+    write_whole(path, "old")
+
+    def fsync(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(RunError, match="log cannot be written: No space left on device"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_move_into_moves_every_file_over_what_is_there(tmp_path):
+    source, target = tmp_path / "source", tmp_path / "target"
+    for folder, files in ((source, "ab"), (target, "bc")):
+        folder.mkdir()
+        for name in files:
+            (folder / name).write_text(folder.name)
+    move_into(source, target)
+    assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "source", "b": "source", "c": "target"}
+    assert list(source.iterdir()) == []
+
+
+def test_stages_live_under_the_name_of_the_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = micro_config(task="train")
+    assert str(stage_folder(config, "sft")) == "saved_models/tiny/sft"
+    assert str(stage_folder(micro_config(dataset_path="data/mine.csv"), "sft")) == "saved_models/tiny-mine/sft"
+    assert str(stage_folder(micro_config(preset="", base_model_name="org/gpt"), "reward")) == "saved_models/gpt/reward"
+    own = micro_config(task="sft", output_dir="elsewhere")
+    assert [str(stage_folder(own, stage)) for stage in ("sft", "reward")] == ["elsewhere", "saved_models/tiny/reward"]
+
+
+def test_a_new_run_takes_the_next_free_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for expected in ("ppo", "ppo-2", "ppo-3"):
+        folder = new_ppo_folder(micro_config())
+        assert str(folder) == f"saved_models/tiny/{expected}"
+        folder.mkdir(parents=True)
+    (tmp_path / "saved_models/tiny/ppo-2").rmdir()
+    assert new_ppo_folder(micro_config()).name == "ppo-2"
+
+
+def test_an_explicit_folder_must_be_new_or_empty(tmp_path):
+    folder = tmp_path / "mine"
+    assert new_ppo_folder(micro_config(output_dir=str(folder))) == folder
+    folder.mkdir()
+    assert new_ppo_folder(micro_config(output_dir=str(folder))) == folder
+    (folder / "notes").write_text("")
+    with pytest.raises(UsageError, match="mine is not empty"):
+        new_ppo_folder(micro_config(output_dir=str(folder)))
+    with pytest.raises(UsageError, match="notes is not empty"):
+        new_ppo_folder(micro_config(output_dir=str(folder / "notes")))
+
+
+def test_a_stage_is_never_trained_over_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = micro_config(task="sft")
+    assert str(new_stage_folder(config)) == "saved_models/tiny/sft"
+    new_stage_folder(config).mkdir(parents=True)
+    with pytest.raises(UsageError, match="saved_models/tiny/sft exists already"):
+        new_stage_folder(config)
+
+
+def test_a_folder_below_a_file_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    check_writable(tmp_path / "new" / "newer")
+    with pytest.raises(UsageError, match="file is not a folder"):
+        check_writable(tmp_path / "file" / "new" / "newer")
+
+
+def test_a_stage_counts_as_trained_only_with_the_settings_of_this_run(tmp_path):
+    """Those that shape it: an sft step count matters to the language model, not to the reward model."""
+    trained = micro_config()
+    folder = tmp_path / "sft"
+    assert not trained_stage(trained, str(folder), "sft")
+    folder.mkdir()
+    (folder / "run_config.json").write_text(to_json(trained))
+    assert trained_stage(trained, str(folder), "sft")
+    assert trained_stage(micro_config(learning_rate=1.0, reward_steps=9), str(folder), "sft")
+    for change in ({"sft_steps": 9}, {"n_layer": 2}, {"dataset_path": "mine.csv"}, {"prompt_column": "review"}):
+        with pytest.raises(UsageError, match=f"--{next(iter(change))} "):
+            trained_stage(micro_config(**change), str(folder), "sft")
+
+
+def test_the_newest_run_is_the_one_whose_policy_was_saved_last(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="no trained policy"):
+        newest_run("")
+    now = time.time()
+    for age, name in enumerate(["tiny/ppo-2", "other/ppo", "tiny/ppo"]):
+        folder = tmp_path / "saved_models" / name
+        folder.mkdir(parents=True)
+        (folder / "value_head.safetensors").write_text("")
+        os.utime(folder / "value_head.safetensors", (now - age, now - age))
+    (tmp_path / "saved_models/tiny/ppo-3").mkdir()  # unfinished: no policy in it yet
+    assert str(newest_run("")) == "saved_models/tiny/ppo-2"
+    assert str(newest_run("saved_models/tiny/ppo")) == "saved_models/tiny/ppo"
+    with pytest.raises(UsageError, match="ppo-3 holds no trained policy"):
+        newest_run("saved_models/tiny/ppo-3")

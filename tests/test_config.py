@@ -1,0 +1,495 @@
+"""Settings: where a value comes from, what is refused, and that every field does something."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from micro import SETTINGS, flags, micro_config, review_texts
+
+import config as config_module
+import evaluation
+import main
+import sft
+import train
+from checkpoint import new_ppo_folder, stage_folder
+from config import PRESETS, Config, UsageError, coerce, parse_args, to_json
+from dataset import load_prompts, load_rows
+from generate import respond
+from loading import load_tokenizer, new_language_model, new_tokenizer, pick_device
+from reward import load_reward_terms
+
+pytest_plugins = ["micro"]
+FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
+CPU = torch.device("cpu")
+
+
+def parse(*arguments) -> Config:
+    return parse_args([str(argument) for argument in arguments])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Where a value comes from
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_beats_the_file_which_beats_the_preset_which_beats_the_default(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("preset: gpt2-imdb\nn_updates: 7\nlearning_rate: 1e-5\n")
+    default = Config().n_updates
+    assert parse("--base_model_name", "gpt2").n_updates == default
+    assert parse("--preset", "gpt2-imdb").n_updates == PRESETS["gpt2-imdb"]["n_updates"] != default
+    assert parse("--config", file).n_updates == 7
+    assert parse("--config", file, "--n_updates", 8).n_updates == 8
+    assert parse("--n_updates", 8, "--config", file).n_updates == 8
+    from_file = parse("--config", file)
+    assert (from_file.preset, from_file.max_prompt_length) == ("gpt2-imdb", PRESETS["gpt2-imdb"]["max_prompt_length"])
+    assert from_file.learning_rate == 1e-5
+    assert parse("--config", file, "--preset", "tiny").max_new_tokens == PRESETS["tiny"]["max_new_tokens"]
+
+
+def test_the_tiny_preset_applies_only_where_no_preset_and_no_model_is_named():
+    assert parse().preset == "tiny"
+    assert {name: getattr(parse(), name) for name in PRESETS["tiny"]} == PRESETS["tiny"]
+    named = parse("--base_model_name", "gpt2")
+    assert named.preset == "" and named == Config(base_model_name="gpt2")
+    both = parse("--preset", "tiny", "--base_model_name", "gpt2")
+    assert (both.preset, both.n_updates) == ("tiny", PRESETS["tiny"]["n_updates"])
+
+
+def test_a_preset_sets_fields_that_exist_to_values_that_are_allowed():
+    for name, settings in PRESETS.items():
+        assert set(settings) <= set(FIELDS)
+        assert Config(preset=name, **settings) == parse("--preset", name)
+
+
+def test_a_file_may_be_yaml_or_json(tmp_path):
+    """PyYAML reads 1e-5 as text; numbers, truth values and lists come in either form."""
+    (tmp_path / "a.yaml").write_text(
+        "learning_rate: 1e-5\nn_updates: 1e2\nwhiten_scores: true\ndry_run: 'False'\nprompt: [A, B]\nseed: '3'\n"
+    )
+    (tmp_path / "b.json").write_text(
+        json.dumps({"learning_rate": 1e-5, "n_updates": 100.0, "whiten_scores": True, "prompt": ["A", "B"], "seed": 3})
+    )
+    first, second = parse("--config", tmp_path / "a.yaml"), parse("--config", tmp_path / "b.json")
+    assert first == second
+    assert (first.learning_rate, first.n_updates, first.seed) == (1e-5, 100, 3)
+    assert (first.whiten_scores, first.dry_run, first.prompt) == (True, False, ("A", "B"))
+    assert isinstance(first.n_updates, int)
+
+
+def test_an_empty_value_in_a_file_is_no_text(tmp_path):
+    """`base_model_name:` means that none is named, not a model of the name None."""
+    (tmp_path / "a.yaml").write_text("base_model_name:\nreward_fn: null\n")
+    parsed = parse("--config", tmp_path / "a.yaml")
+    assert (parsed.base_model_name, parsed.reward_fn, parsed.preset) == ("", "", "tiny")
+
+
+@pytest.mark.parametrize("text", ["base_model_name: [a, b]", "seed: true", "gamma: null", "whiten_scores: 2"])
+def test_a_value_of_another_type_in_a_file_is_refused(text, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(UsageError, match=f"--{text.split(':')[0]} is .*, expected "):
+        parse("--config", tmp_path / "a.yaml")
+
+
+def test_a_file_with_an_unknown_field_is_refused_with_the_nearest(tmp_path):
+    (tmp_path / "a.json").write_text('{"clip_rang": 0.1}')
+    with pytest.raises(UsageError, match=r"unknown field 'clip_rang'; did you mean clip_range\?"):
+        parse("--config", tmp_path / "a.json")
+
+
+def test_truth_values_have_two_flags():
+    assert parse("--whiten_scores").whiten_scores and not parse("--no-whiten_scores").whiten_scores
+    assert Config().whiten_advantages and not parse("--no-whiten_advantages").whiten_advantages
+
+
+def test_a_prompt_may_be_given_several_times():
+    assert parse("--prompt", "A film", "--prompt", "B").prompt == ("A film", "B")
+
+
+def test_a_finished_run_lends_its_settings_to_what_uses_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "saved_models/tiny/ppo"
+    folder.mkdir(parents=True)
+    (folder / "value_head.safetensors").write_text("")
+    (folder / "run_config.json").write_text(to_json(micro_config(kl_coef=0.3, temperature=0.7)))
+    for task in ("generate", "evaluate", "plot"):
+        used = parse("--task", task, "--max_new_tokens", 5)
+        assert (used.task, used.kl_coef, used.temperature, used.max_new_tokens) == (task, 0.3, 0.7, 5)
+        assert used.output_dir == "saved_models/tiny/ppo"
+        assert used.n_layer == SETTINGS["n_layer"]
+    assert parse("--task", "train").kl_coef == PRESETS["tiny"]["kl_coef"]
+
+
+def test_saved_settings_read_back_as_they_were(tmp_path):
+    (tmp_path / "a.json").write_text(to_json(micro_config(prompt=("A",), whiten_scores=True, learning_rate=3e-7)))
+    assert parse("--config", tmp_path / "a.json") == micro_config(prompt=("A",), whiten_scores=True, learning_rate=3e-7)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is refused
+# ----------------------------------------------------------------------------------------------------------------
+
+BOUNDED = [name for name, spec in FIELDS.items() if spec.metadata["interval"]]
+
+
+@pytest.mark.parametrize("name", BOUNDED)
+def test_values_outside_a_fields_interval_are_refused_and_its_ends_are_not(name):
+    """An end that belongs to the interval is allowed; one that does not, and what lies beyond, is named."""
+    interval = FIELDS[name].metadata["interval"]
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    step = 1 if FIELDS[name].type is int else 0.125
+    outside = [low - step, low if interval[0] == "(" else low - step]
+    outside += [high + step, high if interval[-1] == ")" else high + step] if high < float("inf") else []
+    for value in outside:
+        value = coerce(FIELDS[name], value)
+        with pytest.raises(UsageError, match=f"--{name} is {value}, expected a value in "):
+            Config(task="generate", **{name: value})
+    inside = [low if interval[0] == "[" else low + step, *([high] if interval[-1] == "]" else [])]
+    rest = {"batch_size": 64, "mini_batch_size": 64, "n_embd": 64, "n_head": 1}
+    rest |= {"mini_batch_size": 1} if name in ("batch_size", "gradient_accumulation_steps") else {}
+    for value in inside:
+        value = coerce(FIELDS[name], value)
+        assert getattr(Config(task="generate", **rest | {name: value}), name) == value
+
+
+@pytest.mark.parametrize("name", [name for name, spec in FIELDS.items() if spec.metadata["choices"]])
+def test_choices_are_kept_to(name):
+    choices = FIELDS[name].metadata["choices"]
+    for choice in choices:
+        assert getattr(Config(**{name: choice}), name) == choice
+    with pytest.raises(UsageError, match=f"--{name} '{choices[0]}x' is not one of .*; did you mean "):
+        Config(**{name: choices[0] + "x"})
+
+
+def test_numbers_that_are_none_are_refused():
+    for name, spec in FIELDS.items():
+        if spec.type is float and spec.metadata["interval"]:
+            with pytest.raises(UsageError, match=f"--{name} is nan"):
+                Config(**{name: float("nan")})
+
+
+def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
+    with pytest.raises(UsageError, match="the nearest that does is 12 rows in all"):
+        Config(batch_size=12, mini_batch_size=3, gradient_accumulation_steps=5)
+    with pytest.raises(UsageError, match="the nearest that does is 4 rows in all"):
+        Config(batch_size=8, mini_batch_size=5)
+    assert Config(batch_size=12, mini_batch_size=3, gradient_accumulation_steps=4).batch_size == 12
+
+
+def test_training_samples_from_the_distribution_that_it_scores():
+    for change in ({"top_k": 5}, {"top_p": 0.5}, {"min_new_tokens": 1}, {"temperature": 0.0}):
+        with pytest.raises(UsageError, match="--task generate"):
+            Config(task="train", **change)
+        assert Config(task="generate", **change)
+    assert Config(task="train", temperature=0.7)
+
+
+def test_settings_cannot_be_changed_afterwards():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().seed = 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Help
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_help(name):
+    assert len(FIELDS[name].metadata["help"]) >= 8
+    assert FIELDS[name].metadata["group"]
+
+
+@pytest.fixture(scope="module")
+def help_text(tmp_path_factory) -> str:
+    """`--help` in a process of its own, which also tells whether it has imported torch."""
+    code = (
+        "import sys, main\n"
+        "try: main.main(['--help'])\n"
+        "except SystemExit as end: print('code', end.code)\n"
+        "print('heavy', [name for name in ('torch', 'transformers', 'datasets', 'matplotlib') if name in sys.modules])"
+    )
+    environment = {"PYTHONPATH": str(Path(main.__file__).parent), "COLUMNS": "200", "PATH": ""}
+    folder = tmp_path_factory.mktemp("help")
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.stderr == ""
+    return done.stdout
+
+
+def entry_of(name: str, help_text: str) -> str:
+    """What the help says about a field, in one line."""
+    return re.search(rf" --{name}[ ,].*?\(default .*?\)", " ".join(help_text.split()))[0]
+
+
+def test_help_does_not_wait_for_torch(help_text):
+    assert help_text.endswith("code 0\nheavy []\n")
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_help_lists_every_field_with_its_limits_and_default(name, help_text):
+    spec = FIELDS[name]
+    entry = entry_of(name, help_text)
+    assert spec.metadata["help"].split()[0] in entry
+    assert spec.metadata["interval"] in entry
+    for choice in spec.metadata["choices"]:
+        assert choice in entry
+    if spec.default or spec.default in ("", ()):
+        assert f"(default {spec.default or 'none'})" in entry
+
+
+def test_a_default_of_zero_or_false_is_shown_as_what_it_is(help_text):
+    """`none` would leave open what a seed or a penalty is when it is not given."""
+    for name, spec in FIELDS.items():
+        if spec.type in (int, float, bool):
+            assert f"(default {spec.default})" in entry_of(name, help_text)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Every field does something
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """What a setting may change, each as something that can be compared; all of it in a folder of its own."""
+
+    def __init__(self, folder: Path, stages: Path) -> None:
+        self.folder, self.sft, self.reward = folder, str(stages / "sft"), str(stages / "reward")
+        (folder / "reward.py").write_text(
+            "def reward(prompts, responses, rows):\n    return [float(len(response)) for response in responses]\n"
+        )
+        rows = [
+            {"text": text, "other": text[::-1], "label": n % 2, "stars": 1} for n, text in enumerate(review_texts())
+        ]
+        (folder / "data").mkdir()
+        for name, part in (("train", rows[:150]), ("test", rows[150:])):
+            lines = "".join(json.dumps(row) + "\n" for row in part)
+            (folder / "data" / f"{name}.jsonl").write_text(lines)
+
+    def base(self, config: Config) -> str:
+        return config.base_model_name or self.sft
+
+    def weights(self, config: Config) -> list:
+        """The policy and its values after two updates."""
+        torch.manual_seed(config.seed)
+        models, prompts = train.load_models(config, self.base(config), self.reward)
+        generator = torch.Generator().manual_seed(config.seed)
+        batches = train.prompt_batches(prompts, config.batch_size, generator)
+        folder = self.folder / "run"
+        folder.mkdir(exist_ok=True)
+        train.run_updates(models, batches, config, generator, folder)
+        return [parameter.tolist() for parameter in models.policy.parameters()]
+
+    def policy(self, config: Config) -> list:
+        models, _ = train.load_models(config, self.base(config), self.reward)
+        first = next(models.policy.parameters())
+        return [first.dtype, models.policy.language_model.is_gradient_checkpointing]
+
+    def prompts(self, config: Config) -> list:
+        """The held-out prompts, and those of training."""
+        tokenizer = load_tokenizer(self.sft)
+        held_out = load_prompts(config, tokenizer, config.eval_split, config.eval_samples)
+        return [held_out, load_prompts(config, tokenizer, "train", 4)]
+
+    def refusal(self, observe: Callable, config: Config):
+        try:
+            return observe(config)
+        except UsageError as error:
+            return str(error)
+
+    def responses(self, config: Config) -> list[str]:
+        models, _ = train.load_models(dataclasses.replace(config, task="generate"), self.sft, self.reward)
+        ids = [models.tokenizer("The film").input_ids] * 4
+        return respond(models.policy, models.tokenizer, ids, config, torch.Generator().manual_seed(0)).texts
+
+    def rewards(self, config: Config) -> list:
+        terms = load_reward_terms(config, config.reward_model_path or self.reward, CPU)
+        texts = ["The film"] * 2, [" is good.", " is bad."]
+        return [values.tolist() for values in train.total_reward(terms, *texts, [{}, {}], config)[1].values()]
+
+    def language_model(self, config: Config) -> list:
+        """Tokenizer, shape and first weights of a model that is trained from scratch."""
+        torch.manual_seed(config.seed)
+        texts = [row[config.prompt_column] for row in load_rows(config, "train")]
+        tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)
+        model = new_language_model(config, tokenizer)
+        shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+        return [tokenizer.get_vocab(), shapes, model.config.n_head]
+
+    def stage(self, run: Callable, name: str, config: Config) -> bytes:
+        """The weights of a stage after its training."""
+        torch.manual_seed(config.seed)
+        number = len(list(self.folder.glob("stage-*")))
+        config = dataclasses.replace(config, task=name, output_dir=str(self.folder / f"stage-{number}"))
+        return (run(config) / "model.safetensors").read_bytes()
+
+    def trained_reward(self, config: Config) -> bytes:
+        return self.stage(partial(sft.run_reward, language_model_path=self.sft), "reward", config)
+
+    def trained_language_model(self, config: Config) -> bytes:
+        return self.stage(sft.run_sft, "sft", config)
+
+
+@pytest.fixture(scope="module")
+def bench(chain, tmp_path_factory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("bench"), chain.root / "saved_models/tiny")
+
+
+@pytest.fixture(autouse=True)
+def quick_measures(request, monkeypatch):
+    """The stages' measures on held-out reviews are tested elsewhere."""
+    if "bench" in request.fixturenames:
+        monkeypatch.setattr(sft, "perplexity", lambda *_: 1.0)
+        monkeypatch.setattr(sft, "held_out_accuracies", lambda *_: (1.0, 1.0))
+        monkeypatch.setattr(train, "write_logs", lambda *_: None)
+
+
+def observed(name: str) -> Callable:
+    return lambda bench, config: getattr(bench, name)(config)
+
+
+WEIGHTS, PROMPTS, RESPONSES, REWARDS = map(observed, ("weights", "prompts", "responses", "rewards"))
+POLICY, MODEL = map(observed, ("policy", "language_model"))
+SFT, REWARD = map(observed, ("trained_language_model", "trained_reward"))
+DATA = {"dataset_path": "DATA"}  # stands for the folder of the bench
+MOVING = {"learning_rate": 0.03}  # far enough for the clips to bind
+TWO_TERMS = {"reward_fn": "FUNCTION", "reward_weights": "reward_fn=1,reward_model=1"}
+
+# field: the value that it is changed to, what shows it, and the settings without which it has nothing to do
+EFFECTS = {
+    "dtype": ("bfloat16", POLICY, {}),
+    "gradient_checkpointing": (True, POLICY, {}),
+    "seed": (1, WEIGHTS, {}),
+    "base_model_name": ("REWARD", lambda bench, config: bench.base(config), {}),
+    "dataset_path": ("DATA", PROMPTS, {}),
+    "dataset_split": ("test", PROMPTS, DATA),
+    "prompt_column": ("other", PROMPTS, DATA),
+    "label_column": ("stars", lambda bench, config: bench.refusal(bench.trained_reward, config), DATA),
+    "prompt_tokens": (2, PROMPTS, {}),
+    "max_prompt_length": (2, PROMPTS, {}),
+    "long_prompts": ("refuse", lambda b, c: b.refusal(b.prompts, c), {"prompt_tokens": 0}),
+    "eval_samples": (3, PROMPTS, {}),
+    "eval_split": ("test", PROMPTS, {"eval_split": "validation"}),
+    "reward_model_path": ("nowhere", lambda bench, config: bench.refusal(bench.rewards, config), {}),
+    "reward_label": ("NEGATIVE", REWARDS, {}),
+    "reward_output": ("margin", REWARDS, {"reward_output": "logit"}),
+    "reward_input": ("response", REWARDS, {}),
+    "reward_fn": ("FUNCTION", REWARDS, {}),
+    "reward_weights": ("reward_fn=1,reward_model=-3", WEIGHTS, TWO_TERMS),
+    "missing_eos_penalty": (7.0, WEIGHTS, {}),
+    "whiten_scores": (True, WEIGHTS, {}),
+    "score_clip": (0.01, WEIGHTS, {}),
+    "max_new_tokens": (5, WEIGHTS, {}),
+    "temperature": (0.5, WEIGHTS, {}),
+    "top_k": (1, RESPONSES, {"task": "generate"}),
+    "top_p": (0.01, RESPONSES, {"task": "generate"}),
+    "min_new_tokens": (6, RESPONSES, {"task": "generate", "temperature": 40.0, "max_new_tokens": 30}),
+    "n_updates": (3, WEIGHTS, {}),
+    "batch_size": (6, WEIGHTS, {}),
+    "mini_batch_size": (4, WEIGHTS, {}),
+    "gradient_accumulation_steps": (2, WEIGHTS, {}),
+    "ppo_epochs": (1, WEIGHTS, {}),
+    "learning_rate": (1e-3, WEIGHTS, {}),
+    "max_grad_norm": (1e-4, WEIGHTS, {}),
+    "clip_range": (0.01, WEIGHTS, MOVING),
+    "clip_range_value": (0.001, WEIGHTS, MOVING),
+    "value_coef": (1.0, WEIGHTS, {}),
+    "entropy_coef": (0.5, WEIGHTS, {}),
+    "gamma": (0.5, WEIGHTS, {}),
+    "lam": (0.1, WEIGHTS, {}),
+    "whiten_advantages": (False, WEIGHTS, {}),
+    "kl_coef": (2.0, WEIGHTS, {}),
+    "kl_estimator": ("k3", WEIGHTS, MOVING),
+    "kl_target": (1e-3, WEIGHTS, MOVING | {"n_updates": 3}),
+    "kl_horizon": (10.0, WEIGHTS, MOVING | {"n_updates": 3, "kl_target": 1e-3}),
+    "target_kl": (1e-7, WEIGHTS, MOVING),
+    "vocab_size": (320, MODEL, {}),
+    "context_length": (20, MODEL, {}),
+    "n_layer": (2, MODEL, {}),
+    "n_embd": (32, MODEL, {}),
+    "n_head": (4, MODEL, {}),
+    "n_reviews": (400, MODEL, {}),
+    "sft_steps": (4, SFT, {}),
+    "sft_batch_size": (5, SFT, {}),
+    "sft_learning_rate": (1e-4, SFT, {}),
+    "reward_steps": (4, REWARD, {}),
+    "reward_batch_size": (5, REWARD, {}),
+    "reward_learning_rate": (1e-4, REWARD, {}),
+    "device": ("meta", lambda bench, config: pick_device(config.device), {}),
+    "output_dir": ("mine", lambda bench, config: new_ppo_folder(config), {}),
+    "preset": ("mine", lambda bench, config: stage_folder(config, "sft"), {}),
+}
+# Tested where they do their work: each of these decides what a whole command does.
+ELSEWHERE = {
+    "task": "test_main.py",
+    "dry_run": "test_main.py: test_a_dry_run_samples_and_leaves_nothing",
+    "prompt": "test_main.py: test_generate_answers_each_prompt_and_repeats_itself",
+    "prompts": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
+    "num_samples": "test_main.py: test_generate_draws_several_samples",
+    "output": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
+}
+
+
+def test_every_field_is_in_the_table():
+    assert set(EFFECTS) | set(ELSEWHERE) == set(FIELDS)
+    for where in ELSEWHERE.values():
+        file, _, test = where.partition(": ")
+        assert f"def {test}" in (Path(__file__).parent / file).read_text(encoding="utf-8")
+
+
+BASELINES: dict = {}
+
+
+def show(bench: Bench, observe: Callable, settings: dict):
+    paths = {"DATA": bench.folder / "data", "FUNCTION": f"{bench.folder / 'reward.py'}:reward", "REWARD": bench.reward}
+    return observe(bench, micro_config(**{k: str(paths.get(v, v)) if v in paths else v for k, v in settings.items()}))
+
+
+@pytest.mark.parametrize("name", EFFECTS)
+def test_every_field_changes_something(name, bench):
+    value, observe, needed = EFFECTS[name]
+    key = (observe, tuple(needed.items()))
+    if key not in BASELINES:
+        BASELINES[key] = show(bench, observe, needed)
+    assert show(bench, observe, needed | {name: value}) != BASELINES[key]
+
+
+def test_without_a_change_nothing_changes(bench):
+    """So that the table above shows the settings, and not noise."""
+    for observe in (WEIGHTS, PROMPTS, REWARDS, POLICY, MODEL, SFT, REWARD):
+        first = BASELINES.get((observe, ())) or show(bench, observe, {})
+        assert show(bench, observe, {}) == first
+
+
+def test_no_field_is_without_a_reader():
+    """Each is read somewhere outside config.py, as an attribute or through the sampling options."""
+    folder = Path(config_module.__file__).parent
+    code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py") if path.name != "config.py")
+    unread = [name for name in FIELDS if f"config.{name}" not in code and f'"{name}"' not in code]
+    assert unread == ["preset"]  # it is read by `Config.run_name`
+
+
+def test_evaluation_reads_the_split_that_is_asked_for(monkeypatch, tokenizer):
+    parts = []
+    monkeypatch.setattr(evaluation, "load_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: torch.nn.Identity())
+
+    def load_prompts(config, tokenizer, part, limit):
+        parts.append((part, limit))
+        return []
+
+    monkeypatch.setattr(evaluation, "load_prompts", load_prompts)
+    for split in ("validation", "test"):
+        with pytest.raises(UsageError, match=f"{split} has 0 prompts"):
+            evaluation.evaluate(micro_config(task="evaluate", output_dir="x", eval_split=split), "base", "reward")
+    assert parts == [("validation", 4), ("test", 4)]
+
+
+def test_flags_of_the_tests_are_the_settings_of_the_tests():
+    assert parse("--task", "train", *flags()) == micro_config()

@@ -1,0 +1,296 @@
+"""Rows, their parts, prompts, padding and decoding."""
+
+import collections
+import json
+
+import pandas
+import pytest
+import torch
+from micro import micro_config
+from transformers import AutoTokenizer
+
+from config import UsageError
+from dataset import (
+    PARTS,
+    Prompt,
+    column,
+    decode_responses,
+    first_words,
+    limit_length,
+    load_prompts,
+    load_rows,
+    pad,
+    prompt_batches,
+    read_prompts,
+)
+
+pytest_plugins = ["micro"]
+ROWS = [{"text": f"Text number {number}.", "label": number % 2} for number in range(100)]
+
+
+def write(folder, name: str, rows: list[dict] = ROWS) -> str:
+    """The rows in a file, in the format of its ending."""
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    table = pandas.DataFrame(rows)
+    if name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(rows))
+    elif name.endswith(".csv"):
+        table.to_csv(path, index=False)
+    elif name.endswith(".parquet"):
+        table.to_parquet(path)
+    else:
+        path.write_text("".join(row["text"] + "\n" for row in rows))
+    return str(path)
+
+
+def parts_of(path: str, **settings) -> dict[str, list[dict]]:
+    return {part: load_rows(micro_config(dataset_path=path, **settings), part) for part in PARTS}
+
+
+def texts_of(rows: list[dict]) -> list[str]:
+    return [row["text"] for row in rows]
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet"])
+def test_a_file_is_divided_into_parts_that_share_no_row(name, tmp_path):
+    """A quarter to judge, a twentieth to choose by, a tenth to report on, the rest to train on; nothing is lost."""
+    parts = parts_of(write(tmp_path, name))
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 60, "judge": 25, "validation": 5, "test": 10}
+    rows = [row for part in parts.values() for row in part]
+    assert sorted(rows, key=lambda row: int(row["text"].split()[-1][:-1])) == ROWS
+
+
+def test_every_format_and_every_call_gives_the_same_parts(tmp_path):
+    expected = parts_of(write(tmp_path, "rows.json"))
+    assert parts_of(write(tmp_path, "again.json"), seed=5) == expected
+    for name in ("rows.jsonl", "rows.csv", "rows.parquet"):
+        assert parts_of(write(tmp_path, name)) == expected
+    assert texts_of(expected["train"]) != texts_of(ROWS[:60])  # shuffled
+
+
+def test_a_text_file_has_a_row_a_line(tmp_path):
+    parts = parts_of(write(tmp_path, "rows.txt"))
+    assert sorted(text for rows in parts.values() for text in texts_of(rows)) == sorted(texts_of(ROWS))
+    assert list(parts["train"][0]) == ["text"]
+
+
+def test_a_folder_with_a_test_file_keeps_it_for_reporting(tmp_path):
+    """Then the tenth that would have been the test part stays with the training rows."""
+    write(tmp_path, "data/train.csv")
+    write(tmp_path, "data/test.csv", [{"text": f"Held out {number}.", "label": 1} for number in range(7)])
+    parts = parts_of(str(tmp_path / "data"))
+    assert sorted(texts_of(parts["test"])) == [f"Held out {number}." for number in range(7)]
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 70, "judge": 25, "validation": 5, "test": 7}
+    others = [text for part in ("train", "judge", "validation") for text in texts_of(parts[part])]
+    assert sorted(others) == sorted(texts_of(ROWS))
+    rows = load_rows(micro_config(dataset_path=str(tmp_path / "data"), dataset_split="test"), "train")
+    assert {text.split()[0] for text in texts_of(rows)} == {"Held"}
+
+
+def test_the_first_rows_of_a_part_are_its_beginning(tmp_path):
+    config = micro_config(dataset_path=write(tmp_path, "rows.csv"))
+    assert load_rows(config, "train", 7) == load_rows(config, "train")[:7]
+    built_in = micro_config(n_reviews=100)
+    assert load_rows(built_in, "train", 7) == load_rows(built_in, "train")[:7]
+
+
+def test_the_parts_of_the_built_in_reviews_share_no_text():
+    """Each is generated from a seed of its own."""
+    parts = {part: set(texts_of(load_rows(micro_config(n_reviews=300), part))) for part in PARTS}
+    for part, texts in parts.items():
+        assert len(load_rows(micro_config(n_reviews=300), part)) == 300
+        others = set().union(*(parts[other] for other in PARTS if other != part))
+        assert len(texts & others) == 0
+
+
+def test_a_file_or_split_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UsageError, match=r"nowhere\.csv does not exist"):
+        load_rows(micro_config(dataset_path=str(tmp_path / "nowhere.csv")), "train")
+    with pytest.raises(UsageError, match=r"'dev' is not in .*; it has train"):
+        load_rows(micro_config(dataset_path=write(tmp_path, "rows.csv"), dataset_split="dev"), "train")
+
+
+def test_a_column_is_found_and_checked():
+    rows = [{"text": "one", "label": 0}, {"text": None, "label": 1}]
+    assert column(rows, "label", "label_column", int) == [0, 1]
+    with pytest.raises(UsageError, match="--prompt_column 'txt' is no column of the data; it has text, label; did you"):
+        column(rows, "txt", "prompt_column")
+    with pytest.raises(UsageError, match="--prompt_column 'text' holds a NoneType in row 1, expected a str"):
+        column(rows, "text", "prompt_column")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Prompts
+# ----------------------------------------------------------------------------------------------------------------
+
+SENTENCE = "The film is about a lonely librarian who falls for the stranger upstairs, and I was deeply unimpressed."
+
+
+@pytest.mark.parametrize("n_tokens", range(1, 30))
+def test_first_words_is_the_longest_beginning_of_whole_words(n_tokens, tokenizer):
+    """Brute force over every beginning that ends in front of a space or at the end of the text."""
+    (opening,) = first_words([SENTENCE], tokenizer, n_tokens)
+    ends = [i for i, character in enumerate(SENTENCE) if character == " "] + [len(SENTENCE)]
+    fitting = [SENTENCE[:end] for end in ends if len(tokenizer(SENTENCE[:end]).input_ids) <= n_tokens]
+    assert SENTENCE.startswith(opening) and opening
+    assert len(tokenizer(opening).input_ids) <= n_tokens
+    if fitting:
+        assert opening == fitting[-1]
+
+
+def test_first_words_keeps_short_texts_as_they_are(tokenizer):
+    assert first_words(["A film.", ""], tokenizer, 50) == ["A film.", ""]
+
+
+@pytest.mark.parametrize(
+    "text", ["caf\u00e9 noir was good", "\U0001f600\U0001f600\U0001f600 fun", "na\u00efve \u00e9l\u00e8ve \u4e2d\u6587"]
+)
+def test_first_words_never_cuts_a_character(text, tokenizer):
+    """A character may take several tokens; a prompt must stay a beginning of its text."""
+    for n_tokens in range(1, len(tokenizer(text).input_ids) + 1):
+        (opening,) = first_words([text], tokenizer, n_tokens)
+        assert text.startswith(opening)
+
+
+def test_prompts_come_with_ids_and_their_own_row(tmp_path, tokenizer):
+    rows = [{"question": SENTENCE, "answer": number} for number in range(40)]
+    settings = {"prompt_column": "question", "prompt_tokens": 8, "max_prompt_length": 12}
+    config = micro_config(dataset_path=write(tmp_path, "rows.jsonl", rows), **settings)
+    prompts = load_prompts(config, tokenizer, "train", 10)
+    assert len(prompts) == 10
+    for prompt in prompts:
+        assert SENTENCE.startswith(prompt.text) and len(prompt.text) < len(SENTENCE)
+        assert prompt.ids == tokenizer(prompt.text).input_ids and 0 < len(prompt.ids) <= 8
+        assert prompt.row["question"] == SENTENCE
+    assert [prompt.row for prompt in prompts] == load_rows(config, "train")[:10]
+
+
+def test_without_prompt_tokens_the_column_is_the_prompt(tmp_path, tokenizer):
+    config = micro_config(dataset_path=write(tmp_path, "rows.csv"), prompt_tokens=0, max_prompt_length=40)
+    assert [prompt.text for prompt in load_prompts(config, tokenizer, "train", 60)] == texts_of(
+        load_rows(config, "train")
+    )
+
+
+def test_long_prompts_lose_their_beginning_and_are_counted(capsys):
+    prompts = [Prompt("a", [1, 2, 3, 4], {}), Prompt("b", [5, 6], {}), Prompt("c", [7, 8, 9], {})]
+    short = limit_length(prompts, micro_config(max_prompt_length=2))
+    assert [prompt.ids for prompt in short] == [[3, 4], [5, 6], [8, 9]]
+    assert capsys.readouterr().out == "2 of 3 prompts were cut on the left to 2 tokens\n"
+    assert limit_length(prompts, micro_config(max_prompt_length=4)) == prompts
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UsageError, match=r"1 of 3 prompts are longer than --max_prompt_length 3 tokens .*has 4"):
+        limit_length(prompts, micro_config(max_prompt_length=3, long_prompts="refuse"))
+
+
+def test_blank_prompts_are_left_out(tmp_path, tokenizer):
+    rows = [{"text": "A film." if number % 2 else ""} for number in range(40)]
+    config = micro_config(dataset_path=write(tmp_path, "rows.jsonl", rows))
+    prompts = load_prompts(config, tokenizer, "train", 24)
+    assert {prompt.text for prompt in prompts} == {"A film."} and 0 < len(prompts) < 24
+
+
+def test_prompts_are_read_from_files(tmp_path):
+    def read(name: str, text: str) -> list[str]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return read_prompts(str(tmp_path / name))
+
+    assert read("a.txt", "Ein Café\n\n  \nB\n") == ["Ein Café", "B"]
+    assert read("a.jsonl", '{"prompt": "A"}\n"B"\n\n{"query": "C"}\n') == ["A", "B", "C"]
+    assert read("a.json", '["A", {"query": "B"}]') == ["A", "B"]
+    for name, text in {"b.json": "{", "b.jsonl": '{"text": "A"}', "c.json": "[]", "d.json": "[1]", "e.txt": ""}.items():
+        with pytest.raises(UsageError, match=f"--prompts .*{name}"):
+            read(name, text)
+    with pytest.raises(UsageError, match=r"nowhere\.txt"):
+        read_prompts(str(tmp_path / "nowhere.txt"))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Batches
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_padding_is_on_the_side_asked_for():
+    """Worked by hand; the pad id may also be a real token."""
+    ids, mask = pad([[5, 6, 7], [8], [9, 0]], 0, "left")
+    assert ids.tolist() == [[5, 6, 7], [0, 0, 8], [0, 9, 0]]
+    assert mask.tolist() == [[True, True, True], [False, False, True], [False, True, True]]
+    ids, mask = pad([[5, 6, 7], [8], [9, 0]], 3, "right")
+    assert ids.tolist() == [[5, 6, 7], [8, 3, 3], [9, 0, 3]]
+    assert mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
+    assert ids.dtype == torch.long and mask.dtype == torch.bool
+
+
+def take(batches, n: int) -> list[list[int]]:
+    return [[prompt.ids[0] for prompt in next(batches)] for _ in range(n)]
+
+
+def numbered_prompts(n: int) -> list[Prompt]:
+    return [Prompt(str(number), [number], {}) for number in range(n)]
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (3, 7), (1, 2)])
+def test_batches_cover_every_prompt_once_a_pass(n, batch_size):
+    """Also where a batch straddles two passes, and where it is larger than one."""
+    batches = prompt_batches(numbered_prompts(n), batch_size, torch.Generator().manual_seed(0))
+    drawn = take(batches, 3 * n)
+    assert {len(batch) for batch in drawn} == {batch_size}
+    flat = [number for batch in drawn for number in batch]
+    passes = [flat[start : start + n] for start in range(0, len(flat), n)]
+    assert all(sorted(numbers) == list(range(n)) for numbers in passes)
+    assert n < 10 or passes[0] != passes[1]
+
+
+def test_batches_repeat_with_their_seed_and_change_with_it():
+    def draw(seed: int) -> list[list[int]]:
+        return take(prompt_batches(numbered_prompts(20), 5, torch.Generator().manual_seed(seed)), 8)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+    assert collections.Counter(number for batch in draw(1) for number in batch) == dict.fromkeys(range(20), 2)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Decoding
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def decode(tokenizer, prompts: list[str], responses: list[list[int]], encoder_decoder: bool = False) -> list[str]:
+    query = pad([tokenizer(prompt).input_ids for prompt in prompts], tokenizer.pad_token_id, "left")
+    response = pad(responses, tokenizer.pad_token_id, "right")
+    return decode_responses(tokenizer, *query, *response, encoder_decoder)
+
+
+def test_a_response_keeps_its_leading_space_and_loses_special_tokens(tokenizer):
+    end = [tokenizer.eos_token_id]
+    responses = [tokenizer(text).input_ids for text in (" is good.", "s are bad", "")]
+    texts = decode(tokenizer, ["The film", "A longer prompt about film", "Short"], [ids + end for ids in responses])
+    assert texts == [" is good.", "s are bad", ""]
+
+
+def test_what_stands_beyond_the_mask_is_not_decoded(tokenizer):
+    ids = torch.tensor([tokenizer(" good film").input_ids])
+    query, ones = torch.tensor([tokenizer("A").input_ids]), torch.ones(1, 1, dtype=torch.bool)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    mask[:, :1] = True
+    expected = tokenizer.decode(ids[0, :1])
+    assert decode_responses(tokenizer, query, ones, ids, mask, False) == [expected]
+
+
+def test_a_tokenizer_that_drops_leading_spaces_keeps_them_behind_a_prompt(t5_folder):
+    """As SentencePiece does: alone, ▁is decodes to `is`."""
+    tokenizer = AutoTokenizer.from_pretrained(t5_folder)
+    ids = tokenizer("is good", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == "is good"
+    query = pad([tokenizer("The film", add_special_tokens=False).input_ids], 0, "left")
+    response = pad([[*ids, tokenizer.eos_token_id]], 0, "right")
+    assert decode_responses(tokenizer, *query, *response, False) == [" is good"]
+    assert decode_responses(tokenizer, *query, *response, True) == ["is good"]
+
+
+def test_an_encoder_decoders_response_stands_alone(tokenizer):
+    ids = [tokenizer(" good").input_ids]
+    assert decode(tokenizer, ["The film"], ids, encoder_decoder=True) == [" good"]

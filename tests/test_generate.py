@@ -1,0 +1,466 @@
+"""The sampler: greedy against transformers' own, sampled against the softmax, and what becomes of rows that end."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import EOS, FAMILIES, PAD, VOCAB, brute_force, letter_tokenizer, next_token, tiny_policy
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+import ppo
+from config import Config
+from dataset import Prompt, pad
+from generate import draw, eval_mode, respond, sample, sample_tokens, truncate_logits
+from loading import new_tokenizer
+from model import PolicyModel, frozen_copy
+from train import Models, collect_rollout
+
+QUERIES = [[5, 3, 8, 2, 9], [4, 7], [6], [2, 2, 10]]
+NEVER = -1  # an EOS id that no token has
+
+
+def encode(policy: PolicyModel, queries=QUERIES, pad_id: int = PAD) -> list[torch.Tensor]:
+    return [*pad(queries, pad_id, "right" if policy.is_encoder_decoder else "left")]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def assert_close(actual, expected, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=atol)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Greedy
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_generate(family, training, checkpointing):
+    """Oracle: `generate` in eval mode without checkpointing. In train mode with it, the cache would be lost silently
+    and `generate` itself would give other tokens."""
+    policy = tiny_policy(family)
+    query_ids, query_mask = encode(policy)
+    expected = policy.language_model.generate(
+        input_ids=query_ids,
+        attention_mask=query_mask.long(),
+        do_sample=False,
+        max_new_tokens=12,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+    )
+    expected = expected[:, 1:] if policy.is_encoder_decoder else expected[:, query_ids.shape[1] :]
+    if checkpointing:
+        policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    policy.train(training)
+    drawn = sample(policy, query_ids, query_mask, 12, EOS, PAD, temperature=0.0)
+    assert drawn.response_ids.tolist() == expected.tolist()
+    assert policy.training == policy.language_model.training == training
+    assert len(set(expected.flatten().tolist())) > 3  # else a wrong cache could go unnoticed
+    assert (drawn.logprobs == 0).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_is_the_likeliest_token_at_every_step(family):
+    """Oracle: the whole prefix anew for every token, without cache and without padding."""
+    policy = tiny_policy(family)
+    drawn = sample(policy, *encode(policy), 6, NEVER, PAD, temperature=0.0)
+    for query, response in zip(QUERIES, drawn.response_ids.tolist(), strict=True):
+        for t in range(6):
+            assert response[t] == next_token(policy, query, response[:t])[0].argmax().item()
+
+
+def test_eval_mode_is_for_a_while_only_and_ends_after_an_error_too():
+    policy = tiny_policy("gpt2").train()
+    with eval_mode(policy):
+        assert not policy.training
+        assert not policy.language_model.training
+    assert policy.training
+    with pytest.raises(RuntimeError), eval_mode(policy):
+        raise RuntimeError
+    assert policy.training
+    assert policy.language_model.training
+    with eval_mode(policy.eval()):
+        pass
+    assert not policy.training
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Frequencies
+# ----------------------------------------------------------------------------------------------------------------
+
+DRAWS = 4000
+CHI_SQUARED = 29.6  # exceeded once in a thousand draws of chi-squared with 10 degrees of freedom, fewer with fewer
+
+
+def chi_squared(tokens: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """Σ (observed - expected)² / expected, tokens expected fewer than 5 times pooled into one."""
+    observed = torch.bincount(tokens, minlength=len(probabilities)).double()
+    expected = probabilities.double() * len(tokens)
+    rare = expected < 5
+    observed = torch.cat([observed[~rare], observed[rare].sum()[None]])
+    expected = torch.cat([expected[~rare], expected[rare].sum().clamp(min=1)[None]])
+    return ((observed - expected) ** 2 / expected).sum().item()
+
+
+def naive_truncation(logits: list[float], top_k: int, top_p: float) -> list[bool]:
+    """Which tokens may be drawn: go through them from the likeliest on, and stop after k, or once p is reached."""
+    order = sorted(range(len(logits)), key=lambda i: -logits[i])
+    order = order[:top_k] if top_k else order
+    weights = [math.exp(logits[i]) for i in order]
+    kept, reached = [False] * len(logits), 0.0
+    for token, weight in zip(order, weights, strict=True):
+        if reached < top_p:
+            kept[token] = True
+        reached += weight / sum(weights)
+    return kept
+
+
+@pytest.mark.parametrize(
+    ("family", "temperature", "top_k", "top_p"),
+    [
+        *((family, temperature, 0, 1.0) for family in FAMILIES for temperature in (1.0, 0.7)),
+        ("gpt2", 1.0, 4, 1.0),
+        ("gpt2", 1.0, 0, 0.8),
+        ("gpt2", 0.7, 5, 0.9),
+    ],
+)
+def test_sampled_frequencies_match_the_softmax(family, temperature, top_k, top_p):
+    """First tokens, and second tokens behind the likeliest first one; a token that is cut off is never drawn."""
+    policy = tiny_policy(family, seed=3)
+    with torch.no_grad():
+        policy.language_model.get_output_embeddings().weight.mul_(0.5)  # leaves every token likely enough to turn up
+    query = encode(policy, [QUERIES[0]] * DRAWS)
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": seeded()}
+    ids = sample(policy, *query, 2, NEVER, PAD, **options).response_ids
+    first = ids[:, 0].mode().values.item()
+    for tokens, before in ((ids[:, 0], []), (ids[ids[:, 0] == first, 1], [first])):
+        logits = next_token(policy, QUERIES[0], before)[0] / temperature
+        kept = torch.tensor(naive_truncation(logits.tolist(), top_k, top_p))
+        probabilities = logits.masked_fill(~kept, float("-inf")).softmax(-1)
+        assert chi_squared(tokens, probabilities) < CHI_SQUARED
+        assert set(tokens.tolist()) <= set(kept.nonzero()[:, 0].tolist())
+        if top_k == 0 and top_p == 1:
+            assert kept.all()
+            assert set(tokens.tolist()) >= set((probabilities > 10 / len(tokens)).nonzero()[:, 0].tolist())
+        else:
+            assert not kept.all()
+
+
+def test_every_token_of_a_large_vocabulary_can_be_drawn():
+    """No hidden top-k: transformers' own default keeps 50 tokens."""
+    policy = tiny_policy("gpt2", vocab_size=200, eos_token_id=EOS)
+    with torch.no_grad():
+        policy.language_model.lm_head.weight.mul_(0.1)
+    policy.language_model.generation_config.top_k = 5
+    policy.language_model.generation_config.temperature = 0.1
+    ids = sample(policy, *encode(policy, [[5]] * DRAWS), 1, NEVER, PAD, generator=seeded()).response_ids
+    assert len(ids.unique()) == 200
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 8, 20])
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.8, 0.999, 1.0])
+def test_truncation_equals_a_naive_loop(top_k, top_p):
+    logits = 2 * torch.randn(16, 8, generator=seeded(), dtype=torch.float64)
+    kept = truncate_logits(logits, top_k, top_p)
+    assert torch.equal(kept.isfinite(), torch.tensor([naive_truncation(row, top_k, top_p) for row in logits.tolist()]))
+    assert torch.equal(kept[kept.isfinite()], logits[kept.isfinite()])
+
+
+def test_truncation_by_hand():
+    """Probabilities .5, .25, .125, .125: top_p .7 needs two tokens, .76 three, and .5 exactly one."""
+    logits = torch.tensor([[0.25, 0.125, 0.5, 0.125]]).log()
+
+    def kept(top_k: int, top_p: float) -> list[int]:
+        return truncate_logits(logits, top_k, top_p)[0].isfinite().nonzero()[:, 0].tolist()
+
+    assert kept(0, 0.7) == [0, 2]
+    assert len(kept(0, 0.76)) == 3
+    assert kept(0, 0.5) == kept(0, 0.01) == kept(1, 1.0) == [2]
+    assert kept(2, 0.6) == [2]  # top_p counts among what top_k left, where token 2 has .667
+    assert kept(2, 0.7) == [0, 2]
+    assert kept(0, 1.0) == [0, 1, 2, 3]
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    """Probabilities .2, .5, .3: u in [0, .2) is token 0, [.2, .7) token 1, [.7, 1) token 2."""
+    uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.71, 1 - 1e-12], dtype=torch.float64)
+    logits = torch.tensor([0.2, 0.5, 0.3]).log().expand(6, 3)
+    tokens, logprobs = draw(logits, uniforms)
+    assert tokens.tolist() == [0, 0, 1, 1, 2, 2]
+    assert_close(logprobs, torch.tensor([0.2, 0.2, 0.5, 0.5, 0.3, 0.3]).log())
+
+
+def test_draw_at_the_very_edges_never_takes_an_impossible_token():
+    """u = 0 with leading zero probabilities, u just below 1 with trailing ones, and a u that is exactly a boundary."""
+    logits = torch.tensor([[0.0, 1.0, 1.0, 0.0]]).log().expand(4, 4)
+    tokens, logprobs = draw(logits, torch.tensor([0.0, 0.5, 0.4999999, 1 - 2**-53], dtype=torch.float64))
+    assert tokens.tolist() == [1, 2, 1, 2]
+    assert_close(logprobs, [math.log(0.5)] * 4)
+
+
+def test_draw_with_temperature_and_truncation_by_hand():
+    """Odds 1 : 2 : 4 squared at temperature .5 are 1 : 4 : 16; without the least likely, 4 : 16."""
+    logits = torch.tensor([1.0, 2.0, 4.0]).log().expand(4, 3)
+    uniforms = torch.tensor([0.047, 0.048, 0.238, 0.239], dtype=torch.float64)  # boundaries 1/21 and 5/21
+    tokens, logprobs = draw(logits, uniforms, temperature=0.5)
+    assert tokens.tolist() == [0, 1, 1, 2]
+    assert_close(logprobs, (torch.tensor([1, 4, 4, 16]) / 21).log())
+    tokens, logprobs = draw(logits, torch.tensor([0.0, 0.19, 0.21, 0.99], dtype=torch.float64), 0.5, top_k=2)
+    assert tokens.tolist() == [1, 1, 2, 2]
+    assert_close(logprobs, torch.tensor([0.2, 0.2, 0.8, 0.8]).log())
+
+
+def test_draw_keeps_tokens_that_are_rarer_than_float32_can_tell():
+    """A token of probability 1e-9 at the end: a u in its interval finds it; a sum in float32 would reach 1 before it."""
+    logits = torch.tensor([[1.0, 1e-9]]).log()
+    tokens, logprobs = draw(logits, torch.tensor([1 - 0.5e-9], dtype=torch.float64))
+    assert tokens.tolist() == [1]
+    assert_close(logprobs, [math.log(1e-9)], atol=1e-4)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The sampling contract
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampler_and_score_give_the_same_log_probabilities(family, temperature):
+    policy = tiny_policy(family)
+    query = encode(policy, QUERIES * 4)
+    drawn = sample(policy, *query, 12, EOS, PAD, temperature=temperature, generator=seeded())
+    with torch.no_grad():
+        scored = policy.score(*query, *drawn[:2], temperature).logprobs
+        other = policy.score(*query, *drawn[:2], 1.7 - temperature).logprobs
+    assert_close(drawn.logprobs[drawn.mask], scored[drawn.mask], atol=2e-5)
+    assert (drawn.logprobs - other)[drawn.mask].abs().mean() > 0.05
+    lengths = drawn.mask.sum(1)
+    assert lengths.min() < 4
+    assert lengths.max() > 6  # rows of every length, so that some left the batch early
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sampled_log_probabilities_equal_brute_force(family):
+    policy = tiny_policy(family)
+    drawn = sample(policy, *encode(policy), 8, EOS, PAD, temperature=0.7, generator=seeded())
+    for i, query in enumerate(QUERIES):
+        real = drawn.mask[i]
+        expected = brute_force(policy, query, drawn.response_ids[i, real].tolist(), 0.7)[0]
+        assert_close(drawn.logprobs[i, real], expected)
+
+
+def test_sampling_carries_no_gradient():
+    policy = tiny_policy("gpt2")
+    drawn = sample(policy, *encode(policy), 4, EOS, PAD, generator=seeded())
+    assert not any(x.requires_grad for x in drawn)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Rows that end
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def forward_batch_sizes(policy: PolicyModel) -> list[int]:
+    """A list to which every later forward pass of the language model adds its number of rows."""
+    sizes = []
+    policy.language_model.register_forward_hook(
+        lambda module, args, kwargs, output: sizes.append(len(output.logits)), with_kwargs=True
+    )
+    return sizes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_row_is_sampled_as_if_it_were_alone(family):
+    """Row i of n draws with uniforms i·T to (i+1)·T of the generator. Alone and with the same, it is the same: neither
+    its neighbours, nor the padding that they bring, nor their leaving changes it."""
+    policy, rows, time = tiny_policy(family), QUERIES * 3, 16
+    sizes = forward_batch_sizes(policy)
+    drawn = sample(policy, *encode(policy, rows), time, EOS, PAD, generator=seeded(5))
+    assert sizes[0] == len(rows)
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(set(sizes)) >= 2
+    lengths = drawn.mask.sum(1)
+    for step, size in enumerate(sizes):
+        running = int((lengths > step).sum())  # rows that have not ended before this step
+        assert running <= size <= max(2 * running, 1)
+    for i, query in enumerate(rows):
+        generator = seeded(5)
+        torch.rand(i * time, generator=generator, dtype=torch.float64)
+        alone = sample(policy, *encode(policy, [query]), time, EOS, PAD, generator=generator)
+        n = lengths[i]
+        assert alone.response_ids[0].tolist() == drawn.response_ids[i, :n].tolist()
+        assert_close(alone.logprobs[0], drawn.logprobs[i, :n])
+
+
+class Successor(PreTrainedModel):
+    """A language model whose next token is always the previous one plus 1, and whose cache is what it has read."""
+
+    def __init__(self, vocab_size: int):
+        super().__init__(PreTrainedConfig(vocab_size=vocab_size, hidden_size=4))
+        self.anchor = nn.Parameter(torch.zeros(1))  # a model without parameters has no device
+        self.read = []
+
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, past_key_values=None, logits_to_keep=0):
+        cache = past_key_values or Rows(input_ids[:, :0])
+        cache.ids = torch.cat([cache.ids, input_ids], dim=1)
+        assert cache.ids.shape == attention_mask.shape
+        assert torch.equal(position_ids[:, -1], attention_mask.sum(1) - 1)
+        self.read.append(tuple(input_ids.shape))
+        logits = torch.full((*input_ids.shape, self.config.vocab_size), -50.0)
+        logits.scatter_(-1, (input_ids[..., None] + 1) % self.config.vocab_size, 50.0)
+        return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], past_key_values=cache)
+
+
+class Rows:
+    def __init__(self, ids: torch.Tensor):
+        self.ids = ids
+
+    def batch_select_indices(self, rows: torch.Tensor) -> None:
+        self.ids = self.ids[rows]
+
+
+def test_a_policy_that_counts():
+    """Worked by hand: prompts that end in 3, 6, 8 and 1; the end is 9, the padding 0, and at most five tokens fit."""
+    policy = PolicyModel(Successor(12))
+    query = pad([[2, 3], [4, 5, 6], [8], [11, 1]], 0, "left")
+    drawn = sample(policy, *query, 5, eos_id=9, pad_id=0, generator=seeded())
+    assert drawn.response_ids.tolist() == [[4, 5, 6, 7, 8], [7, 8, 9, 0, 0], [9, 0, 0, 0, 0], [2, 3, 4, 5, 6]]
+    assert drawn.mask.sum(1).tolist() == [5, 3, 1, 5]
+    assert_close(drawn.logprobs, torch.zeros(4, 5))
+    assert policy.language_model.read == [(4, 3), (4, 1), (4, 1), (4, 1), (4, 1)]  # two of four is not most of them
+
+
+def test_a_policy_that_counts_loses_rows_that_ended():
+    """Five prompts; after the first step three have ended, and after the third one more: 5, 2, 2, 2 rows computed."""
+    policy = PolicyModel(Successor(12))
+    query = pad([[8], [8], [2, 3], [8], [6]], 0, "left")
+    drawn = sample(policy, *query, 4, eos_id=9, pad_id=0)
+    nine = [9, 0, 0, 0]
+    assert drawn.response_ids.tolist() == [nine, nine, [4, 5, 6, 7], nine, [7, 8, 9, 0]]
+    assert policy.language_model.read == [(5, 2), (2, 1), (2, 1), (2, 1)]
+
+
+def test_sampling_stops_when_every_row_has_ended():
+    policy = PolicyModel(Successor(12))
+    drawn = sample(policy, *pad([[7], [8]], 0, "left"), 10, eos_id=9, pad_id=0)
+    assert drawn.response_ids.tolist() == [[8, 9], [9, 0]]
+    assert len(policy.language_model.read) == 2
+
+
+def test_a_token_behind_the_end_is_neither_real_nor_a_second_end():
+    """With an EOS drawn first, the counting policy would go on to 10, 11, ...; the row stays ended in the stream."""
+    policy = PolicyModel(Successor(12))
+    steps = [tokens.tolist() for tokens, _ in sample_tokens(policy, *pad([[8], [2], [2]], 0, "left"), 3, eos_id=9)]
+    assert steps == [[9, 3, 3], [9, 4, 4], [9, 5, 5]]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_mask_ends_with_the_first_eos_whatever_the_pad_token(family):
+    policy = tiny_policy(family)
+    masks = []
+    for pad_id in (PAD, EOS):
+        drawn = sample(policy, *encode(policy, QUERIES * 8, pad_id), 9, EOS, pad_id, generator=seeded())
+        assert torch.equal(drawn.mask, ppo.response_mask(drawn.response_ids, EOS))
+        assert (drawn.response_ids[~drawn.mask] == pad_id).all()
+        ended = (drawn.response_ids == EOS).any(1)
+        last = drawn.mask.sum(1) - 1
+        assert ended.any()
+        assert not ended.all()
+        assert (drawn.response_ids.gather(1, last[:, None])[:, 0][ended] == EOS).all()
+        assert (last[~ended] == 8).all()
+        masks.append(drawn.mask)
+    assert torch.equal(*masks)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_minimum_length_holds_back_the_end(family):
+    """No EOS among the first tokens, drawn from what remains; after them it comes as always."""
+    policy = tiny_policy(family)
+    query = encode(policy, QUERIES * 16)
+    free = sample(policy, *query, 6, EOS, PAD, generator=seeded())
+    held = sample(policy, *query, 6, EOS, PAD, min_new_tokens=3, generator=seeded())
+    assert free.mask.sum(1).min() == 1
+    assert held.mask.sum(1).min() == 4
+    logits = next_token(policy, QUERIES[0], [])[0]
+    logits[EOS] = float("-inf")
+    assert_close(held.logprobs[0, 0], logits.log_softmax(-1)[held.response_ids[0, 0]])
+
+
+def test_no_response_is_longer_than_max_new_tokens():
+    policy = tiny_policy("gpt2")
+    for longest in (1, 2, 7):
+        drawn = sample(policy, *encode(policy), longest, NEVER, PAD, generator=seeded())
+        assert drawn.response_ids.shape == (4, longest)
+        assert drawn.mask.all()
+
+
+def test_a_seed_decides_what_is_drawn():
+    policy = tiny_policy("gpt2")
+    torch.manual_seed(1)
+    one, same, other = (
+        sample(policy, *encode(policy, QUERIES * 4), 8, EOS, PAD, generator=seeded(seed)) for seed in (0, 0, 1)
+    )
+    assert torch.equal(one.response_ids, same.response_ids)
+    assert torch.equal(one.logprobs, same.logprobs)
+    assert one.response_ids.tolist() != other.response_ids.tolist()
+    state = torch.get_rng_state()
+    sample(policy, *encode(policy), 8, EOS, PAD, generator=seeded())
+    assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# From prompts to text
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_respond_pads_samples_and_decodes(family):
+    policy = tiny_policy(family)
+    config = Config(max_new_tokens=6, temperature=0.7, batch_size=4, mini_batch_size=4)
+    out = respond(policy, letter_tokenizer(), QUERIES, config, seeded())
+    assert torch.equal(out.query_ids, encode(policy)[0])
+    assert torch.equal(out.query_mask, encode(policy)[1])
+    expected = sample(policy, *encode(policy), 6, EOS, PAD, temperature=0.7, generator=seeded())
+    for actual, wanted in zip(out.sampled, expected, strict=True):
+        assert torch.equal(actual, wanted)
+    for text, ids in zip(out.texts, out.sampled.response_ids.tolist(), strict=True):
+        assert text == "".join("..abcdefghi"[i] for i in ids if i > EOS)
+
+
+def test_a_rollout_trains_on_the_sampled_ids_not_on_their_text_tokenised_again():
+    """A byte-level tokenizer with merges: most sampled sequences are not those that their own text would become."""
+    tokenizer = new_tokenizer(["the film was good, the film was bad"] * 8, 300, 64)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    policy = tiny_policy("gpt2", vocab_size=len(tokenizer), **ends)
+    with torch.no_grad():
+        policy.language_model.lm_head.weight.mul_(0.3)
+    config = Config(max_new_tokens=12, batch_size=4, mini_batch_size=4)
+    prompts = [Prompt(text, tokenizer(text).input_ids, {}) for text in ("the", "a film", "good", "was")]
+    seen = []
+
+    def term(_, responses, rows) -> torch.Tensor:
+        seen.extend(responses)
+        return torch.zeros(len(responses))
+
+    models = Models(policy, frozen_copy(policy), tokenizer, {"zero": term})
+    collected = collect_rollout(models, prompts, config, 0.1, seeded())
+    query = encode(policy, [prompt.ids for prompt in prompts], tokenizer.pad_token_id)
+    expected = sample(policy, *query, 12, *ends.values(), generator=seeded())
+    assert torch.equal(collected.rollout.response_ids, expected.response_ids)
+    assert torch.equal(collected.rollout.mask, expected.mask)
+    assert seen == collected.responses
+    sampled = [ids[keep].tolist() for ids, keep in zip(expected.response_ids, expected.mask, strict=True)]
+    again = [tokenizer(text).input_ids for text in seen]
+    assert sum(one != other for one, other in zip(sampled, again, strict=True)) == 4
+    assert any("\ufffd" in text for text in seen)  # bytes that are no character: the text cannot bring them back
+
+
+def test_a_vocabulary_of_eleven_is_enough():
+    """The comparisons of this file take the vocabulary's size from the models."""
+    assert {tiny_policy(family).language_model.config.vocab_size for family in FAMILIES} == {VOCAB}

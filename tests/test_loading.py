@@ -1,0 +1,298 @@
+"""Tokenizers and models from folders and configurations, and how it is told when they cannot be had."""
+
+import json
+
+import pytest
+import torch
+from tiny_models import EOS, FAMILIES, PAD, VOCAB, letter_tokenizer, tiny_gpt2, tiny_llama, tiny_policy, tiny_t5
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+)
+
+from config import Config, UsageError
+from loading import (
+    check_context,
+    context_length,
+    load_language_model,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    new_language_model,
+    new_tokenizer,
+    pick_device,
+    save_policy,
+    without_dropout,
+)
+from model import PolicyModel
+
+CPU = torch.device("cpu")
+
+# ----------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# ----------------------------------------------------------------------------------------------------------------
+
+TEXTS = ["the film was good, and the film was long", "a film that was not good"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return new_tokenizer(TEXTS, 280, 64)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "the film was good",
+        " leading and trailing ",
+        "two  spaces, a\ttab and\nnew\r\nlines",
+        "don 't , do n't . . .",  # what a tokenizer that tidies up spaces would change
+        "naïve café — “quoted” €5",
+        "Кино 映画 영화 سينما ภาพยนตร์",
+        "🎬👩‍👩‍👧‍👦 e\u0301 \u200b \x00 \ufffd \U0010ffff",
+    ],
+)
+def test_a_new_tokenizer_gives_any_text_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.unk_token is None
+
+
+def test_a_new_tokenizer_gives_every_character_back(tokenizer):
+    """Every code point that is not half of a pair."""
+    characters = [chr(i) for i in [*range(0xD800), *range(0xE000, 0x110000, 97)]]
+    for start in range(0, len(characters), 4000):
+        text = "".join(characters[start : start + 4000])
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_a_new_tokenizer_learns_merges_and_knows_its_ends(tokenizer):
+    assert len(tokenizer) == 280
+    assert len(tokenizer(TEXTS[0]).input_ids) < len(TEXTS[0]) / 2
+    assert tokenizer.eos_token_id != tokenizer.pad_token_id
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id
+    assert tokenizer.decode([tokenizer.eos_token_id, tokenizer.pad_token_id]) == "<|endoftext|><|pad|>"
+    assert tokenizer.decode([tokenizer.eos_token_id, tokenizer.pad_token_id], skip_special_tokens=True) == ""
+    assert tokenizer.eos_token_id not in tokenizer("the film").input_ids
+    assert tokenizer.model_max_length == 64
+
+
+def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    text = "the film 🎬 was  good ."
+    assert loaded(text).input_ids == tokenizer(text).input_ids
+    assert loaded.decode(loaded(text).input_ids) == text
+    assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
+    assert loaded.model_max_length == 64
+
+
+def test_a_loaded_tokenizer_cuts_long_texts_on_the_left(tmp_path):
+    saved = letter_tokenizer()
+    saved.truncation_side = "right"
+    saved.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("abcdef", truncation=True, max_length=2).input_ids == [6, 7]
+
+
+def test_a_tokenizer_without_a_pad_token_pads_with_its_eos_token(tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=letter_tokenizer()._tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert loaded.pad_token_id == loaded.eos_token_id == EOS
+
+
+def test_an_own_pad_token_is_kept(tmp_path):
+    letter_tokenizer().save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)).pad_token_id == PAD
+
+
+def test_a_policys_tokenizer_needs_an_eos_token_and_a_reward_models_does_not(tmp_path):
+    PreTrainedTokenizerFast(tokenizer_object=letter_tokenizer()._tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path), "reward_model_path").pad_token_id == PAD
+    with pytest.raises(UsageError, match=f"--base_model_name {tmp_path}: its tokenizer has no end-of-sequence token"):
+        load_tokenizer(str(tmp_path))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What cannot be loaded
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def assert_one_sentence(error: UsageError, *parts: str) -> None:
+    message = str(error)
+    assert "\n" not in message
+    assert len(message) < 400
+    for part in parts:
+        assert part in message
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, lambda path: load_language_model(path, "float32", CPU)])
+def test_a_folder_that_is_not_there_is_a_usage_error_naming_the_flag(load, tmp_path):
+    path = str(tmp_path / "nothing" / "here" / "at all")
+    with pytest.raises(UsageError) as caught:
+        load(path)
+    assert_one_sentence(caught.value, f"--base_model_name {path}", "no folder")
+
+
+@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "no-such-thing"}', "not json"])
+def test_a_folder_without_a_usable_model_is_a_usage_error_naming_the_flag(content, tmp_path):
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UsageError) as caught:
+        load_language_model(str(tmp_path), "float32", CPU)
+    assert_one_sentence(caught.value, f"--base_model_name {tmp_path}", "a folder without a usable model")
+    with pytest.raises(UsageError) as caught:
+        load_reward_model(Config(), str(tmp_path), CPU)
+    assert_one_sentence(caught.value, f"--reward_model_path {tmp_path}", "a folder without a usable model")
+
+
+def test_a_folder_with_a_configuration_and_no_weights_is_a_usage_error(tmp_path):
+    tiny_gpt2().config.save_pretrained(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        load_policy(str(tmp_path), "float32", CPU)
+    assert_one_sentence(caught.value, f"--base_model_name {tmp_path}")
+
+
+def test_a_broken_weights_file_is_a_usage_error(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(UsageError) as caught:
+        load_policy(str(tmp_path), "float32", CPU)
+    assert_one_sentence(caught.value, f"--base_model_name {tmp_path}")
+
+
+def test_devices():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99"):
+        with pytest.raises(UsageError, match=f"--device {name} cannot be used here; expected auto, cpu or cuda"):
+            pick_device(name)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Context
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (GPT2Config(n_positions=96), 96),
+        (GPT2Config(), 1024),
+        (LlamaConfig(max_position_embeddings=128), 128),
+        (GPTNeoXConfig(max_position_embeddings=2048), 2048),
+        (BertConfig(max_position_embeddings=512), 512),
+        (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
+        (T5Config(n_positions=512), 10**9),
+    ],
+    ids=["gpt2", "gpt2 as it comes", "llama", "neox", "bert", "roberta", "t5"],
+)
+def test_context_length(config, expected):
+    assert context_length(config) == expected
+
+
+def test_roberta_reads_as_many_tokens_as_its_context_length_says():
+    """Its positions start behind the padding index: with one token more, the model itself fails."""
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    config = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=14, pad_token_id=1, **size)
+    model, longest = RobertaForSequenceClassification(config).eval(), context_length(config)
+    assert longest == 12
+    assert model(torch.full((1, longest), 5)).logits.shape == (1, 2)
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
+
+
+@pytest.mark.parametrize(("prompt", "response", "fits"), [(40, 24, True), (41, 24, False), (40, 25, False)])
+@pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
+def test_prompt_and_response_together_must_fit_the_context(build, prompt, response, fits):
+    """64 positions; the message says how many tokens of prompt are left beside such a response."""
+    config, policy = Config(max_prompt_length=prompt, max_new_tokens=response), PolicyModel(build())
+    if fits:
+        return check_context(config, policy)
+    with pytest.raises(UsageError) as caught:
+        check_context(config, policy)
+    flags = f"--max_prompt_length {prompt} plus --max_new_tokens {response}"
+    assert_one_sentence(caught.value, flags, "the 64 tokens", f"at most {64 - response} tokens of prompt")
+
+
+def test_an_encoder_decoder_with_relative_positions_has_no_limit():
+    check_context(Config(max_prompt_length=5000, max_new_tokens=5000), PolicyModel(tiny_t5()))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Models
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_load_policy_brings_the_value_head_back(family, tmp_path):
+    policy = tiny_policy(family)
+    save_policy(policy, letter_tokenizer(), tmp_path)
+    loaded = load_policy(str(tmp_path), "float32", CPU)
+    for (name, saved), (other, restored) in zip(policy.state_dict().items(), loaded.state_dict().items(), strict=True):
+        assert name == other
+        assert torch.equal(saved, restored)
+    assert loaded.is_encoder_decoder == policy.is_encoder_decoder
+    assert load_tokenizer(str(tmp_path))("abc").input_ids == [2, 3, 4]
+
+
+def test_a_model_without_a_saved_value_head_starts_with_a_zero_one(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    loaded = load_policy(str(tmp_path), "float32", CPU)
+    assert torch.equal(loaded.value_head.weight, torch.zeros(1, 32))
+    assert torch.equal(loaded.value_head.bias, torch.zeros(1))
+
+
+def test_the_value_head_is_a_file_beside_the_model_not_a_part_of_it(tmp_path):
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
+    assert {"config.json", "model.safetensors", "tokenizer.json", "value_head.safetensors"} <= {
+        file.name for file in tmp_path.iterdir()
+    }
+    header = (tmp_path / "value_head.safetensors").read_bytes()
+    size = int.from_bytes(header[:8], "little")
+    assert set(json.loads(header[8 : 8 + size])) - {"__metadata__"} == {"weight", "bias"}
+    assert AutoConfig.from_pretrained(tmp_path).architectures == ["GPT2LMHeadModel"]
+
+
+def test_loaded_weights_can_be_trained(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), "float32", CPU)
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
+
+
+def test_without_dropout_sets_every_rate_and_nothing_else():
+    config = without_dropout(GPT2Config(resid_pdrop=0.3, embd_pdrop=0.2, attn_pdrop=0.1, summary_first_dropout=0.4))
+    rates = (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout)
+    assert rates == (0.0, 0.0, 0.0, 0.0)
+    assert (
+        config.to_dict()
+        == GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0).to_dict()
+    )
+    for other, names in (
+        (T5Config(dropout_rate=0.3, classifier_dropout=0.2), ["dropout_rate", "classifier_dropout"]),
+        (LlamaConfig(attention_dropout=0.3), ["attention_dropout"]),
+        (BertConfig(hidden_dropout_prob=0.3), ["hidden_dropout_prob", "attention_probs_dropout_prob"]),
+    ):
+        assert [getattr(without_dropout(other), name) for name in names] == [0.0] * len(names)
+
+
+def test_a_new_language_model_has_the_configured_size(tokenizer):
+    config = Config(vocab_size=300, context_length=48, n_layer=3, n_embd=24, n_head=2)
+    torch.manual_seed(0)
+    model = new_language_model(config, tokenizer)
+    assert len(model.transformer.h) == 3
+    assert model.transformer.wte.weight.shape == (280, 24)
+    assert model.transformer.wpe.weight.shape == (48, 24)
+    assert context_length(model.config) == 48
+    assert model.config.n_head == 2
+    assert model.config.eos_token_id == tokenizer.eos_token_id
+    assert model.config.pad_token_id == tokenizer.pad_token_id
+    model.train()
+    ids = torch.tensor([tokenizer("the film was good").input_ids])
+    assert torch.equal(model(ids).logits, model(ids).logits)  # no dropout

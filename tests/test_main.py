@@ -1,0 +1,774 @@
+"""The command line, from outside: what it refuses and how, and the whole chain in micro settings."""
+
+import csv
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from micro import SETTINGS, flags, listing
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+import main
+import train
+from config import PRESETS
+
+pytest_plugins = ["micro"]
+MAIN = Path(main.__file__)
+
+
+def run(*arguments: str) -> int:
+    return main.main([str(argument) for argument in arguments])
+
+
+def assert_refused(capsys, folder: Path, arguments: list, *words: str, code: int = 2) -> None:
+    """The program ends with the code and one sentence on standard error, in which the words are; files stay alike."""
+    before = listing(folder)
+    assert run(*arguments) == code
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.endswith("\n"), errors
+    assert len(errors.splitlines()) == 1, errors
+    assert "Traceback" not in errors
+    for word in words:
+        assert word in errors
+    assert listing(folder) == before
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch):
+    """Drawing takes seconds: the chain's own figure and the plot task are drawn, no others."""
+    monkeypatch.setattr(train, "plot_training", lambda folder, notice="": folder / "plots/training.png")
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch) -> Path:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Refused before anything is read
+# ----------------------------------------------------------------------------------------------------------------
+
+MISTAKES = {
+    "task": (["--task", "trian"], "did you mean train?"),
+    "preset": (["--task", "train", "--preset", "tinny"], "did you mean tiny?"),
+    "flag": (["--task", "train", "--clip_rang", "0.1"], "did you mean --clip_range?"),
+    "abbreviated flag": (["--task", "train", "--clip_r", "0.1"], "unknown argument --clip_r"),
+    "flag with =": (["--task", "train", "--n_update=3"], "did you mean --n_updates?"),
+    "flag without value": (["--task", "train", "--seed"], "--seed"),
+    "positional": (["train"], "train"),
+    "choice": (["--task", "train", "--kl_estimator", "k11"], "did you mean k1?"),
+    "reward output": (["--task", "train", "--reward_output", "logits"], "did you mean logit?"),
+    "not a number": (["--task", "train", "--learning_rate", "fast"], "--learning_rate is 'fast', expected float"),
+    "not whole": (["--task", "train", "--n_updates", "2.5"], "--n_updates is '2.5', expected int"),
+    "nan": (["--task", "train", "--kl_coef", "nan"], "--kl_coef is nan"),
+    "infinite": (["--task", "train", "--kl_coef", "inf"], "--kl_coef is inf"),
+    "clip_range": (["--task", "train", "--clip_range", "0"], "--clip_range is 0.0, expected a value in (0, 1)"),
+    "gamma": (["--task", "train", "--gamma", "1.5"], "--gamma is 1.5, expected a value in [0, 1]"),
+    "lam": (["--task", "train", "--lam", "-0.1"], "--lam is -0.1"),
+    "learning_rate": (["--task", "train", "--learning_rate", "0"], "--learning_rate is 0.0"),
+    "n_updates": (["--task", "train", "--n_updates", "0"], "--n_updates is 0"),
+    "seed": (["--task", "train", "--seed", "-1"], "--seed is -1"),
+    "mini-batch": (["--task", "train", "--batch_size", "64", "--mini_batch_size", "15"], "nearest that does is 16"),
+    "accumulation": (
+        ["--task", "train", "--batch_size", "8", "--mini_batch_size", "2", "--gradient_accumulation_steps", "3"],
+        "--gradient_accumulation_steps 3",
+    ),
+    "heads": (["--task", "train", "--n_embd", "16", "--n_head", "3"], "--n_head 3 does not divide --n_embd 16"),
+    "top_k": (["--task", "train", "--top_k", "50"], "--top_k"),
+    "top_p": (["--task", "train", "--top_p", "0.9"], "--top_p"),
+    "min_new_tokens": (["--task", "train", "--min_new_tokens", "5"], "--min_new_tokens"),
+    "greedy": (["--task", "train", "--temperature", "0"], "--temperature 0"),
+    "weights": (["--task", "train", "--reward_weights", "reward_model=much"], "reward_model=much"),
+    "weight of no term": (["--task", "train", "--reward_weights", "reward_modle=1"], "did you mean reward_model?"),
+    "device": (["--task", "train", "--device", "abacus"], "--device abacus"),
+    "no file of a function": (["--task", "train", "--reward_fn", "nowhere.py:reward"], "nowhere.py:reward"),
+    "no name of a function": (["--task", "train", "--reward_fn", "reward"], "FILE.py:NAME"),
+    "no run to generate from": (["--task", "generate", "--prompt", "The film"], "--task train"),
+    "no run to evaluate": (["--task", "evaluate"], "--task train"),
+    "no run to plot": (["--task", "plot", "--output_dir", "elsewhere"], "elsewhere"),
+    "no config file": (["--task", "train", "--config", "nowhere.yaml"], "nowhere.yaml"),
+    "no dataset file": (["--task", "train", "--dataset_path", "nowhere.csv"], "nowhere.csv does not exist"),
+    "no dataset folder": (["--task", "train", "--dataset_path", "nowhere/at/all"], "nowhere/at/all"),
+    "no base model": (["--task", "train", "--base_model_name", "nowhere/at/all"], "--base_model_name nowhere/at/all"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_refused_in_one_sentence_before_anything_is_made(mistake, empty, capsys):
+    """From nothing, so that no stage may be trained before the mistake is seen."""
+    arguments, words = MISTAKES[mistake]
+    rest = {name: value for name, value in SETTINGS.items() if f"--{name}" not in arguments}
+    small = [part for name, value in rest.items() for part in (f"--{name}", value)] if "train" in arguments else []
+    assert_refused(capsys, empty, [*arguments, *small], words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("clip_rang: 0.1", "did you mean clip_range?"),
+        ("clip_range: 0", "--clip_range is 0"),
+        ("clip_range: wide", "--clip_range is 'wide'"),
+        ("whiten_scores: perhaps", "--whiten_scores is 'perhaps'"),
+        ("seed: [1, 2]", "--seed is [1, 2]"),
+        ("- clip_range", "holds a list"),
+        ("clip_range: [0.1", "cannot be read"),
+        ("3: 4", "unknown field 3"),
+    ],
+)
+def test_a_bad_config_file_is_refused(text, words, empty, capsys):
+    (empty / "run.yaml").write_text(text)
+    assert_refused(capsys, empty, ["--task", "train", "--config", "run.yaml", *flags()], words)
+
+
+def test_a_config_file_that_is_no_text_is_refused(empty, capsys):
+    (empty / "run.yaml").write_bytes(b"\xff\xfe\x00seed: 1")
+    assert_refused(capsys, empty, ["--task", "train", "--config", "run.yaml"], "run.yaml cannot be read")
+    (empty / "folder.yaml").mkdir()
+    assert_refused(capsys, empty, ["--task", "train", "--config", "folder.yaml"], "folder.yaml cannot be read")
+
+
+def test_a_run_whose_settings_are_damaged_is_refused(workplace, capsys):
+    settings = workplace / "saved_models/tiny/ppo/run_config.json"
+    for damage in (lambda: settings.write_text('{"seed": '), settings.unlink):
+        damage()
+        assert_refused(capsys, workplace, ["--task", "generate", "--prompt", "The film"], "run_config.json")
+
+
+def test_the_command_itself_ends_with_code_2_and_one_sentence(tmp_path):
+    command = [sys.executable, MAIN, "--task", "trian"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: --task 'trian' is not one of train, generate")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data, models and folders
+# ----------------------------------------------------------------------------------------------------------------
+
+DATA = {
+    "broken.jsonl": '{"text": "one"}\n{"text": \n',
+    "broken.parquet": "no parquet",
+    "empty.csv": "",
+    "header.csv": "text,label\n",
+    "few.csv": "text,label\nA film.,1\n",
+    "columns.csv": "review,stars\n" + "A fine film.,4\n" * 40,
+    "numbers.csv": "text,label\n" + "7,1\n" * 40,
+    "gaps.jsonl": '{"text": "A film."}\n' * 39 + '{"text": null}\n',
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("broken.jsonl", "broken.jsonl cannot be loaded"),
+        ("broken.parquet", "broken.parquet cannot be loaded"),
+        ("empty.csv", "empty.csv"),
+        ("header.csv", "header.csv"),
+        ("few.csv", "few.csv has no rows for validation"),
+        ("columns.csv", "--prompt_column 'text' is no column of the data; it has review, stars"),
+        ("numbers.csv", "--prompt_column 'text' holds a int in row 0, expected a str"),
+        ("gaps.jsonl", "--prompt_column 'text' holds a NoneType"),
+    ],
+)
+@pytest.mark.parametrize("stages", ["trained", "untrained"])
+def test_bad_data_is_refused(stages, name, words, chain, empty, capsys, caplog):
+    """Beside models from elsewhere, and before any stage is trained on it; the library adds no words of its own."""
+    (empty / name).write_text(DATA[name])
+    here = chain.root / "saved_models/tiny"
+    models = ["--base_model_name", here / "sft", "--reward_model_path", here / "reward"]
+    arguments = ["--task", "train", "--dataset_path", name, *flags(), *(models if stages == "trained" else [])]
+    assert_refused(capsys, empty, arguments, words)
+    assert [record.message for record in caplog.records if record.name.startswith("datasets")] == []
+
+
+def test_data_without_any_text_is_refused(chain, empty, capsys):
+    (empty / "blank.jsonl").write_text('{"text": ""}\n' * 40)
+    here = chain.root / "saved_models/tiny"
+    models = ["--base_model_name", here / "sft", "--reward_model_path", here / "reward"]
+    arguments = ["--task", "train", "--dataset_path", "blank.jsonl", *flags(), *models]
+    assert_refused(capsys, empty, arguments, "--prompt_column 'text' holds no text")
+
+
+def test_a_split_that_does_not_exist_is_refused_with_those_that_do(empty, capsys):
+    (empty / "data.csv").write_text("text,label\n" + "A fine film.,1\n" * 40)
+    arguments = ["--task", "train", "--dataset_path", "data.csv", "--dataset_split", "dev", *flags()]
+    assert_refused(capsys, empty, arguments, "'dev' is not in data.csv; it has train")
+
+
+def test_labels_that_are_no_classes_are_refused_before_training(empty, capsys):
+    (empty / "data.csv").write_text("text,label\n" + "A fine film.,7\nA poor one.,9\n" * 40)
+    arguments = ["--task", "train", "--dataset_path", "data.csv", *flags()]
+    assert_refused(capsys, empty, arguments, "--label_column 'label' holds [7, 9]")
+
+
+LONG = ["--prompt_tokens", "0", "--max_prompt_length", "5"]
+
+
+def test_long_prompts_are_refused_on_request(workplace, capsys):
+    arguments = ["--task", "train", *LONG, "--long_prompts", "refuse", *flags()]
+    assert_refused(capsys, workplace, arguments, "8 of 8 prompts are longer than --max_prompt_length 5")
+
+
+def test_long_prompts_are_cut_and_counted(workplace, capsys):
+    assert run("--task", "train", "--dry_run", *LONG, *flags()) == 0
+    assert "8 of 8 prompts were cut on the left to 5 tokens" in capsys.readouterr().out
+
+
+def test_prompt_and_response_beyond_the_context_are_refused(workplace, capsys):
+    arguments = ["--task", "train", *flags(max_new_tokens=40)]
+    assert_refused(capsys, workplace, arguments, "--max_prompt_length 12", "--max_new_tokens 40", "48 tokens")
+
+
+def test_a_context_too_short_is_refused_before_the_stages_are_trained(empty, capsys):
+    arguments = ["--task", "train", *flags(max_new_tokens=40)]
+    assert_refused(capsys, empty, arguments, "--max_prompt_length 12", "--max_new_tokens 40", "48 tokens")
+
+
+def test_a_folder_that_is_no_model_is_refused(workplace, capsys):
+    (workplace / "notes").mkdir()
+    arguments = ["--task", "train", *flags()]
+    assert_refused(capsys, workplace, [*arguments, "--base_model_name", "notes"], "--base_model_name notes")
+    assert_refused(capsys, workplace, [*arguments, "--reward_model_path", "notes"], "--reward_model_path notes")
+
+
+def test_damaged_weights_are_refused(workplace, capsys):
+    (workplace / "saved_models/tiny/sft/model.safetensors").write_bytes(b"damaged")
+    assert_refused(capsys, workplace, ["--task", "train", *flags()], "saved_models/tiny/sft")
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(workplace, capsys):
+    folder = "saved_models/tiny/ppo"
+    assert_refused(capsys, workplace, ["--task", "train", "--output_dir", folder, *flags()], folder, "not empty")
+    for stage in ("sft", "reward"):
+        assert_refused(capsys, workplace, ["--task", stage, *flags()], f"saved_models/tiny/{stage} exists already")
+
+
+@pytest.mark.parametrize("task", ["train", "sft", "reward"])
+def test_a_folder_that_cannot_be_written_is_refused_before_training(task, workplace, capsys):
+    (workplace / "file").write_text("no folder")
+    arguments = ["--task", task, "--output_dir", "file/below", *flags()]
+    assert_refused(capsys, workplace, arguments, "file/below cannot be written")
+
+
+def test_a_reward_label_that_does_not_exist_is_refused_with_those_that_do(workplace, capsys):
+    arguments = ["--task", "train", "--reward_label", "NEUTRAL", *flags()]
+    assert_refused(capsys, workplace, arguments, "'NEUTRAL'", "0 (NEGATIVE), 1 (POSITIVE)")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reward functions
+# ----------------------------------------------------------------------------------------------------------------
+
+REWARDS = """
+def reward(prompts, responses, rows):
+    return [len(response) / 10 for response in responses]
+
+def too_few(prompts, responses, rows):
+    return [1.0]
+
+def nested(prompts, responses, rows):
+    return [[1.0] for _ in responses]
+
+def text(prompts, responses, rows):
+    return ["good" for _ in responses]
+
+def nothing(prompts, responses, rows):
+    pass
+
+def nan(prompts, responses, rows):
+    return [float("nan") for _ in responses]
+
+def raising(prompts, responses, rows):
+    return [1 / 0 for _ in responses]
+"""
+
+
+def test_a_reward_function_that_cannot_be_loaded_is_refused(empty, capsys):
+    (empty / "rewards.py").write_text(REWARDS)
+    (empty / "broken.py").write_text("import nowhere_at_all")
+    (empty / "syntax.py").write_text("def reward(")
+    arguments = ["--task", "train", *flags(), "--reward_fn"]
+    assert_refused(capsys, empty, [*arguments, "rewards.py:rewrad"], "no function 'rewrad'; did you mean reward?")
+    assert_refused(capsys, empty, [*arguments, "broken.py:reward"], "broken.py", "No module named 'nowhere_at_all'")
+    assert_refused(capsys, empty, [*arguments, "syntax.py:reward"], "syntax.py", "SyntaxError")
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("too_few", "returned [1] scores, expected 4, one a response"),
+        ("nested", "returned [4, 1] scores"),
+        ("text", "returned list, expected a list of numbers"),
+        ("nothing", "returned NoneType"),
+        ("nan", "returned nan for response 0"),
+        ("raising", "raised ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_reward_function_that_misbehaves_ends_the_run(function, words, workplace, capsys):
+    """At run time, hence code 1; a progress bar may stand above the sentence, but not on its line."""
+    (workplace / "rewards.py").write_text(REWARDS)
+    before = listing(workplace)
+    assert run("--task", "train", "--reward_fn", f"rewards.py:{function}", *flags()) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith(f"error: --reward_fn rewards.py:{function} {words}")
+    assert listing(workplace) == before
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: not enough memory: you tried 9 bytes."
+        ),
+        MemoryError(),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+def test_running_out_of_memory_names_the_settings_that_need_less(error, workplace, monkeypatch, capsys):
+    def update(*_):
+        raise error
+
+    monkeypatch.setattr(train, "update", update)
+    assert run("--task", "train", *flags()) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    sentence = errors.splitlines()[-1]
+    assert sentence.startswith("error: ") and "memory" in sentence
+    assert "--mini_batch_size" in sentence and "--gradient_checkpointing" in sentence
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(workplace, monkeypatch):
+    """A mistake in the program must be seen with its traceback."""
+
+    def update(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(train, "update", update)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run("--task", "train", *flags())
+
+
+def test_a_loss_that_is_no_number_ends_the_run(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(train, "update", lambda *_: {"loss": float("nan")})
+    assert run("--task", "train", *flags()) == 1
+    assert "the loss is nan at update 0" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_interrupted_run_says_so_without_a_traceback(workplace, monkeypatch, capsys):
+    def update(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "update", update)
+    assert run("--task", "train", *flags()) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The chain: what a run leaves and says
+# ----------------------------------------------------------------------------------------------------------------
+
+PPO = Path("saved_models/tiny/ppo")
+STATISTICS = {
+    "step",
+    "reward",
+    "reward_reward_model",
+    "score",
+    "kl",
+    "kl_k1",
+    "kl_k3",
+    "kl_coef",
+    "entropy",
+    "value",
+    "return",
+    "explained_variance",
+    "response_length",
+    "ended",
+    "loss",
+    "policy_loss",
+    "value_loss",
+    "clip_fraction",
+    "value_clip_fraction",
+    "approx_kl_k1",
+    "approx_kl_k3",
+    "ratio",
+    "ratio_min",
+    "ratio_max",
+    "learning_rate",
+}
+
+
+def stats(folder: Path) -> list[dict]:
+    return json.loads((folder / "training_stats.json").read_text())
+
+
+def log(folder: Path) -> list[dict]:
+    with (folder / "training_log.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
+    model = {"config.json", "model.safetensors", "run_config.json", "tokenizer.json", "tokenizer_config.json"}
+    folders = {name: set(os.listdir(chain.root / "saved_models/tiny" / name)) for name in ("sft", "reward", "ppo")}
+    assert set(os.listdir(chain.root)) == {"saved_models"}
+    assert set(os.listdir(chain.root / "saved_models/tiny")) == set(folders)
+    assert folders["sft"] == model | {"generation_config.json"}
+    assert folders["reward"] == model
+    assert folders["ppo"] == model | {
+        "generation_config.json",
+        "value_head.safetensors",
+        "training_log.csv",
+        "training_stats.json",
+        "timings.json",
+        "plots",
+        "NOTICE.txt",
+    }
+    assert (chain.root / PPO / "plots/training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_policy_loads_without_this_project(chain):
+    """Plain transformers gives a model that differs from the one before PPO, and continues a text."""
+    policy, before = (AutoModelForCausalLM.from_pretrained(chain.root / PPO.with_name(n)) for n in ("ppo", "sft"))
+    assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), before.parameters(), strict=True))
+    tokenizer = AutoTokenizer.from_pretrained(chain.root / PPO)
+    ids = tokenizer("The film", return_tensors="pt").input_ids
+    assert policy.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, ids.shape[1] + 3)
+
+
+def test_the_value_head_is_saved_and_has_learned(chain):
+    head = load_file(chain.root / PPO / "value_head.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in head.items()} == {"weight": [1, 16], "bias": [1]}
+    assert all(tensor.abs().max() > 0 for tensor in head.values())
+
+
+def test_the_resolved_configuration_is_saved(chain):
+    saved = json.loads((chain.root / PPO / "run_config.json").read_text())
+    assert {name: saved[name] for name in SETTINGS} == SETTINGS
+    assert (saved["preset"], saved["kl_coef"], saved["gamma"]) == ("tiny", PRESETS["tiny"]["kl_coef"], 1.0)
+
+
+def test_the_log_has_a_row_a_response(chain):
+    rows = log(chain.root / PPO)
+    assert list(rows[0]) == ["step", "query", "response", "reward", "reward_reward_model"]
+    assert [row["step"] for row in rows] == ["0"] * 4 + ["1"] * 4
+    assert all(row["query"] and float(row["reward"]) == float(row["reward_reward_model"]) for row in rows)
+
+
+def test_the_statistics_have_a_row_a_step_with_every_figure(chain):
+    rows = stats(chain.root / PPO)
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert set(row) >= STATISTICS
+        assert all(math.isfinite(value) for value in row.values())
+    assert not any(re.search("second|time", name) for name in rows[0])
+
+
+def test_the_statistics_agree_with_the_log_and_the_settings(chain):
+    rows, responses, rate = stats(chain.root / PPO), log(chain.root / PPO), PRESETS["tiny"]["learning_rate"]
+    for row in rows:
+        rewards = [float(r["reward"]) for r in responses if int(r["step"]) == row["step"]]
+        assert row["reward"] == pytest.approx(sum(rewards) / 4, abs=1e-5)
+    assert rows[0]["kl_k1"] == rows[0]["kl_k3"] == 0 and rows[1]["kl_k3"] > 0
+    assert [row["learning_rate"] for row in rows] == pytest.approx([rate, rate / 2], abs=1e-9)
+    assert all(0 < row["response_length"] <= 12 and 0 <= row["ended"] <= 1 for row in rows)
+
+
+def test_timings_are_in_a_file_of_their_own(chain):
+    timings = json.loads((chain.root / PPO / "timings.json").read_text())
+    assert [set(row) for row in timings] == [{"step", "seconds_rollout", "seconds_update", "tokens_per_second"}] * 2
+
+
+def test_the_notice_comes_first_and_last_and_is_saved(chain):
+    notice = (chain.root / PPO / "NOTICE.txt").read_text().rstrip("\n")
+    assert notice.startswith("This is a teaching demonstration") and "--preset gpt2-imdb" in notice
+    assert "8,897 parameters" in notice
+    assert chain.output.rstrip("\n").endswith(notice)
+    assert chain.output.startswith("This is a teaching demonstration")
+
+
+def test_the_run_ends_with_rewards_samples_and_paths(chain):
+    number, interval = r"-?\d+\.\d{3}", r"\[[+-]\d+\.\d{3}, [+-]\d+\.\d{3}\]"
+    pattern = (
+        rf"reward on 4 held-out prompts: {number} before, {number} after; difference [+-]\d+\.\d{{3}}, 95 % interval"
+    )
+    assert re.search(f"{pattern} {interval}", chain.output)
+    for heading in (r"^prompt  '", r"^  before \(", r"^  after  \("):
+        assert len(re.findall(heading, chain.output, re.MULTILINE)) == 3
+    assert str(PPO / "plots/training.png") in chain.output
+    assert "Traceback" not in chain.errors
+
+
+def test_the_printed_command_generates(chain, workplace, capsys):
+    command = re.search("now try: (.*)", chain.output)[1]
+    program, script, *arguments = shlex.split(command)
+    assert (program, script) == ("python", "main.py")
+    assert run(*arguments) == 0
+    prompt = arguments[arguments.index("--prompt") + 1]
+    assert f"\n{prompt}" in capsys.readouterr().out
+
+
+def test_a_second_run_stands_beside_the_first_and_equals_it(workplace, capsys):
+    """Same seed, same bytes; the stages are used as they are."""
+    before = listing(workplace)
+    assert run("--task", "train", *flags()) == 0
+    after, second = listing(workplace), workplace / "saved_models/tiny/ppo-2"
+    assert {name: after[name] for name in before} == before
+    for name in ("model.safetensors", "value_head.safetensors", "training_stats.json", "training_log.csv"):
+        assert (second / name).read_bytes() == (workplace / PPO / name).read_bytes()
+    assert "language model:" not in capsys.readouterr().out
+
+
+def test_another_seed_gives_another_run(workplace):
+    assert run("--task", "train", "--seed", "1", *flags()) == 0
+    second = workplace / "saved_models/tiny/ppo-2"
+    for name in ("model.safetensors", "value_head.safetensors", "training_stats.json"):
+        assert (second / name).read_bytes() != (workplace / PPO / name).read_bytes()
+
+
+def test_a_dry_run_samples_and_leaves_nothing(workplace, capsys):
+    before = listing(workplace)
+    assert run("--task", "train", "--dry_run", *flags()) == 0
+    assert listing(workplace) == before
+    output = capsys.readouterr().out
+    assert "invariants hold" in output
+    assert len(re.findall(r"^prompt '", output, re.MULTILINE)) == 3
+    assert len(re.findall(r"reward_model -?\d+\.\d{3}$", output, re.MULTILINE)) == 3
+
+
+def test_stages_run_alone_into_a_folder_of_their_own(workplace, capsys):
+    """With the seed of the chain they are the chain's own, byte for byte."""
+    for stage in ("sft", "reward"):
+        assert run("--task", stage, "--output_dir", f"my-{stage}", *flags()) == 0
+        files = listing(workplace / f"my-{stage}")
+        files.pop("run_config.json")
+        assert files == {name: (workplace / "saved_models/tiny" / stage / name).read_bytes() for name in files}
+        assert f"in my-{stage}" in capsys.readouterr().out
+
+
+def test_an_explicit_folder_is_used_for_the_run_and_found_by_generate(workplace, capsys):
+    assert run("--task", "train", "--output_dir", "mine", *flags()) == 0
+    assert (workplace / "mine/model.safetensors").read_bytes() == (workplace / PPO / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run("--task", "generate", "--output_dir", "mine", "--prompt", "The film") == 0
+    assert capsys.readouterr().out.startswith("using mine\nThe film")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# generate, evaluate, plot
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def generated(capsys, *arguments: str) -> str:
+    """What `generate` prints below the line that names the run."""
+    assert run("--task", "generate", *arguments) == 0
+    first, rest = capsys.readouterr().out.split("\n", 1)
+    assert first == f"using {PPO}"
+    return rest
+
+
+def test_generate_answers_each_prompt_and_repeats_itself(workplace, capsys):
+    both = ["--prompt", "The film", "--prompt", "A comedy"]
+    output = generated(capsys, *both)
+    assert output.startswith("The film") and "\nA comedy" in output
+    assert generated(capsys, *both) == output
+    assert generated(capsys, *both, "--seed", "5") != output
+
+
+def test_generate_takes_options_that_training_refuses(workplace, capsys):
+    greedy = generated(capsys, "--prompt", "The film", "--temperature", "0")
+    assert generated(capsys, "--prompt", "The film", "--top_k", "1") == greedy
+    assert generated(capsys, "--prompt", "The film", "--seed", "9", "--top_p", "0.000001") == greedy
+
+
+def test_generate_draws_several_samples(workplace, capsys):
+    generated(capsys, "--prompt", "The film", "--num_samples", "3", "--output", "out.jsonl")
+    rows = [json.loads(line) for line in Path("out.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in rows] == ["The film"] * 3
+    assert len({row["response"] for row in rows}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("prompts.txt", "The film\n\nA comedy\n"),
+        ("prompts.jsonl", '{"prompt": "The film"}\n{"query": "A comedy"}\n'),
+        ("prompts.json", '["The film", {"prompt": "A comedy"}]'),
+    ],
+)
+def test_generate_reads_prompts_from_a_file_and_writes_json_lines(name, text, workplace, capsys):
+    (workplace / name).write_text(text)
+    assert "2 responses: out.jsonl" in generated(capsys, "--prompts", name, "--output", "out.jsonl")
+    rows = [json.loads(line) for line in (workplace / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [list(row) for row in rows] == [["prompt", "response", "reward"]] * 2
+    assert [row["prompt"] for row in rows] == ["The film", "A comedy"]
+    assert all(isinstance(row["response"], str) and math.isfinite(row["reward"]) for row in rows)
+
+
+def test_generate_answers_lines_from_standard_input(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The film\n\nA comedy\n"))
+    output = generated(capsys)
+    assert output.startswith("The film") and "\nA comedy" in output
+
+
+BAD_PROMPTS = {
+    "nowhere.txt": None,
+    "empty.txt": "\n \n",
+    "broken.json": '["The film"',
+    "broken.jsonl": '{"prompt": "The film"}\n{"prompt":\n',
+    "keys.jsonl": '{"text": "The film"}\n',
+    "numbers.json": "[1, 2]",
+    "mapping.json": '{"prompt": "The film"}',
+    "blank.json": '["The film", " "]',
+}
+
+
+@pytest.mark.parametrize("name", BAD_PROMPTS)
+def test_generate_refuses_prompts_that_it_cannot_read(name, workplace, capsys):
+    if BAD_PROMPTS[name] is not None:
+        (workplace / name).write_text(BAD_PROMPTS[name])
+    assert_refused(capsys, workplace, ["--task", "generate", "--prompts", name], "prompt")
+
+
+def test_generate_refuses_an_empty_prompt_and_what_cannot_be_done(workplace, capsys):
+    generate = ["--task", "generate"]
+    assert_refused(capsys, workplace, [*generate, "--prompt", ""], "a prompt is empty")
+    assert_refused(capsys, workplace, [*generate, "--prompt", "The film", "--prompt", " "], "a prompt is empty")
+    assert_refused(capsys, workplace, [*generate, "--output", "out.jsonl"], "--prompt")
+    assert_refused(capsys, workplace, [*generate, "--prompt", "A", "--max_new_tokens", "40"], "--max_new_tokens 40")
+    (workplace / "file").write_text("no folder")
+    output = [*generate, "--prompt", "The film", "--output", "file/out.jsonl"]
+    assert_refused(capsys, workplace, output, "file/out.jsonl cannot be written", code=1)
+
+
+def test_generate_takes_the_newest_run(workplace, capsys):
+    (workplace / PPO).rename(workplace / PPO.with_name("ppo-7"))
+    assert run("--task", "generate", "--prompt", "The film") == 0
+    assert capsys.readouterr().out.startswith("using saved_models/tiny/ppo-7\n")
+
+
+def test_evaluate_prints_its_figures_and_writes_them(workplace, capsys):
+    before = listing(workplace)
+    assert run("--task", "evaluate") == 0
+    output, after = capsys.readouterr().out, listing(workplace)
+    figures = ["positive", "length", "distinct_bigrams", "ended", "kl", "perplexity"]
+    for name in figures:
+        assert re.search(rf"^{name} +-?\d+\.\d{{3}} +-?\d+\.\d{{3}}   .*: (yes|NO)$", output, re.MULTILINE)
+    assert "reward on 4 held-out prompts" in output and "independent judge" in output
+    results = {f"{PPO}/results", f"{PPO}/results/comparison.json", f"{PPO}/results/samples.csv"}
+    made = {name for name in after.keys() - before.keys() if not name.startswith("saved_models/tiny/judge")}
+    assert made == results and {name: after[name] for name in before} == before
+    comparison = json.loads((workplace / PPO / "results/comparison.json").read_text())
+    assert set(comparison) == {"before", "after"}
+    assert all(set(figures) | {"reward"} == set(comparison[name]) for name in comparison)
+    assert comparison["before"]["kl"] == 0
+    assert_samples(workplace / PPO / "results/samples.csv")
+
+
+def assert_samples(path: Path) -> None:
+    """Best difference first."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 4
+    names = ["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"]
+    assert list(rows[0]) == names
+    differences = [float(row["reward_diff"]) for row in rows]
+    assert differences == sorted(differences, reverse=True)
+    for row in rows:
+        difference = float(row["reward_after"]) - float(row["reward_before"])
+        assert difference == pytest.approx(float(row["reward_diff"]), abs=1e-9)
+
+
+def test_plot_draws_again(workplace, capsys):
+    figure = workplace / PPO / "plots/training.png"
+    figure.unlink()
+    assert run("--task", "plot") == 0
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    assert str(PPO / "plots/training.png") in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Models from elsewhere, and a plain function as reward
+# ----------------------------------------------------------------------------------------------------------------
+
+PROMPTS = [{"question": f'What did "{name}" cost, $5 or 5\'?', "answer": name} for name in "ABCDEFGHIJ" * 4]
+
+
+@pytest.fixture
+def plain(empty) -> Path:
+    """A folder with prompts and a reward function that needs the dataset's own rows."""
+    (empty / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    (empty / "rewards.py").write_text(
+        "def reward(prompts, responses, rows):\n"
+        "    assert all(row['question'] == prompt for row, prompt in zip(rows, prompts, strict=True))\n"
+        "    return [response.count(row['answer'].lower()) for row, response in zip(rows, responses)]\n"
+    )
+    return empty
+
+
+def plain_flags(model: Path) -> list[str]:
+    names = ("n_updates", "batch_size", "mini_batch_size", "eval_samples", "max_new_tokens")
+    settings = {name: SETTINGS[name] for name in names} | {"max_prompt_length": 30}
+    paths = {"dataset_path": "prompts.jsonl", "prompt_column": "question", "reward_fn": "rewards.py:reward"}
+    options = {"base_model_name": model} | paths | settings | {"learning_rate": "1e-3"}
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+
+
+def test_an_encoder_decoder_trains_on_a_plain_function(t5_folder, plain, capsys):
+    """No classifier is trained beside it, no notice is printed, and the command that it prints works in a shell."""
+    assert run("--task", "train", *plain_flags(t5_folder)) == 0
+    output = capsys.readouterr().out
+    runs = list(plain.glob("saved_models/*/*"))
+    assert [run.name for run in runs] == ["ppo"]
+    assert "teaching demonstration" not in output
+    model = AutoModelForSeq2SeqLM.from_pretrained(runs[0])
+    start = AutoModelForSeq2SeqLM.from_pretrained(t5_folder)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert list(log(runs[0])[0]) == ["step", "query", "response", "reward", "reward_reward_fn"]
+    *_, arguments = re.search("now try: (python) (main.py) (.*)", output).groups()
+    assert run(*shlex.split(arguments)) == 0
+    assert f"\n{PROMPTS[0]['question'][:10]}" in capsys.readouterr().out
+
+
+def test_a_causal_model_trains_on_a_plain_function(chain, plain, capsys):
+    """The chain's language model as any other: a folder with a model in Hugging Face format."""
+    assert run("--task", "train", *plain_flags(chain.root / "saved_models/tiny/sft")) == 0
+    assert [path.name for path in plain.glob("saved_models/*/*")] == ["ppo"]
+    assert "reward model:" not in capsys.readouterr().out
+
+
+def test_a_reward_model_named_by_the_user_is_never_trained(workplace, monkeypatch):
+    """A name that is no folder here is one on the Hub."""
+    trained = []
+    monkeypatch.setattr("sft.run_reward", lambda *arguments: trained.append("reward"))
+    monkeypatch.setattr("train.train", lambda config, base, reward, folder: trained.append(reward))
+    assert run("--task", "train", "--reward_model_path", "someone/sentiment", *flags()) == 0
+    assert trained == ["someone/sentiment"]
+
+
+def test_a_reward_model_named_by_the_user_may_come_from_other_data(workplace, plain, capsys):
+    """The settings of a stage must agree with this run's only where the stage is this run's own."""
+    own = str(workplace / "saved_models/tiny/reward")
+    arguments = [*plain_flags(workplace / "saved_models/tiny/sft"), "--reward_fn", "", "--reward_model_path", own]
+    assert run("--task", "train", "--dry_run", *arguments) == 0
+    assert len(re.findall(r"reward_model -?\d+\.\d{3}$", capsys.readouterr().out, re.MULTILINE)) == 3
+
+
+@pytest.mark.parametrize("change", [{"n_embd": 32}, {"sft_steps": 4}, {"reward_steps": 4}])
+def test_a_stage_trained_with_other_settings_is_not_used_silently(change, workplace, capsys):
+    (name, value), *_ = change.items()
+    words = f"trained with --{name} {SETTINGS[name]}, and this run asks for {value}"
+    assert_refused(capsys, workplace, ["--task", "train", *flags(**change)], words)

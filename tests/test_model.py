@@ -1,0 +1,619 @@
+"""The policy, its value head, the frozen copy and the reward model, on small random models of every family."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import transformers.modeling_utils
+from tiny_models import (
+    BUILDERS,
+    EOS,
+    FAMILIES,
+    NO_DROPOUT,
+    PAD,
+    VOCAB,
+    brute_force,
+    letter_tokenizer,
+    randomise,
+    tiny_gpt2,
+    tiny_llama,
+    tiny_policy,
+    tiny_t5,
+)
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    RobertaConfig,
+    T5Config,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import ppo
+from config import UsageError
+from dataset import pad
+from generate import sample
+from loading import (
+    load_language_model,
+    load_policy,
+    load_reward_model,
+    new_tokenizer,
+    save_policy,
+    without_dropout,
+)
+from model import PolicyModel, RewardModel, frozen_copy, label_index, position_ids, reward_from_logits
+from report import TOLERANCE
+
+CPU = torch.device("cpu")
+QUERIES = [[5, 3, 8, 2, 9], [4, 7], [6], [2, 2, 10]]
+RESPONSES = [[3, 9, 4, EOS], [EOS], [8, 8, 2, 6, 10, 5], [7, 3, EOS]]
+
+
+def encode(policy: PolicyModel, queries=QUERIES, responses=RESPONSES, query_side: str = "") -> list[torch.Tensor]:
+    """Query ids and mask, response ids and mask, padded on the sides that the family wants."""
+    side = query_side or ("right" if policy.is_encoder_decoder else "left")
+    return [*pad(queries, PAD, side), *pad(responses, PAD, "right")]
+
+
+def assert_close(actual: torch.Tensor, expected, atol: float = 1e-5) -> None:
+    torch.testing.assert_close(actual, torch.as_tensor(expected), rtol=0, atol=atol)
+
+
+def assert_equals_brute_force(policy: PolicyModel, batch, responses, temperature: float = 1.0, queries=QUERIES) -> None:
+    with torch.no_grad():
+        scores = policy.score(*batch, temperature, with_entropy=True)
+    for i, (query, response) in enumerate(zip(queries, responses, strict=True)):
+        for actual, expected in zip(scores, brute_force(policy, query, response, temperature), strict=True):
+            assert_close(actual[i, : len(response)], expected)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# score
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("family", BUILDERS)
+def test_score_equals_one_token_at_a_time(family, temperature):
+    """Oracle: each prefix alone, without padding, cache, mask or explicit positions; softmax of its last output."""
+    policy = tiny_policy(family)
+    assert_equals_brute_force(policy, encode(policy), RESPONSES, temperature)
+
+
+def test_an_encoder_may_be_padded_on_either_side():
+    policy = tiny_policy("t5")
+    assert_equals_brute_force(policy, encode(policy, query_side="left"), RESPONSES)
+
+
+def test_the_distributions_are_far_from_uniform():
+    """Else the comparisons of this file would hold for almost any mistake."""
+    for family in FAMILIES:
+        scores = tiny_policy(family).score(*encode(tiny_policy(family)), with_entropy=True)
+        real = encode(tiny_policy(family))[3]
+        assert scores.entropy[real].mean() < 2.0  # log 11 = 2.40
+        assert scores.logprobs[real].std() > 0.7
+        assert scores.values[real].std() > 0.3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_nothing(family):
+    """More padding around the query and behind the response, and any token in it: the same numbers."""
+    policy = tiny_policy(family)
+    query_ids, query_mask, response_ids, mask = encode(policy)
+    junk = torch.full((4, 3), 7)
+    left = not policy.is_encoder_decoder
+    wide_ids = torch.cat([junk, query_ids] if left else [query_ids, junk], dim=1)
+    wide_mask = torch.cat([junk < 0, query_mask] if left else [query_mask, junk < 0], dim=1)
+    long_ids = torch.cat([torch.where(mask, response_ids, 9), junk], dim=1)
+    long_mask = torch.cat([mask, junk < 0], dim=1)
+    with torch.no_grad():
+        narrow = policy.score(query_ids, query_mask, response_ids, mask, with_entropy=True)
+        wide = policy.score(wide_ids, wide_mask, long_ids, long_mask, with_entropy=True)
+    for one, other in zip(narrow, wide, strict=True):
+        assert_close(other[:, : mask.shape[1]][mask], one[mask])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_changes_only_what_comes_after_it(family):
+    """log π(y_t) and V_t are conditioned on y_<t: another y_j leaves V up to and with j, and log π before j."""
+    policy = tiny_policy(family)
+    query_ids, query_mask, response_ids, mask = encode(policy, [[5, 3, 8], [4, 7]], [[3, 9, 4, 8, 2], [6, 6, 2, 10, 5]])
+    with torch.no_grad():
+        before = policy.score(query_ids, query_mask, response_ids, mask)
+        for j in range(5):
+            changed = response_ids.clone()
+            changed[:, j] = 11 - response_ids[:, j]
+            after = policy.score(query_ids, query_mask, changed, mask)
+            assert_close(after.logprobs[:, :j], before.logprobs[:, :j], atol=1e-6)
+            assert_close(after.values[:, : j + 1], before.values[:, : j + 1], atol=1e-6)
+            assert ((after.logprobs[:, j] - before.logprobs[:, j]).abs() > 1e-2).all()
+            assert ((after.values[:, j + 1 :] - before.values[:, j + 1 :]).abs() > 1e-4).all()
+
+
+@pytest.mark.parametrize(("family", "needs_them"), [("gpt2", True), ("llama", False)])
+def test_left_padding_needs_position_ids_where_positions_are_absolute(family, needs_them):
+    """Why score passes them: without, GPT-2 counts the padding, and its logits move; rotary positions do not mind."""
+    policy = tiny_policy(family)
+    ids, mask = pad(QUERIES[:2], PAD, "left")
+    with torch.no_grad():
+        without = policy.language_model(input_ids=ids, attention_mask=mask.long()).logits[1, -1]
+        alone = policy.language_model(input_ids=torch.tensor([QUERIES[1]])).logits[0, -1]
+    assert ((without - alone).abs().max() > 0.1) == needs_them
+    assert_close(policy.score(ids, mask, ids[:, :1], mask[:, -1:]).logprobs[1, 0], alone.log_softmax(-1)[PAD].item())
+
+
+def test_position_ids_count_real_tokens():
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]).bool()
+    expected = [[0, 0, 0, 1, 2], [0, 1, 2, 2, 2], [0, 1, 2, 3, 4]]
+    assert position_ids(mask).tolist() == expected
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pad_token_that_is_the_eos_token_changes_nothing(family):
+    """EOS first, in the middle, last and absent, and padding made of EOS."""
+    policy = tiny_policy(family)
+    responses = [[EOS], [4, EOS], [5, 3, 9, EOS], [6, 2, 2, 8]]
+    query_ids, query_mask = pad(QUERIES, EOS, "right" if policy.is_encoder_decoder else "left")
+    response_ids, mask = pad(responses, EOS, "right")
+    assert torch.equal(mask, ppo.response_mask(response_ids, EOS))
+    assert_equals_brute_force(policy, (query_ids, query_mask, response_ids, mask), responses)
+
+
+def test_t5_labels_path_equals_the_explicit_decoder_inputs():
+    """T5 builds start, y_0, ... from `labels` by itself, and its loss is the mean of -log π(y_t) over real tokens."""
+    policy = tiny_policy("t5")
+    query_ids, query_mask, response_ids, mask = encode(policy)
+    labels = response_ids.masked_fill(~mask, -100)
+    with torch.no_grad():
+        scores = policy.score(query_ids, query_mask, response_ids, mask)
+        output = policy.language_model(input_ids=query_ids, attention_mask=query_mask.long(), labels=labels)
+    chosen = output.logits.log_softmax(-1).gather(-1, response_ids[..., None])[..., 0]
+    assert_close(scores.logprobs[mask], chosen[mask])
+    assert_close(output.loss, -scores.logprobs[mask].mean())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_causal_loss_is_the_mean_of_the_scored_tokens(family):
+    """Transformers' own shift of labels against logits agrees with score's."""
+    policy = tiny_policy(family)
+    query_ids, query_mask, response_ids, mask = encode(policy)
+    labels = torch.cat([query_ids * 0 - 100, response_ids.masked_fill(~mask, -100)], dim=1)
+    whole = torch.cat([query_mask, mask], dim=1)
+    with torch.no_grad():
+        loss = policy.language_model(
+            input_ids=torch.cat([query_ids, response_ids], dim=1),
+            attention_mask=whole.long(),
+            position_ids=position_ids(whole),
+            labels=labels,
+        ).loss
+        assert_close(loss, -policy.score(query_ids, query_mask, response_ids, mask).logprobs[mask].mean())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gradient_reaches_every_real_token_and_no_other(family):
+    """The masked mean's gradient at the logits that predict y_t: (softmax - onehot) / n there, 0 beyond the mask."""
+    policy = tiny_policy(family)
+    query_ids, query_mask, response_ids, mask = encode(policy)
+    seen = []
+
+    def keep_gradient(module, inputs, output) -> None:
+        output.retain_grad()
+        seen.append(output)
+
+    policy.language_model.get_output_embeddings().register_forward_hook(keep_gradient)
+    scores = policy.score(query_ids, query_mask, response_ids, mask)
+    ppo.masked_mean(-scores.logprobs, mask).backward()
+    gradient = seen[0].grad
+    onehot = torch.nn.functional.one_hot(response_ids, VOCAB)
+    assert_close(gradient, (seen[0].softmax(-1) - onehot).detach() * mask[..., None] / mask.sum(), atol=1e-6)
+    assert (gradient.abs().sum(-1) > 1e-6)[mask].all()
+    assert (gradient == 0)[~mask].all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_value_gradient_stops_at_the_mask(family):
+    """A value's gradient at the value head: the sum of the hidden states of real tokens, and nothing else."""
+    policy = tiny_policy(family)
+    batch = encode(policy)
+    mask, seen = batch[3], []
+    policy.value_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    ppo.masked_mean(policy.score(*batch).values, mask).backward()
+    assert seen[0].shape == (*mask.shape, policy.value_head.in_features)
+    assert_close(policy.value_head.weight.grad[0], seen[0][mask].mean(0))
+    assert_close(policy.value_head.bias.grad, [1.0])
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0])
+def test_score_refuses_a_temperature_that_is_not_positive(temperature):
+    policy = tiny_policy("gpt2")
+    with pytest.raises(ValueError, match="temperature must be above 0"):
+        policy.score(*encode(policy), temperature)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calling_the_policy_is_scoring(family):
+    policy = tiny_policy(family)
+    assert policy.is_encoder_decoder == (family == "t5")
+    for called, scored in zip(
+        policy(*encode(policy), 0.7, True), policy.score(*encode(policy), 0.7, True), strict=True
+    ):
+        assert torch.equal(called, scored)
+    assert policy.score(*encode(policy)).entropy is None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The output layer runs on response positions only, as the model itself would run it
+# ----------------------------------------------------------------------------------------------------------------
+
+CAUSAL = [family for family in BUILDERS if family != "t5"]
+
+
+@pytest.mark.parametrize("family", BUILDERS)
+def test_output_layer_runs_on_response_positions_only(family):
+    policy = tiny_policy(family)
+    shapes = []
+    head = policy.language_model.get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
+    policy.score(*encode(policy))
+    assert shapes == [(4, 6, VOCAB)]
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_log_probabilities_are_those_of_the_models_own_logits(family):
+    """Oracle: the whole sequence through the language model, its own `logits` cut out and put through a softmax."""
+    policy = tiny_policy(family)
+    query_ids, query_mask, response_ids, mask = encode(policy)
+    whole = torch.cat([query_mask, mask], dim=1)
+    with torch.no_grad():
+        output = policy.language_model(
+            input_ids=torch.cat([query_ids, response_ids], dim=1),
+            attention_mask=whole.long(),
+            position_ids=position_ids(whole),
+            output_hidden_states=True,
+        )
+        scores = policy.score(query_ids, query_mask, response_ids, mask)
+        by_hand = policy.language_model.get_output_embeddings()(output.hidden_states[-1])
+    first, last = query_ids.shape[1] - 1, whole.shape[1] - 1
+    expected = output.logits[:, first:last].log_softmax(-1).gather(-1, response_ids[..., None])[..., 0]
+    assert_close(scores.logprobs[mask], expected[mask])
+    bare = by_hand[:, first:last].log_softmax(-1).gather(-1, response_ids[..., None])[..., 0]
+    gap = (scores.logprobs - bare)[mask].abs().max()
+    assert (gap > 0.1) == (family in ("gemma2", "granite"))  # which cap or scale what their output layer gives
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Value head
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_start_at_zero_and_their_first_loss_leaves_the_trunk_alone(family):
+    policy = PolicyModel(BUILDERS[family]())
+    batch = encode(policy)
+    values = policy.score(*batch).values
+    assert (values == 0).all()
+    ((values - 1)[batch[3]] ** 2).mean().backward()
+    assert all(p.grad is None or (p.grad == 0).all() for p in policy.language_model.parameters())
+    assert_close(policy.value_head.bias.grad, [-2.0])
+    assert policy.value_head.weight.grad.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("head", ["zero", "random"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_and_load_changes_neither_values_nor_log_probabilities(family, head, tmp_path):
+    policy = tiny_policy(family) if head == "random" else PolicyModel(BUILDERS[family]()).eval()
+    save_policy(policy, new_tokenizer(["a"], 300, 64), tmp_path)
+    loaded = load_policy(str(tmp_path), "float32", CPU).eval()
+    with torch.no_grad():
+        for before, after in zip(policy.score(*encode(policy))[:2], loaded.score(*encode(loaded))[:2], strict=True):
+            assert torch.equal(before, after)
+    assert (loaded.value_head.weight.abs().max() > 0) == (head == "random")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_saved_policy_is_a_plain_hugging_face_model(family, tmp_path):
+    policy = tiny_policy(family)
+    save_policy(policy, new_tokenizer(["a"], 300, 64), tmp_path)
+    factory = AutoModelForSeq2SeqLM if policy.is_encoder_decoder else AutoModelForCausalLM
+    plain, report = factory.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    inputs = {"input_ids": torch.tensor([[5, 3, 8]])}
+    if policy.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.tensor([[PAD, 4]])
+    with torch.no_grad():
+        assert torch.equal(plain.eval()(**inputs).logits, policy.language_model(**inputs).logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Dropout, dtype, activation checkpointing
+# ----------------------------------------------------------------------------------------------------------------
+
+GPT2_SIZE = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "pad_token_id": PAD}
+BERT_SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+LLAMA_SIZE = BERT_SIZE | {"intermediate_size": 64, "num_key_value_heads": 1, "pad_token_id": PAD}
+T5_SIZE = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
+RATES = {"hidden_dropout_prob": 0.4, "attention_probs_dropout_prob": 0.4}
+DROPPING = {
+    "gpt2": (AutoModelForCausalLM, GPT2Config(**GPT2_SIZE, resid_pdrop=0.4, embd_pdrop=0.4, attn_pdrop=0.4)),
+    "llama": (AutoModelForCausalLM, LlamaConfig(**LLAMA_SIZE, attention_dropout=0.4)),
+    "t5": (AutoModelForSeq2SeqLM, T5Config(**T5_SIZE, dropout_rate=0.4, decoder_start_token_id=PAD)),
+    "t5 classifier": (
+        AutoModelForSequenceClassification,
+        T5Config(**T5_SIZE, dropout_rate=0.0, classifier_dropout=0.4, decoder_start_token_id=PAD),
+    ),
+    "bert": (AutoModelForSequenceClassification, BertConfig(**BERT_SIZE, **RATES, classifier_dropout=0.4)),
+    "roberta": (AutoModelForSequenceClassification, RobertaConfig(**BERT_SIZE, **RATES)),
+    "gpt2 classifier": (AutoModelForSequenceClassification, GPT2Config(**GPT2_SIZE, summary_first_dropout=0.4)),
+}
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_without_dropout_train_mode_is_deterministic(name):
+    """Two forward passes in train mode are bitwise equal after it, and differ before it."""
+    factory, config = DROPPING[name]
+    inputs = {"input_ids": torch.tensor([[5, 3, 8, 4, EOS]])}
+    if factory is AutoModelForSeq2SeqLM:
+        inputs["decoder_input_ids"] = torch.tensor([[PAD, 4]])
+
+    def repeats(settings) -> bool:
+        model = randomise(factory.from_config(settings)).train()
+        with torch.no_grad():
+            return torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+    torch.manual_seed(0)
+    assert not repeats(copy.deepcopy(config)) or name == "gpt2 classifier"  # whose rate its classifier never reads
+    assert repeats(without_dropout(copy.deepcopy(config)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_loaded_policy_scores_the_same_twice_in_train_mode(family, tmp_path):
+    rates = {
+        "gpt2": {"resid_pdrop": 0.4, "embd_pdrop": 0.4, "attn_pdrop": 0.4},
+        "llama": {"attention_dropout": 0.4},
+        "t5": {"dropout_rate": 0.4},
+    }
+    model = BUILDERS[family](**rates[family])
+    model.save_pretrained(tmp_path)
+    stored = AutoConfig.from_pretrained(tmp_path)
+    assert all(getattr(stored, name) == 0.4 for name in rates[family])
+    policy = load_policy(str(tmp_path), "float32", CPU)
+    in_eval = policy.eval().score(*encode(policy)).logprobs
+    for _ in range(2):
+        assert torch.equal(policy.train().score(*encode(policy)).logprobs, in_eval)
+
+
+def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path):
+    """transformers would load it in the dtype it was stored in; the numbers are those that were stored."""
+    tiny_gpt2().bfloat16().save_pretrained(tmp_path)
+    loaded = load_language_model(str(tmp_path), "float32", CPU)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert torch.equal(loaded.transformer.wte.weight, tiny_gpt2().transformer.wte.weight.bfloat16().float())
+    assert {p.dtype for p in load_language_model(str(tmp_path), "bfloat16", CPU).parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bfloat16_policy_scores_in_float32_within_tolerance_of_its_sampler(family, tmp_path):
+    BUILDERS[family]().save_pretrained(tmp_path)
+    policy = load_policy(str(tmp_path), "bfloat16", CPU)
+    assert policy.language_model.dtype == torch.bfloat16
+    assert policy.value_head.weight.dtype == torch.float32
+    query_ids, query_mask, _, _ = encode(policy)
+    drawn = sample(policy, query_ids, query_mask, 8, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    scores = policy.score(query_ids, query_mask, *drawn[:2], with_entropy=True)
+    assert {x.dtype for x in scores} == {torch.float32}
+    gap = (scores.logprobs - drawn.logprobs)[drawn.mask].abs().max().item()
+    assert gap < TOLERANCE["bfloat16"]
+    # a softmax in bfloat16 would leave probabilities that sum to 1 only to 8 bits
+    totals = sum(
+        policy.score(query_ids, query_mask, torch.full_like(drawn.response_ids[:, :1], a), drawn.mask[:, :1])
+        .logprobs.double()
+        .exp()
+        for a in range(VOCAB)
+    )
+    assert_close(totals.float(), torch.ones(4, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_activation_checkpointing_recomputes_in_train_mode_and_changes_no_gradient(family, tmp_path, monkeypatch):
+    """Each layer goes through torch's checkpoint in train mode, and only there; the gradients are the same."""
+    calls = []
+    real = transformers.modeling_utils.checkpoint
+
+    @functools.wraps(real)
+    def counted(*args, **kwargs):
+        calls.append(kwargs.get("use_reentrant"))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.modeling_utils, "checkpoint", counted)
+    save_policy(tiny_policy(family), new_tokenizer(["a"], 300, 64), tmp_path)
+    gradients = []
+    for switched_on in (False, True):
+        policy = load_policy(str(tmp_path), "float32", CPU, gradient_checkpointing=switched_on)
+        policy.eval().score(*encode(policy))
+        assert calls == []
+        scores = policy.train().score(*encode(policy))
+        assert calls == [False] * (switched_on * (4 if family == "t5" else 2))  # layers; not the reentrant kind
+        (scores.logprobs + scores.values)[encode(policy)[3]].sum().backward()
+        gradients.append({name: p.grad for name, p in policy.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-4)
+    assert sum(gradient.abs().sum() for gradient in gradients[0].values()) > 1
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The frozen reference
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_frozen_copy_stays_what_it_is(family):
+    policy = tiny_policy(family).train()
+    reference = frozen_copy(policy)
+    assert not reference.training
+    assert not any(p.requires_grad for p in reference.parameters())
+    assert all(p.requires_grad for p in policy.parameters())
+    assert policy.training
+    own = {p.untyped_storage().data_ptr() for p in policy.parameters()}
+    assert own.isdisjoint(p.untyped_storage().data_ptr() for p in reference.parameters())
+    batch = encode(policy)
+    before = policy.score(*batch).logprobs.detach()
+    assert_close(reference.score(*batch).logprobs, before, atol=1e-6)
+    assert not reference.score(*batch).logprobs.requires_grad
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.01)
+    policy.score(*batch).logprobs.sum().backward()
+    optimizer.step()
+    assert (policy.score(*batch).logprobs - before).abs().max() > 0.1
+    assert_close(reference.score(*batch).logprobs, before, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Reward model
+# ----------------------------------------------------------------------------------------------------------------
+
+LABELS = {0: "NEGATIVE", 1: "neutral", 2: "POSITIVE"}
+
+
+@pytest.mark.parametrize(
+    ("label", "index"), [("", 2), ("positive", 2), ("NEGATIVE", 0), ("Neutral", 1), ("0", 0), ("1", 1), ("2", 2)]
+)
+def test_label_by_name_index_or_last(label, index):
+    assert label_index(LABELS, label) == index
+
+
+def test_an_unknown_label_names_those_there_are():
+    with pytest.raises(ValueError, match=r"no label 'good'; it has 0 \(NEGATIVE\), 1 \(neutral\), 2 \(POSITIVE\)"):
+        label_index(LABELS, "good")
+
+
+LOGITS = torch.tensor([[0.0, 1.0], [2.0, -1.0]])  # margins 1 and -3
+OUTPUTS = {
+    "logit": [1.0, -1.0],
+    "logprob": [-0.3132617, -3.0485874],  # -log(1 + exp(-1)), -log(1 + exp(3))
+    "probability": [0.7310586, 0.0474259],
+    "margin": [1.0, -3.0],
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_reward_outputs_of_two_labels_by_hand(output):
+    assert_close(reward_from_logits(LOGITS, 1, output), OUTPUTS[output], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("output", "expected"),
+    [("logit", 0.693147), ("logprob", -0.693147), ("probability", 0.5), ("margin", 0.0)],
+)
+def test_reward_outputs_of_three_labels_by_hand(output, expected):
+    """exp of the logits: 1, 2, 1, so the middle one has probability 1/2 and odds 1."""
+    logits = torch.tensor([[0.0, 0.6931472, 0.0]])
+    assert_close(reward_from_logits(logits, 1, output), [expected], atol=1e-6)
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_head_with_one_label_gives_its_logit(output):
+    assert_close(reward_from_logits(torch.tensor([[1.5], [-2.0]]), 0, output), [1.5, -2.0], atol=0)
+
+
+class HandClassifier(PreTrainedModel):
+    """Logits that can be worked out by hand: of label l, (l + 1) x the number of real tokens."""
+
+    def __init__(self):
+        super().__init__(PreTrainedConfig(id2label=LABELS))
+        self.anchor = torch.nn.Parameter(torch.zeros(1))  # a model without parameters has no device
+        self.widths = []
+
+    def forward(self, input_ids, attention_mask):
+        self.widths.append(tuple(input_ids.shape))
+        return SequenceClassifierOutput(logits=attention_mask.sum(1, keepdim=True) * torch.tensor([[1.0, 2.0, 3.0]]))
+
+
+def test_reward_model_returns_one_reward_a_text_in_the_order_of_the_texts():
+    """Texts of like length share a batch, so that little is padding, and the rewards come back in the texts' order."""
+    classifier = HandClassifier()
+    tokenizer = new_tokenizer(["z"], 300, 64)
+    texts = ["abcde", "a", "abc", "abcd", "ab"]
+    rewards = RewardModel(classifier, tokenizer, "neutral")(texts, batch_size=2)
+    assert rewards.tolist() == [10.0, 2.0, 6.0, 8.0, 4.0]
+    assert classifier.widths == [(2, 2), (2, 4), (1, 5)]
+    assert RewardModel(classifier, tokenizer)(texts).tolist() == [15.0, 3.0, 9.0, 12.0, 6.0]
+    margins = RewardModel(classifier, tokenizer, "2", "margin")(["a"])
+    assert_close(margins, [0.6867383], atol=1e-6)  # 3 - log(e + e^2)
+
+
+@pytest.fixture(scope="module")
+def classifier_folder(tmp_path_factory):
+    """A random GPT-2 classifier of three labels that reads 16 tokens, with its byte-level tokenizer."""
+    folder = tmp_path_factory.mktemp("classifier")
+    tokenizer = new_tokenizer(["zz"], 300, 1000)
+    size = GPT2_SIZE | {"vocab_size": len(tokenizer), "n_positions": 16, "pad_token_id": tokenizer.pad_token_id}
+    config = GPT2Config(**size, **NO_DROPOUT, id2label=LABELS, label2id={name: i for i, name in LABELS.items()})
+    randomise(GPT2ForSequenceClassification(config)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def settings(**overrides):
+    return type("Settings", (), {"reward_label": "", "reward_output": "logit"} | overrides)
+
+
+def test_reward_model_reads_the_label_that_is_asked_for(classifier_folder):
+    rewards = {
+        label: load_reward_model(settings(reward_label=label), str(classifier_folder), CPU)(["a film", "b"])
+        for label in ("", "0", "neutral", "positive")
+    }
+    plain = AutoModelForSequenceClassification.from_pretrained(classifier_folder).eval()
+    tokenizer = new_tokenizer(["zz"], 300, 1000)
+    with torch.no_grad():
+        logits = plain(torch.tensor([tokenizer("a film").input_ids])).logits[0]
+    for label, index in (("", 2), ("0", 0), ("neutral", 1), ("positive", 2)):
+        assert_close(rewards[label][0], logits[index])
+    assert logits.std() > 0.3
+
+
+def test_an_unknown_reward_label_is_a_usage_error(classifier_folder):
+    with pytest.raises(UsageError, match=r"--reward_label: .*no label 'good'; it has 0 \(NEGATIVE\), 1 \(neutral\)"):
+        load_reward_model(settings(reward_label="good"), str(classifier_folder), CPU)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 64])
+def test_neither_order_nor_batch_nor_padding_changes_a_reward(classifier_folder, batch_size):
+    texts = ["abcdefghij", "b", "a longer text", "ccc", "dd dd"]
+    reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
+    alone = torch.cat([reward_model([text]) for text in texts])
+    assert alone.std() > 0.1
+    assert_close(reward_model(texts, batch_size), alone)
+    assert_close(reward_model(texts[::-1], batch_size), alone.flip(0))
+
+
+def test_a_text_beyond_the_classifiers_length_loses_its_beginning(classifier_folder):
+    """One token a letter here, and 16 positions: only the last 16 letters count."""
+    reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
+    end = "the end is read!"
+    assert len(end) == 16
+    long, other, short = (reward_model([text])[0] for text in ("beginning, then " + end, "x" * 90 + end, end))
+    assert long == other == short
+    assert abs(reward_model(["another end !!!!"])[0] - short) > 0.1
+
+
+def test_a_reward_model_is_frozen(classifier_folder):
+    reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
+    assert not reward_model.classifier.training
+    assert not any(p.requires_grad for p in reward_model.classifier.parameters())
+    assert not reward_model(["a"]).requires_grad
+
+
+def test_the_tiny_models_and_tokenizer_are_what_they_seem():
+    """The builders of these tests take settings; without this, a mistyped one would go unnoticed."""
+    assert tiny_llama(attention_dropout=0.4).config.attention_dropout == 0.4
+    assert tiny_t5(dropout_rate=0.4).config.dropout_rate == 0.4
+    assert letter_tokenizer()("abi").input_ids == [2, 3, 10]
+    assert letter_tokenizer().decode([PAD, 2, 3, EOS], skip_special_tokens=True) == "ab"

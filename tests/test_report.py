@@ -1,0 +1,227 @@
+"""What a run says before it starts, the invariants that it checks on its own data, and its log rows."""
+
+import csv
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from micro import micro_config
+
+import report
+from config import RunError
+from generate import Sample
+from loading import new_language_model
+from model import PolicyModel, frozen_copy
+from ppo import Rollout
+from checkpoint import notice
+from report import bar_numbers, batch_arithmetic, check_invariants, memory_estimate, rollout_stats
+from train import Models, collect_rollout, load_prompts
+
+pytest_plugins = ["micro"]
+
+
+def new_policy(tokenizer, **settings) -> PolicyModel:
+    torch.manual_seed(0)
+    policy = PolicyModel(new_language_model(micro_config(**settings), tokenizer)).eval()
+    with torch.no_grad():
+        policy.language_model.transformer.wte.weight.mul_(20)  # far from uniform
+    return policy
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Before the run
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_batch_arithmetic_by_hand():
+    """10 rollouts of 64 from 1,000 prompts; 64 / (4 x 8) = 2 steps an epoch, 3 epochs an update, 10 updates."""
+    config = micro_config(n_updates=10, batch_size=64, mini_batch_size=4, gradient_accumulation_steps=8, ppo_epochs=3)
+    text = batch_arithmetic(config, 1000)
+    assert "1,000 prompts; 10 updates x 64 prompts a rollout = 0.64 passes over them" in text
+    assert "3 epochs x 2 optimizer steps of 32 rows (8 forward passes of 4 rows each)" in text
+    assert text.endswith("= 6 optimizer steps, 60 in all")
+
+
+def estimate(monkeypatch, tokenizer, **settings) -> tuple[int, int]:
+    """Bytes of weights and their like, and of a forward pass, as the estimate prints them."""
+    monkeypatch.setattr(report, "gigabytes", lambda n_bytes: f"<{n_bytes:.0f}>")
+    config = micro_config(**settings)
+    text = memory_estimate(config, PolicyModel(new_language_model(config, tokenizer)))
+    static, forward = map(int, re.findall(r"<(\d+)>", text))
+    return static, forward
+
+
+def test_the_memory_estimate_by_hand(monkeypatch, tokenizer):
+    """Weights, reference, gradients and two moments; 18 floats a token, layer and unit; three tensors of logits."""
+    parameters = sum(p.numel() for p in new_policy(tokenizer).parameters())
+    logits = 3 * 4 * 2 * 12 * len(tokenizer)
+    assert estimate(monkeypatch, tokenizer) == (5 * 4 * parameters, 18 * 4 * 2 * (12 + 12) * 1 * 16 + logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "static", "forward"),
+    [
+        ({"mini_batch_size": 4}, "same", "more"),
+        ({"max_new_tokens": 24}, "same", "more"),
+        ({"max_prompt_length": 24}, "same", "more"),
+        ({"gradient_checkpointing": True}, "same", "less"),
+        ({"n_layer": 2}, "more", "more"),
+        ({"n_embd": 32}, "more", "more"),
+        ({"dtype": "bfloat16"}, "less", "less"),
+        ({"ppo_epochs": 9}, "same", "same"),
+    ],
+)
+def test_the_memory_estimate_moves_with_the_settings(change, static, forward, monkeypatch, tokenizer):
+    before, after = estimate(monkeypatch, tokenizer), estimate(monkeypatch, tokenizer, **change)
+    words = ["more" if b > a else "less" if b < a else "same" for a, b in zip(before, after, strict=True)]
+    assert words == [static, forward]
+
+
+def test_gigabytes_are_thousands_of_millions():
+    assert report.gigabytes(1_234_567_890) == "1.23 GB"
+
+
+def test_the_notice_is_for_models_trained_from_scratch():
+    text = notice(micro_config())
+    for words in ("teaching demonstration", "8,897 parameters", "generated movie reviews", "--preset gpt2-imdb"):
+        assert words in text
+    assert "on data/mine.csv." in notice(micro_config(dataset_path="data/mine.csv"))
+    assert notice(micro_config(base_model_name="gpt2")) == ""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Invariants
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tokenizer):
+    """A policy, its rollout and its samples before any update; the rows differ in length."""
+    policy = new_policy(tokenizer)
+    with torch.no_grad():
+        policy.language_model.transformer.wte.weight[tokenizer.eos_token_id] *= 3
+    terms = {"zero": lambda prompts, responses, rows: torch.zeros(len(responses))}
+    config = micro_config(batch_size=8)
+    prompts = load_prompts(config, tokenizer, "train", 8)
+    models = Models(policy, frozen_copy(policy), tokenizer, terms)
+    collected = collect_rollout(models, prompts, config, 0.05, torch.Generator().manual_seed(0))
+    assert not collected.rollout.mask.all()
+    return policy, collected.rollout, collected.sampled
+
+
+def nudge(logprobs: torch.Tensor, by: float) -> torch.Tensor:
+    """The first token of the last row a little more probable."""
+    logprobs = logprobs.clone()
+    logprobs[-1, 0] += by
+    return logprobs
+
+
+def test_an_untouched_policy_passes(start):
+    check_invariants(*start, micro_config())
+
+
+@pytest.mark.parametrize("by", [0.01, -0.01, math.nan])
+def test_sampling_that_disagrees_with_scoring_is_diagnosed(by, start):
+    policy, rollout, sampled = start
+    wrong = Sample(sampled.response_ids, sampled.mask, nudge(sampled.logprobs, by))
+    with pytest.raises(RunError, match="sampling and scoring disagree by"):
+        check_invariants(policy, rollout, wrong, micro_config())
+    with pytest.raises(RunError, match="sampling and scoring disagree by"):
+        check_invariants(policy, replace(rollout, logprobs=nudge(rollout.logprobs, by)), sampled, micro_config())
+
+
+@pytest.mark.parametrize("by", [0.01, -0.01])
+def test_scoring_that_does_not_repeat_is_diagnosed(by, start):
+    """Sampling and the first scoring agree, and a second one does not."""
+    policy, rollout, sampled = start
+    rollout = replace(rollout, logprobs=nudge(rollout.logprobs, by), ref_logprobs=nudge(rollout.ref_logprobs, by))
+    sampled = Sample(sampled.response_ids, sampled.mask, nudge(sampled.logprobs, by))
+    with pytest.raises(RunError, match=r"the importance ratio is .* before any update, expected 1"):
+        check_invariants(policy, rollout, sampled, micro_config())
+
+
+@pytest.mark.parametrize("by", [0.01, -0.01, math.nan])
+def test_a_reference_with_other_weights_is_diagnosed(by, start):
+    policy, rollout, sampled = start
+    with pytest.raises(RunError, match="policy and reference differ by"):
+        check_invariants(
+            policy, replace(rollout, ref_logprobs=nudge(rollout.ref_logprobs, by)), sampled, micro_config()
+        )
+
+
+def test_dropout_is_diagnosed_where_it_is_on(start):
+    """Only in training mode, and only with a probability above 0."""
+    policy, rollout, sampled = start
+    policy.language_model.transformer.drop = torch.nn.Dropout(0.1)
+    check_invariants(policy.eval(), rollout, sampled, micro_config())
+    with pytest.raises(RunError, match=r"dropout is on in language_model\.transformer\.drop"):
+        check_invariants(policy.train(), rollout, sampled, micro_config())
+    policy.language_model.transformer.drop.p = 0.0
+    check_invariants(policy, rollout, sampled, micro_config())
+
+
+def test_another_temperature_in_scoring_is_noticed(start):
+    with pytest.raises(RunError, match="the importance ratio is"):
+        check_invariants(*start, micro_config(temperature=0.7))
+
+
+def test_what_stands_beyond_the_mask_is_not_checked(start):
+    policy, rollout, sampled = start
+
+    def spoil(logprobs: torch.Tensor) -> torch.Tensor:
+        return logprobs.masked_fill(~rollout.mask, math.nan)
+
+    rollout = replace(rollout, logprobs=spoil(rollout.logprobs), ref_logprobs=spoil(rollout.ref_logprobs))
+    check_invariants(policy, rollout, Sample(*sampled[:2], spoil(sampled.logprobs)), micro_config())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Log rows
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_statistics_of_a_rollout_by_hand():
+    """Two responses, of three tokens and of one; whatever stands beyond the mask would spoil every figure."""
+    x = math.nan
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    rollout = Rollout(
+        query_ids=torch.zeros(2, 1, dtype=torch.long),
+        query_mask=torch.ones(2, 1, dtype=torch.bool),
+        response_ids=torch.zeros(2, 3, dtype=torch.long),
+        mask=mask,
+        logprobs=torch.tensor([[-1.0, -2.0, -1.0], [-0.5, x, x]]),
+        ref_logprobs=torch.tensor([[-1.5, -1.0, -1.0], [-1.0, x, x]]),
+        values=torch.tensor([[1.0, 2.0, 3.0], [2.0, x, x]]),
+        scores=torch.tensor([0.5, 1.5]),
+        kl=torch.tensor([[0.1, 0.2, 0.0], [0.5, 0.0, 0.0]]),
+        rewards=torch.zeros(2, 3),
+        advantages=torch.zeros(2, 3),
+        returns=torch.tensor([[2.0, 2.0, 4.0], [0.0, x, x]]),
+    )
+    stats = rollout_stats(rollout, {"fn": torch.tensor([3.0, 5.0])}, torch.tensor([1.0, 2.0]))
+    k3 = (math.exp(-0.5) - 0.5) + (math.exp(1.0) - 2.0) + (math.exp(-0.5) - 0.5)
+    expected = {"reward": 1.5, "reward_fn": 4.0, "score": 1.0, "kl": 0.4, "kl_k1": 0.0, "kl_k3": k3 / 2}
+    expected |= {"value": 2.0, "return": 2.0, "response_length": 2.0}
+    # returns 2 2 4 0 have variance 2, and returns - values 1 0 1 -2 have 1.5
+    assert stats == pytest.approx(expected | {"explained_variance": 0.25}, abs=1e-5)
+
+
+def test_the_progress_bar_shows_five_numbers():
+    stats = {"reward": 1.234, "kl_k1": -0.01, "entropy": 2.5, "response_length": 11.6, "ended": 0.25, "loss": 1.0}
+    expected = {"reward": "1.23", "kl": "-0.01", "entropy": "2.50", "length": "12", "eos": "25%"}
+    assert bar_numbers(stats) == expected
+
+
+def test_logs_grow_by_a_rollout_and_keep_every_character(tmp_path):
+    responses = [{"step": 0, "query": 'A "film",', "response": "\nnaïve; ", "reward": 0.5}]
+    report.write_logs(tmp_path, [{"step": 0}], [{"step": 0}], responses)
+    more = [{"step": 1, "query": "B", "response": "", "reward": -1.0}] * 2
+    report.write_logs(tmp_path, [{"step": 0}, {"step": 1}], [{"step": 0}, {"step": 1}], more)
+    assert json.loads((tmp_path / "training_stats.json").read_text()) == [{"step": 0}, {"step": 1}]
+    assert json.loads((tmp_path / "timings.json").read_text()) == [{"step": 0}, {"step": 1}]
+    with (tmp_path / "training_log.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [{name: str(value) for name, value in row.items()} for row in responses + more]

@@ -1,0 +1,232 @@
+"""The stages before PPO: their batches, their loss, and what they measure."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from micro import micro_config, review_texts
+from torch import nn
+from transformers import AutoTokenizer
+
+import sft
+from config import UsageError
+from loading import load_language_model, new_language_model
+from sft import (
+    IGNORED,
+    accuracy,
+    classifier_batch,
+    cut_short,
+    fit,
+    held_out_accuracies,
+    language_batch,
+    length_grouped,
+    perplexity,
+    run_sft,
+    token_pieces,
+    train_language_model,
+)
+
+pytest_plugins = ["micro"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def language_model(tokenizer):
+    torch.manual_seed(0)
+    return new_language_model(micro_config(), tokenizer).eval()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pieces and batches
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_pieces_are_the_texts_with_eos_cut_at_the_length(tokenizer):
+    texts, end = review_texts(20), tokenizer.eos_token_id
+    whole = [[*tokenizer(text).input_ids, end] for text in texts]
+    assert token_pieces(texts, tokenizer, 10_000) == whole
+    pieces = token_pieces(texts, tokenizer, 7)
+    assert max(map(len, pieces)) == 7 and min(map(len, pieces)) >= 2
+    expected = [ids[start : start + 7] for ids in whole for start in range(0, len(ids), 7)]
+    assert pieces == [piece for piece in expected if len(piece) > 1]
+
+
+def test_a_piece_of_one_token_predicts_nothing_and_is_left_out(tokenizer):
+    (ids,) = token_pieces(["The film"], tokenizer, 100)
+    assert token_pieces(["The film", ""], tokenizer, 100) == [ids]
+    assert token_pieces(["The film"], tokenizer, len(ids) - 1) == [ids[:-1]]
+
+
+def test_language_batches_ignore_padding_and_nothing_else(tokenizer):
+    """Worked by hand, with a pad id that is also a real token."""
+    batch = language_batch([[5, 6, 7], [8, 0]], 0, CPU)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert batch["labels"].tolist() == [[5, 6, 7], [8, 0, IGNORED]]
+
+
+def test_padding_leaves_the_loss_alone(language_model):
+    """A short piece beside a long one: their token mean is that of the two computed alone."""
+    pieces = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
+    alone = [language_model(**language_batch([piece], 1, CPU)).loss.item() for piece in pieces]
+    both = language_model(**language_batch(pieces, 1, CPU)).loss.item()
+    assert both == pytest.approx((6 * alone[0] + 2 * alone[1]) / 8, abs=1e-5)
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(100, 7), (64, 8), (5, 9), (700, 3)])
+def test_every_text_comes_once_a_pass_in_batches_of_like_length(n, batch_size):
+    lengths = torch.randint(1, 50, (n,), generator=generator()).tolist()
+    batches, number = length_grouped(lengths, batch_size, generator()), math.ceil(n / batch_size)
+    for _ in range(3):
+        drawn = [next(batches) for _ in range(number)]
+        assert sorted(i for batch in drawn for i in batch) == list(range(n))
+        assert max(map(len, drawn)) <= batch_size
+        if n <= 32 * batch_size:  # one pool: no two batches overlap in length
+            spans = sorted((min(lengths[i] for i in b), max(lengths[i] for i in b)) for b in drawn)
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+
+
+def test_length_grouped_changes_the_order_and_repeats_with_its_seed():
+    def draw(seed: int) -> list[list[int]]:
+        batches = length_grouped(list(range(40)), 4, generator(seed))
+        return [next(batches) for _ in range(20)]
+
+    assert draw(0) == draw(0) != draw(1)
+    assert draw(0)[:10] != draw(0)[10:] and draw(0)[:10] != sorted(draw(0)[:10])
+
+
+def test_half_of_the_texts_are_cut_short_at_any_length():
+    """Of ten tokens, all are kept with probability 1/2 + 1/2 x 1/10, and any other number with 1/20."""
+    ids, seed = list(range(10)), generator()
+    cuts = [cut_short(ids, 100, seed) for _ in range(4000)]
+    assert all(cut == ids[: len(cut)] and cut for cut in cuts)
+    counts = [sum(len(cut) == kept for cut in cuts) / 4000 for kept in range(1, 11)]
+    assert counts[-1] == pytest.approx(0.55, abs=0.03)
+    assert counts[:-1] == pytest.approx([0.05] * 9, abs=0.015)
+
+
+def test_a_long_text_keeps_its_last_tokens():
+    ids, seed = list(range(10)), generator()
+    cuts = [cut_short(ids, 3, seed) for _ in range(200)]
+    assert {tuple(cut) for cut in cuts} == {(0,), (0, 1), *((i, i + 1, i + 2) for i in range(8))}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class Line(nn.Module):
+    """loss = w: Adam moves w by the learning rate in every step, whatever the gradient's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w, self.seen, self.modes = nn.Parameter(torch.zeros(())), [], []
+
+    def forward(self, scale: float):
+        self.seen.append(self.w.item())
+        self.modes.append(self.training)
+        return SimpleNamespace(loss=self.w * scale)
+
+
+def test_fit_warms_up_for_a_tenth_and_falls_to_zero():
+    """20 steps at peak 1e-3: a half and the whole of it, then 18/18, 17/18, ... 1/18."""
+    line = Line()
+    fit(line, iter([{"scale": 3.0}] * 20), 20, 1e-3, "line")
+    moves = [a - b for a, b in zip(line.seen, [*line.seen[1:], line.w.item()], strict=True)]
+    assert moves == pytest.approx([5e-4, 1e-3, *(1e-3 * k / 18 for k in range(18, 0, -1))], abs=2e-6)
+    assert all(line.modes) and not line.training
+
+
+def test_the_loss_falls_on_a_text_that_is_memorised(language_model, tokenizer):
+    pieces = token_pieces(["The film is about a lonely librarian.", "I left the cinema early."], tokenizer, 48)
+    before = perplexity(language_model, pieces, tokenizer.pad_token_id)
+    batch = language_batch(pieces, tokenizer.pad_token_id, CPU)
+    recent = fit(language_model, iter([batch] * 150), 150, 3e-2, "memory")
+    after = perplexity(language_model, pieces, tokenizer.pad_token_id)
+    assert before > 100 and after < 1.5
+    assert recent < math.log(before) / 2
+
+
+def test_a_corpus_without_any_text_is_refused(tokenizer, monkeypatch):
+    """Rather than waited for: there is no batch to draw."""
+    monkeypatch.setattr(sft, "fit", lambda *_: 0.0)
+    with pytest.raises(UsageError, match="text"):
+        train_language_model(micro_config(), ["", ""], tokenizer, "language model")
+
+
+def test_a_model_from_elsewhere_is_fine_tuned(chain, tmp_path):
+    """With its own tokenizer; the folder it came from is left alone."""
+    start = chain.root / "saved_models/tiny/sft"
+    before = (start / "model.safetensors").read_bytes()
+    config = micro_config(task="sft", preset="", base_model_name=str(start), output_dir=str(tmp_path / "tuned"))
+    folder = run_sft(config)
+    assert (start / "model.safetensors").read_bytes() == before
+    models = [load_language_model(str(path), "float32", CPU) for path in (start, folder)]
+    assert any(not torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
+    vocabularies = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (start, folder)]
+    assert vocabularies[0] == vocabularies[1]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Measures
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_perplexity_equals_brute_force(language_model, tokenizer):
+    """One token at a time, without padding, over more pieces than a batch holds."""
+    texts = [text[: 4 + number % 7] for number, text in enumerate(review_texts(70))]
+    pieces = token_pieces(texts, tokenizer, 12)
+    assert len(pieces) > 64 and len({len(piece) for piece in pieces}) > 3
+    total, count = 0.0, 0
+    for piece in pieces:
+        for t in range(1, len(piece)):
+            logits = language_model(torch.tensor([piece[:t]])).logits[0, -1]
+            total -= logits.log_softmax(-1)[piece[t]].item()
+            count += 1
+    expected = math.exp(total / count)
+    assert perplexity(language_model, pieces, tokenizer.pad_token_id) == pytest.approx(expected, rel=1e-5)
+
+
+class ContainsSeven:
+    """Predicts label 1 for a text with a 7 in it."""
+
+    device = CPU
+
+    def __call__(self, input_ids, attention_mask, labels):
+        positive = ((input_ids == 7) & attention_mask.bool()).any(1)
+        return SimpleNamespace(logits=torch.stack([~positive, positive], dim=1).float())
+
+
+def test_accuracy_is_the_share_of_right_labels_over_all_batches():
+    texts = [[7, 1], [1], [1, 2, 3]] * 30 + [[7]]
+    labels = [1, 1, 0] * 30 + [1]
+    assert accuracy(ContainsSeven(), texts, labels, 7) == pytest.approx(61 / 91, abs=1e-9)
+
+
+def test_classifier_batches_keep_texts_and_labels_together():
+    batch = classifier_batch([[5, 6], [7]], [1, 0], 9, CPU)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6], [7, 9]],
+        "attention_mask": [[1, 1], [1, 0]],
+        "labels": [1, 0],
+    }
+
+
+def test_held_out_accuracy_is_measured_on_whole_texts_and_on_first_halves():
+    """The sevens stand at the end: seen in whole texts, of which the last two tokens are read, not in first halves."""
+
+    def tokenizer(texts, add_special_tokens):
+        assert not add_special_tokens
+        return SimpleNamespace(input_ids=[[int(digit) for digit in text] for text in texts])
+
+    tokenizer.pad_token_id = 0
+    rows = [{"text": text, "label": label} for text, label in [("1117", 1), ("71111", 0), ("11", 0), ("1171", 1)]]
+    assert held_out_accuracies(micro_config(), ContainsSeven(), tokenizer, rows, 2) == (1.0, 0.5)
