@@ -112,8 +112,8 @@ class Config:
     n_layer: int = option("stages", 2, "layers of the model trained here", "[1, inf)")
     n_embd: int = option("stages", 128, "width of the model trained here", "[1, inf)")
     n_head: int = option("stages", 4, "attention heads of the model trained here", "[1, inf)")
-    n_reviews: int = option("stages", 20000, "size of the built-in corpus", "[100, inf)")
-    sft_steps: int = option("stages", 1200, "optimizer steps of the language model's training", "[1, inf)")
+    n_reviews: int = option("stages", 16000, "size of the built-in corpus", "[100, inf)")
+    sft_steps: int = option("stages", 1000, "optimizer steps of the language model's training", "[1, inf)")
     sft_batch_size: int = option("stages", 16, "texts a step", "[1, inf)")
     sft_learning_rate: float = option("stages", 5e-3, "AdamW's peak", "(0, inf)")
     reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
@@ -165,12 +165,13 @@ PRESETS = {
         "prompt_tokens": 8,
         "max_prompt_length": 12,
         "max_new_tokens": 64,
-        "n_updates": 40,
-        "batch_size": 64,
-        "mini_batch_size": 32,
+        "n_updates": 20,
+        "batch_size": 128,
+        "mini_batch_size": 64,
         "ppo_epochs": 2,
-        "learning_rate": 5e-4,
-        "kl_coef": 0.02,
+        "learning_rate": 7e-4,
+        "lam": 1.0,
+        "kl_coef": 0.1,
         "missing_eos_penalty": 0.5,
         "reward_output": "probability",
         "eval_samples": 256,

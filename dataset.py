@@ -4,6 +4,7 @@ Every source is divided into four parts that share no row: `train` (the models, 
 PPO), `judge` (the independent judges of an evaluation), `validation` (to choose by) and `test` (to report on).
 """
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,7 @@ class Prompt(NamedTuple):
 def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]:
     """The rows of one part, or the first `limit`. Raises UsageError if the data is missing, empty or unreadable."""
     if not config.dataset_path:
-        return movie_reviews(limit or config.n_reviews, seed=PARTS.index(part))
+        return built_in_rows(limit or config.n_reviews, PARTS.index(part))
     splits = load_splits(config.dataset_path)
     if config.dataset_split not in splits:
         raise UsageError(
@@ -42,6 +43,9 @@ def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]
     if not rows:
         raise UsageError(f"--dataset_path {config.dataset_path} has no rows for {part}")
     return rows[:limit]
+
+
+built_in_rows = functools.cache(movie_reviews)  # a run's stages read the same corpus
 
 
 def load_splits(path: str) -> dict:

@@ -90,7 +90,7 @@ def load_policy(path: str, dtype: str, device: torch.device, gradient_checkpoint
     if value_head.exists():
         policy.value_head.load_state_dict(load_file(value_head, device=str(device)))
     if gradient_checkpointing:
-        policy.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
 
 

@@ -27,7 +27,7 @@ def load_reward_terms(config: Config, path: str, device: torch.device, separator
     """The terms by name, the classifier being the one at `path`.
 
     `separator` stands between prompt and response where a classifier reads both: nothing for a causal model, whose
-    response goes on in mid-sentence, a space for an encoder-decoder's.
+    response goes on in mid-sentence, a line break for an encoder-decoder's.
     """
     check_weights(config)
     terms: dict[str, RewardTerm] = {}

@@ -57,11 +57,15 @@ def length_grouped(lengths: list[int], batch_size: int, generator: torch.Generat
 
 
 def token_pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[list[int]]:
-    """The texts as ids, each ended by EOS and cut into pieces of at most `length`."""
+    """The texts as ids, each ended by EOS and cut into pieces of at most `length`.
+
+    A long text's last piece reaches back to be of full length: a short rest would teach the model to end at once.
+    """
     pieces = []
     for ids in tokenizer(texts, add_special_tokens=False).input_ids:
         whole = [*ids, tokenizer.eos_token_id]
-        pieces += [whole[start : start + length] for start in range(0, len(whole), length)]
+        last = max(0, len(whole) - length)
+        pieces += [whole[min(start, last) :][:length] for start in range(0, len(whole), length)]
     return [piece for piece in pieces if len(piece) > 1]
 
 

@@ -217,7 +217,7 @@ def test_draw_with_temperature_and_truncation_by_hand():
 
 
 def test_draw_keeps_tokens_that_are_rarer_than_float32_can_tell():
-    """A token of probability 1e-9 at the end: a u in its interval finds it; a sum in float32 would reach 1 before it."""
+    """A token of probability 1e-9 at the end: a u in its interval finds it; sums in float32 reach 1 before it."""
     logits = torch.tensor([[1.0, 1e-9]]).log()
     tokens, logprobs = draw(logits, torch.tensor([1 - 0.5e-9], dtype=torch.float64))
     assert tokens.tolist() == [1]

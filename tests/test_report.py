@@ -11,12 +11,12 @@ import torch
 from micro import micro_config
 
 import report
+from checkpoint import notice
 from config import RunError
 from generate import Sample
 from loading import new_language_model
 from model import PolicyModel, frozen_copy
 from ppo import Rollout
-from checkpoint import notice
 from report import bar_numbers, batch_arithmetic, check_invariants, memory_estimate, rollout_stats
 from train import Models, collect_rollout, load_prompts
 

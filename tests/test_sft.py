@@ -52,15 +52,20 @@ def test_pieces_are_the_texts_with_eos_cut_at_the_length(tokenizer):
     whole = [[*tokenizer(text).input_ids, end] for text in texts]
     assert token_pieces(texts, tokenizer, 10_000) == whole
     pieces = token_pieces(texts, tokenizer, 7)
-    assert max(map(len, pieces)) == 7 and min(map(len, pieces)) >= 2
-    expected = [ids[start : start + 7] for ids in whole for start in range(0, len(ids), 7)]
+    expected = []
+    for ids in whole:
+        starts = [start for start in range(0, len(ids), 7) if start + 7 <= len(ids)]
+        expected += [ids[start : start + 7] for start in starts]
+        if len(ids) % 7:
+            expected.append(ids[-7:])  # the last piece reaches back
     assert pieces == [piece for piece in expected if len(piece) > 1]
+    assert sum(piece[-1] == end for piece in pieces) == 20
 
 
-def test_a_piece_of_one_token_predicts_nothing_and_is_left_out(tokenizer):
+def test_a_text_without_tokens_is_left_out(tokenizer):
     (ids,) = token_pieces(["The film"], tokenizer, 100)
     assert token_pieces(["The film", ""], tokenizer, 100) == [ids]
-    assert token_pieces(["The film"], tokenizer, len(ids) - 1) == [ids[:-1]]
+    assert token_pieces(["The film"], tokenizer, len(ids) - 1) == [ids[:-1], ids[1:]]
 
 
 def test_language_batches_ignore_padding_and_nothing_else(tokenizer):

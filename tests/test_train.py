@@ -549,6 +549,14 @@ def test_a_kl_target_adapts_the_coefficient_from_the_next_update_on(tmp_path):
     assert_close([row["kl_coef"] for row in rows], [0.1, 0.098, 0.09604], atol=1e-9)
 
 
+def test_a_kl_target_reads_k3_which_is_never_negative(tmp_path, monkeypatch):
+    seen, real = [], ppo.adapt_kl_coef
+    monkeypatch.setattr(ppo, "adapt_kl_coef", lambda kl_coef, kl, *args: (seen.append(kl), real(kl_coef, kl, *args))[1])
+    rows = run(tmp_path, settings(n_updates=3, kl_target=1.0, learning_rate=3e-3, kl_estimator="abs"))
+    assert seen == [row["kl_k3"] for row in rows]
+    assert all(abs(rows[-1]["kl_k3"] - rows[-1][name]) > 1e-3 for name in ("kl", "kl_k1"))
+
+
 def test_a_run_whose_sampler_and_scorer_disagree_stops_before_the_first_update(tmp_path, monkeypatch):
     """The sampler at another temperature than the scorer; nothing has been trained or written then."""
     real = generate.sampling_options
