@@ -7,6 +7,8 @@ import torch
 if not hasattr(torch.Tensor, "names"):
     torch.Tensor.names = property(lambda tensor: (None,) * tensor.ndim)
 
+torch.set_num_threads(1)  # the tests' tensors are small, and two test processes share the cores
+
 AGREED_SKIPS: set[str] = set()  # names of tests that may be skipped, with the reason beside each
 
 unexpected_skips: list[str] = []

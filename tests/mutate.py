@@ -22,6 +22,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["test_ppo.py", "test_convergence.py"]
+# Instead of the project's own options, which may start processes of their own.
+OPTIONS = "-o addopts= --torchtyping-patch-typeguard --typeguard-packages=ppo -x -q --assert=plain".split()
+OPTIONS += ["-p", "no:cacheprovider", "-m", "not slow"]
 TIMEOUT = 120  # seconds; only a mutant that loops for ever gets there
 
 # (function, statement before, statement after): why no test can tell the two apart. They still count as survivors.
@@ -301,8 +304,7 @@ def start(folder: Path, target: str, source: str) -> int:
     os.dup2(os.open("log.txt", os.O_CREAT | os.O_WRONLY), 1)
     os.dup2(1, 2)
     sys.path.remove(str(ROOT / "tests"))  # put there by Python, as this script's folder
-    paths = [f"tests/{name}" for name in TESTS]
-    os._exit(int(pytest.main(["-x", "-q", "--assert=plain", "-p", "no:cacheprovider", *paths])))
+    os._exit(int(pytest.main([*OPTIONS, *(f"tests/{name}" for name in TESTS)])))
 
 
 def run_all(todo: list[Mutant], target: str, jobs: int) -> dict[str, int]:
@@ -326,7 +328,8 @@ def run_all(todo: list[Mutant], target: str, jobs: int) -> dict[str, int]:
                     sys.exit(f"pytest itself failed, see its exit status: {status[mutant.source]}")
                 del running[pid]
                 folder.cleanup()
-                report(mutant, status[mutant.source])
+                if mutant.line:  # 0 for the code as it is
+                    report(mutant, status[mutant.source])
         time.sleep(0.02)
     return status
 
