@@ -21,6 +21,7 @@ from config import Config, UsageError
 from dataset import decode_responses, pad, read_prompts
 from loading import check_context, load_policy, load_tokenizer, pick_device
 from model import PolicyModel, first_inputs, next_inputs, select_inputs
+from ppo import response_mask
 from reward import load_reward_terms, total_reward
 
 
@@ -42,14 +43,10 @@ def sample(
     **options,
 ) -> Sample:
     """Sample one response a prompt, with the options of `sample_tokens`; `pad_id` fills what follows an EOS."""
-    ids, mask, logprobs = [], [], []
-    alive = torch.ones_like(query_mask[:, 0])
-    for tokens, token_logprobs in sample_tokens(policy, query_ids, query_mask, max_new_tokens, eos_id, **options):
-        ids.append(torch.where(alive, tokens, pad_id))
-        mask.append(alive)
-        logprobs.append(token_logprobs)
-        alive = alive & (tokens != eos_id)
-    return Sample(torch.stack(ids, dim=1), torch.stack(mask, dim=1), torch.stack(logprobs, dim=1))
+    steps = list(sample_tokens(policy, query_ids, query_mask, max_new_tokens, eos_id, **options))
+    ids, logprobs = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
+    mask = response_mask(ids, eos_id)
+    return Sample(torch.where(mask, ids, pad_id), mask, logprobs)
 
 
 @torch.no_grad()

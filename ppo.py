@@ -129,7 +129,7 @@ def kl_estimate(
     """Estimate KL(π || π') in nats at tokens sampled from π, with d_t = log π(y_t) - log π'(y_t): Schulman 2020.
 
     k1 = d: unbiased, either sign. k2 = d²/2: biased. k3 = exp(-d) - 1 + d: unbiased, never negative. abs = |d|.
-    In a reward only k1 has the right optimum, π* ∝ ρ exp(s / β): there the estimate's gradient counts, not its mean.
+    In a reward only k1 has the right optimum, π* ∝ ρ exp(s / β): E[∇log π · k] is ∇KL for k1 alone.
     0 beyond the mask. Raises ValueError for an unknown estimator.
     """
     d = torch.where(mask, logprobs - other_logprobs, 0.0)
@@ -155,7 +155,7 @@ def shape_scores(
 
     The penalty is subtracted from responses that were cut at the length cap; whitening is over the batch.
     """
-    scores = scores - missing_eos_penalty * (~has_eos)
+    scores = torch.where(has_eos, scores, scores - missing_eos_penalty)
     if whiten:
         scores = masked_whiten(scores[:, None], torch.ones_like(scores, dtype=torch.bool)[:, None])[:, 0]
     return scores if clip is None else scores.clamp(-clip, clip)
@@ -229,7 +229,8 @@ def policy_losses(
 ) -> tuple[TensorType["batch", "time", is_float], TensorType["batch", "time", bool]]:
     """-min(q_t Â_t, clip(q_t, 1-ε, 1+ε) Â_t): PPO, eq. 7, negated into a loss; and where the clip was binding.
 
-    The gradient is 0 exactly where the clip binds: Â > 0 and q > 1+ε, or Â < 0 and q < 1-ε. 0 beyond the mask.
+    The gradient is 0 exactly where the clip binds: Â > 0 and q > 1+ε, or Â < 0 and q < 1-ε. 0 beyond the mask, where
+    `importance_ratio` has put 1.
     """
     advantages = torch.where(mask, advantages, 0.0)
     unclipped = -ratio * advantages

@@ -11,7 +11,7 @@ from checkpoint import write_whole
 from config import Config, RunError
 from generate import Sample
 from model import PolicyModel
-from ppo import Rollout, explained_variance, importance_ratio, masked_mean
+from ppo import Rollout, explained_variance, importance_ratio, masked_mean, select_rows
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # nats, between sampling token by token and scoring at once
 
@@ -70,11 +70,10 @@ def check_invariants(policy: PolicyModel, rollout: Rollout, sampled: Sample, con
             f"sampling and scoring disagree by {gap:.3g} nats on a token (tolerance {tolerance}): likely causes are "
             "positions that count padding, a logits processor that only one of them applies, or a wrong shift"
         )
+    rows = select_rows(rollout, torch.arange(min(config.mini_batch_size, len(rollout.scores))))
     with torch.no_grad():
-        again = policy(
-            rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.mask, config.temperature
-        ).logprobs
-    ratio = importance_ratio(again, rollout.logprobs, rollout.mask)
+        again = policy(rows.query_ids, rows.query_mask, rows.response_ids, rows.mask, config.temperature).logprobs
+    ratio = importance_ratio(again, rows.logprobs, rows.mask)
     if not (ratio - 1).abs().max().item() <= tolerance:
         raise RunError(
             f"the importance ratio is {ratio.max().item():.4f} before any update, expected 1: scoring is random"

@@ -207,14 +207,14 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
         return dry_run(models, next(batches), config, generator)
     run_updates(models, batches, config, generator, folder)
 
-    before, after = (
-        evaluate_policy(policy, models.reference, models.tokenizer, models.terms, held_out, config)
-        for policy in (models.reference, models.policy.eval())
-    )
     with whole_folder(folder / "policy") as scratch:
         save_policy(models.policy, models.tokenizer, scratch)
     move_into(folder / "policy", folder)
     (folder / "policy").rmdir()
+    before, after = (
+        evaluate_policy(policy, models.reference, models.tokenizer, models.terms, held_out, config)
+        for policy in (models.reference, models.policy.eval())
+    )
     figure = plot_training(folder, notice(config))
     print(f"\n{reward_difference(before, after)}\n\n{sample_pairs(before, after)}\n")
     print(f"policy, tokenizer, logs: {folder}\ntraining curves: {figure}")

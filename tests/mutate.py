@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ["test_ppo.py", "test_convergence.py"]
 # Instead of the project's own options, which may start processes of their own.
-OPTIONS = "-o addopts= --torchtyping-patch-typeguard --typeguard-packages=ppo -x -q --assert=plain".split()
+OPTIONS = ["-o", "addopts=", "--torchtyping-patch-typeguard", "--typeguard-packages=ppo", "-x", "-q", "--assert=plain"]
 OPTIONS += ["-p", "no:cacheprovider", "-m", "not slow"]
 TIMEOUT = 120  # seconds; only a mutant that loops for ever gets there
 
