@@ -88,7 +88,10 @@ def load_policy(path: str, dtype: str, device: torch.device, gradient_checkpoint
     policy = PolicyModel(load_language_model(path, dtype, device))
     value_head = Path(path) / "value_head.safetensors"
     if value_head.exists():
-        policy.value_head.load_state_dict(load_file(value_head, device=str(device)))
+        try:
+            policy.value_head.load_state_dict(load_file(value_head, device=str(device)))
+        except (SafetensorError, RuntimeError) as error:
+            raise UsageError(f"{value_head} is no value head of this model: {str(error).splitlines()[0]}") from None
     if gradient_checkpointing:
         policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return policy

@@ -296,3 +296,12 @@ def test_a_new_language_model_has_the_configured_size(tokenizer):
     model.train()
     ids = torch.tensor([tokenizer("the film was good").input_ids])
     assert torch.equal(model(ids).logits, model(ids).logits)  # no dropout
+
+
+def test_a_damaged_value_head_is_refused_in_one_sentence(tmp_path):
+    policy = tiny_policy("gpt2")
+    save_policy(policy, letter_tokenizer(), tmp_path)
+    (tmp_path / "value_head.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UsageError, match=r"value_head\.safetensors is no value head of this model") as refusal:
+        load_policy(str(tmp_path), "float32", torch.device("cpu"))
+    assert "\n" not in str(refusal.value)
