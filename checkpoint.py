@@ -19,9 +19,10 @@ def notice(config: Config) -> str:
     layers = config.n_layer * (12 * width + 13) * width
     parameters = (config.vocab_size + config.context_length + 2) * width + layers + width + 1  # with the value head
     data = config.dataset_path or "generated movie reviews"
+    is_not = "It is not GPT-2." if config.dataset_path else "Nothing was downloaded; it is neither GPT-2 nor IMDB."
     return (
         f"This is a teaching demonstration: a language model of {parameters:,} parameters, trained here "
-        f"from scratch on {data}. Nothing was downloaded; it is neither GPT-2 nor IMDB. GPT-2 on IMDB is\n"
+        f"from scratch on {data}. {is_not} GPT-2 on IMDB is\n"
         "    python main.py --task train --preset gpt2-imdb     (downloads about 2 GB)"
     )
 
