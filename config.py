@@ -14,11 +14,15 @@ from typing import get_args
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done; the message says why in a sentence. Exit code 2."""
+    """What the user asked for cannot be done; the message says why in a sentence."""
+
+    exit_code = 2
 
 
 class RunError(Exception):
-    """Work that had begun cannot go on; the message says why in a sentence. Exit code 1."""
+    """Work that had begun cannot go on; the message says why in a sentence."""
+
+    exit_code = 1
 
 
 TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")

@@ -6,6 +6,7 @@ PPO), `judge` (the independent judges of an evaluation), `validation` (to choose
 
 import functools
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -126,6 +127,18 @@ def limit_length(prompts: list[Prompt], config: Config) -> list[Prompt]:
     if too_long:
         print(f"{too_long} of {len(prompts)} prompts were cut on the left to {config.max_prompt_length} tokens")
     return [prompt._replace(ids=prompt.ids[-config.max_prompt_length :]) for prompt in prompts]
+
+
+def given_prompts(config: Config) -> list[str]:
+    """The prompts of --prompt and --prompts, else a line each from standard input; none where that is a terminal."""
+    prompts = [*config.prompt, *(read_prompts(config.prompts) if config.prompts else [])]
+    if not prompts and not sys.stdin.isatty():
+        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts and (config.output or not sys.stdin.isatty()):
+        raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is empty; expected some text for the model to go on from")
+    return prompts
 
 
 def read_prompts(path: str) -> list[str]:

@@ -17,8 +17,8 @@ from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase
 
 from checkpoint import write_whole
-from config import Config, UsageError
-from dataset import decode_responses, pad, read_prompts
+from config import Config
+from dataset import decode_responses, given_prompts, pad
 from loading import check_context, load_policy, load_tokenizer, pick_device
 from model import PolicyModel, first_inputs, next_inputs, select_inputs
 from ppo import response_mask
@@ -171,20 +171,16 @@ def sampling_options(config: Config) -> dict:
 
 def generate(config: Config, reward_model_path: str) -> None:
     """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
-    prompts = [*config.prompt, *(read_prompts(config.prompts) if config.prompts else [])]
-    if not all(prompt.strip() for prompt in prompts):
-        raise UsageError("a prompt is empty; expected some text for the model to go on from")
-    if config.output and not prompts:
-        raise UsageError("--output needs --prompt or --prompts")
+    prompts = given_prompts(config)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config.output_dir, config.dtype, device).eval()
     check_context(config, policy)
     generator = torch.Generator().manual_seed(config.seed)
+    if not prompts:
+        return converse(policy, tokenizer, config, generator)
     if len(prompts) == config.num_samples == 1 and sys.stdout.isatty() and not config.output:
         return stream(policy, tokenizer, prompts[0], config, generator)
-    if not prompts:
-        return stream_lines(policy, tokenizer, config, generator)
     terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
     lines = []
     prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
@@ -207,6 +203,18 @@ def json_line(prompt: str, response: str, reward: float) -> str:
     return json.dumps({"prompt": prompt, "response": response, "reward": reward}, ensure_ascii=False) + "\n"
 
 
+def converse(policy: PolicyModel, tokenizer, config: Config, generator: torch.Generator) -> None:
+    """Ask for prompts on the terminal, and respond to each, until the input ends."""
+    print("type the beginning of a text; end with Ctrl-D")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            return print()
+        for _ in range(config.num_samples if prompt.strip() else 0):
+            stream(policy, tokenizer, prompt, config, generator)
+
+
 def stream(policy: PolicyModel, tokenizer, prompt: str, config: Config, generator: torch.Generator) -> None:
     """Print the prompt, then its response as it is drawn: decoded anew each time, as a letter may take two tokens."""
     query = encode([tokenizer(prompt).input_ids[-config.max_prompt_length :]], tokenizer, policy)
@@ -221,16 +229,3 @@ def stream(policy: PolicyModel, tokenizer, prompt: str, config: Config, generato
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()
-
-
-def stream_lines(policy: PolicyModel, tokenizer, config: Config, generator: torch.Generator) -> None:
-    """Respond to a prompt a line from standard input until it ends; on a terminal, ask for each."""
-    if sys.stdin.isatty():
-        print("type the beginning of a text; end with Ctrl-D")
-    while True:
-        try:
-            prompt = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
-            return
-        for _ in range(config.num_samples if prompt.strip() else 0):
-            stream(policy, tokenizer, prompt, config, generator)

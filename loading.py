@@ -11,7 +11,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
@@ -23,7 +22,7 @@ from transformers import (
 from transformers.utils import logging
 
 from config import Config, UsageError
-from model import PolicyModel, RewardModel
+from model import PolicyModel
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -70,8 +69,10 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
 
     In the configuration rather than in the modules, because T5 and Llama read some of theirs as plain numbers.
     """
-    for name, value in config.to_dict().items():
-        if ("drop" in name) and isinstance(value, float):
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):  # a model of several, each with a configuration of its own
+            without_dropout(value)
+        elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
     return config
 
@@ -105,37 +106,30 @@ def save_policy(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder:
     save_file(head, folder / "value_head.safetensors")
 
 
-def load_reward_model(config: Config, path: str, device: torch.device) -> RewardModel:
-    """The classifier at `path` as a reward. Raises UsageError naming its labels if --reward_label is none of them."""
-    tokenizer = load_tokenizer(path, "reward_model_path")
-    model_config = without_dropout(load(AutoConfig, "reward_model_path", path))
-    if model_config.pad_token_id is None:
-        model_config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(model_config))
-    classifier = load(AutoModelForSequenceClassification, "reward_model_path", path, config=model_config)
-    try:
-        return RewardModel(classifier.float().to(device), tokenizer, config.reward_label, config.reward_output)
-    except ValueError as error:
-        raise UsageError(f"--reward_label: {error}") from None
-
-
 def context_length(config: PretrainedConfig) -> int:
-    """The most tokens a model can read at once; T5's relative positions have no limit."""
+    """The most tokens a model can read at once; the relative positions of T5 and its kin have no limit."""
+    if hasattr(config, "relative_attention_num_buckets"):
+        return 10**9
     for name in ("n_positions", "max_position_embeddings"):
-        if getattr(config, name, None) and config.model_type != "t5":
+        if getattr(config, name, None):
             # RoBERTa's positions start behind its padding index
             return getattr(config, name) - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
     return 10**9
 
 
 def check_context(config: Config, policy: PolicyModel) -> None:
-    """Raise UsageError if the longest prompt and response together do not fit into the model's context."""
+    """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
     context = context_length(policy.language_model.config)
-    if not policy.is_encoder_decoder and config.max_prompt_length + config.max_new_tokens > context:
+    prompt, response = config.max_prompt_length, config.max_new_tokens
+    if policy.is_encoder_decoder and max(prompt, response) > context:
         raise UsageError(
-            f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} is more "
-            f"than the {context} tokens the model can read; at most {max(context - config.max_new_tokens, 1)} tokens "
-            "of prompt are left beside such a response"
+            f"--max_prompt_length {prompt} or --max_new_tokens {response} is more than the {context} tokens that "
+            "the model's encoder and decoder can each read"
+        )
+    if not policy.is_encoder_decoder and prompt + response > context:
+        raise UsageError(
+            f"--max_prompt_length {prompt} plus --max_new_tokens {response} is more than the {context} tokens the "
+            f"model can read; at most {max(context - response, 1)} tokens of prompt are left beside such a response"
         )
 
 

@@ -9,6 +9,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 from checkpoint import new_ppo_folder, new_stage_folder, notice, stage_folder, trained_stage
 from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
 
+OUT_OF_MEMORY = (
+    "out of memory; less is needed with a smaller --mini_batch_size (and a larger --gradient_accumulation_steps), "
+    "--max_new_tokens or --max_prompt_length, or with --gradient_checkpointing"
+)
+
 
 def run(config: Config) -> None:
     """Run one task. Each task's module is imported in its own branch, so that --help does not wait for torch."""
@@ -62,25 +67,20 @@ def main(arguments: list[str] | None = None) -> int:
     """0, or 2 for a request that cannot be met and 1 for work that failed, with one sentence on standard error."""
     try:
         run(parse_args(arguments))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    except (UsageError, RunError) as error:
+        return fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
+        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
             raise
-        print(
-            "error: out of memory; less is needed with a smaller --mini_batch_size (and a larger "
-            "--gradient_accumulation_steps), --max_new_tokens or --max_prompt_length, or with --gradient_checkpointing",
-            file=sys.stderr,
-        )
-        return 1
+        return fail(OUT_OF_MEMORY, 1)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        return fail("interrupted", 130)
     return 0
+
+
+def fail(message: str, exit_code: int) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return exit_code
 
 
 if __name__ == "__main__":

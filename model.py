@@ -1,4 +1,4 @@
-"""What is trained, and what judges it: the policy with its value head, the frozen reference, the reward model.
+"""What is trained: the policy with its value head, and the frozen reference that it is held to.
 
 Both families of language models answer one question, `score`: given prompts and responses, how probable was each
 response token, and what was the state before it worth? After that call nothing knows which family it was.
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torchtyping import TensorType, is_float
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ppo import token_entropy, token_logprobs
 
@@ -154,63 +154,3 @@ def select_inputs(inputs: dict, keep: TensorType["batch", bool]) -> dict:
 def frozen_copy(policy: PolicyModel) -> PolicyModel:
     """The reference ρ: a copy that shares no storage with the policy, without gradients, in eval mode for good."""
     return copy.deepcopy(policy).requires_grad_(False).eval()
-
-
-class RewardModel:
-    """A sequence classifier with its own tokenizer, and the one of its outputs that counts as reward."""
-
-    def __init__(
-        self,
-        classifier: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        label: str = "",
-        output: str = "logit",
-    ) -> None:
-        """`label`: name or index of a label, "" for the last. Raises ValueError if the classifier has none such."""
-        self.classifier = classifier.requires_grad_(False).eval()
-        self.tokenizer = tokenizer
-        self.label = label_index(classifier.config.id2label, label)
-        self.output = output
-
-    @torch.no_grad()
-    def __call__(self, texts: list[str], batch_size: int = 64) -> TensorType["batch", is_float]:
-        """One reward a text, on the CPU: the label's `logit`, `logprob`, `probability`, or `margin` in log-odds.
-
-        Texts beyond the classifier's length lose their beginning, because the response is at the end.
-        """
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length share a batch
-        rewards = torch.empty(len(texts))
-        for start in range(0, len(texts), batch_size):
-            rows = order[start : start + batch_size]
-            encoded = self.tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
-            encoded = {name: encoded[name].to(self.classifier.device) for name in ("input_ids", "attention_mask")}
-            logits = self.classifier(**encoded).logits.float()
-            rewards[rows] = reward_from_logits(logits, self.label, self.output).cpu()
-        return rewards
-
-
-def label_index(id2label: dict[int, str], label: str) -> int:
-    """A label's index by name (any case) or number, "" for the last. Raises ValueError that names those there are."""
-    if label == "":
-        return max(id2label)
-    for index, name in id2label.items():
-        if label.lower() == name.lower() or label == str(index):
-            return index
-    known = ", ".join(f"{index} ({name})" for index, name in id2label.items())
-    raise ValueError(f"the reward model has no label {label!r}; it has {known}")
-
-
-def reward_from_logits(
-    logits: TensorType["batch", "labels", is_float], label: int, output: str
-) -> TensorType["batch", is_float]:
-    """z_l (`logit`), log p_l, p_l, or `margin` = log p_l - log(1 - p_l) = z_l - logsumexp of the other labels.
-
-    A head with a single label (a regression) has nothing to compare with: it gives its logit whatever `output` says.
-    """
-    if output == "logit" or logits.shape[1] == 1:
-        return logits[:, label]
-    if output == "margin":
-        others = torch.arange(logits.shape[1], device=logits.device) != label
-        return logits[:, label] - logits[:, others].logsumexp(-1)
-    logprobs = logits.log_softmax(-1)[:, label]
-    return logprobs if output == "logprob" else logprobs.exp()

@@ -262,7 +262,7 @@ def explained_variance(
     returns: TensorType["batch", "time", is_float],
     mask: TensorType["batch", "time", bool],
 ) -> TensorType[()]:
-    """1 - Var(R - V) / Var(R) over real tokens: 1 for a perfect critic, 0 for a constant, less for a worse one."""
+    """1 - Var(R - V) / Var(R) over real tokens: 1 for a critic that is right but for a constant, 0 for a constant."""
 
     def variance(x: torch.Tensor) -> torch.Tensor:
         return masked_mean((x - masked_mean(x, mask)) ** 2, mask)

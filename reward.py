@@ -10,10 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torchtyping import TensorType
+from torchtyping import TensorType, is_float
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from config import Config, RunError, UsageError, nearest
-from loading import load_reward_model
+from loading import context_length, load, load_tokenizer, without_dropout
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
 
@@ -120,3 +121,77 @@ def check_scores(values, expected: int, spec: str) -> TensorType["batch"]:
         if not math.isfinite(score):
             raise RunError(f"--reward_fn {spec} returned {score} for response {row}, expected a finite number")
     return scores
+
+
+class RewardModel:
+    """A sequence classifier with its own tokenizer, and the one of its outputs that counts as reward."""
+
+    def __init__(
+        self,
+        classifier: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        label: str = "",
+        output: str = "logit",
+    ) -> None:
+        """`label`: name or index of a label, "" for the last. Raises ValueError if the classifier has none such."""
+        self.classifier = classifier.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.label = label_index(classifier.config.id2label, label)
+        self.output = output
+
+    @torch.no_grad()
+    def __call__(self, texts: list[str], batch_size: int = 64) -> TensorType["batch", is_float]:
+        """One reward a text, on the CPU: the label's `logit`, `logprob`, `probability`, or `margin` in log-odds.
+
+        Texts beyond the classifier's length lose their beginning, because the response is at the end.
+        """
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length share a batch
+        rewards = torch.empty(len(texts))
+        for start in range(0, len(texts), batch_size):
+            rows = order[start : start + batch_size]
+            encoded = self.tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
+            encoded = {name: encoded[name].to(self.classifier.device) for name in ("input_ids", "attention_mask")}
+            logits = self.classifier(**encoded).logits.float()
+            rewards[rows] = reward_from_logits(logits, self.label, self.output).cpu()
+        return rewards
+
+
+def label_index(id2label: dict[int, str], label: str) -> int:
+    """A label's index by name (any case) or number, "" for the last. Raises ValueError that names those there are."""
+    if label == "":
+        return max(id2label)
+    for index, name in id2label.items():
+        if label.lower() == name.lower() or label == str(index):
+            return index
+    known = ", ".join(f"{index} ({name})" for index, name in id2label.items())
+    raise ValueError(f"the reward model has no label {label!r}; it has {known}")
+
+
+def reward_from_logits(
+    logits: TensorType["batch", "labels", is_float], label: int, output: str
+) -> TensorType["batch", is_float]:
+    """z_l (`logit`), log p_l, p_l, or `margin` = log p_l - log(1 - p_l) = z_l - logsumexp of the other labels.
+
+    A head with a single label (a regression) has nothing to compare with: it gives its logit whatever `output` says.
+    """
+    if output == "logit" or logits.shape[1] == 1:
+        return logits[:, label]
+    if output == "margin":
+        others = torch.arange(logits.shape[1], device=logits.device) != label
+        return logits[:, label] - logits[:, others].logsumexp(-1)
+    logprobs = logits.log_softmax(-1)[:, label]
+    return logprobs if output == "logprob" else logprobs.exp()
+
+
+def load_reward_model(config: Config, path: str, device: torch.device) -> RewardModel:
+    """The classifier at `path` as a reward. Raises UsageError naming its labels if --reward_label is none of them."""
+    tokenizer = load_tokenizer(path, "reward_model_path")
+    model_config = without_dropout(load(AutoConfig, "reward_model_path", path))
+    if model_config.pad_token_id is None:
+        model_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(model_config))
+    classifier = load(AutoModelForSequenceClassification, "reward_model_path", path, config=model_config)
+    try:
+        return RewardModel(classifier.float().to(device), tokenizer, config.reward_label, config.reward_output)
+    except ValueError as error:
+        raise UsageError(f"--reward_label: {error}") from None

@@ -7,10 +7,14 @@ import torch
 from tiny_models import EOS, FAMILIES, PAD, VOCAB, letter_tokenizer, tiny_gpt2, tiny_llama, tiny_policy, tiny_t5
 from transformers import (
     AutoConfig,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
+    EncoderDecoderConfig,
     GPT2Config,
     GPTNeoXConfig,
     LlamaConfig,
+    MT5Config,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaForSequenceClassification,
@@ -23,7 +27,6 @@ from loading import (
     context_length,
     load_language_model,
     load_policy,
-    load_reward_model,
     load_tokenizer,
     new_language_model,
     new_tokenizer,
@@ -32,6 +35,7 @@ from loading import (
     without_dropout,
 )
 from model import PolicyModel
+from reward import load_reward_model
 
 CPU = torch.device("cpu")
 
@@ -223,6 +227,20 @@ def test_prompt_and_response_together_must_fit_the_context(build, prompt, respon
 
 def test_an_encoder_decoder_with_relative_positions_has_no_limit():
     check_context(Config(max_prompt_length=5000, max_new_tokens=5000), PolicyModel(tiny_t5()))
+    assert context_length(MT5Config()) == context_length(T5Config()) > 10**6
+
+
+@pytest.mark.parametrize(("prompt", "response", "fits"), [(64, 64, True), (65, 8, False), (8, 65, False)])
+def test_an_encoder_decoder_with_counted_positions_must_fit_prompt_and_response_each(prompt, response, fits):
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    policy = PolicyModel(BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, **size, **heads)))
+    config = Config(max_prompt_length=prompt, max_new_tokens=response)
+    if fits:
+        return check_context(config, policy)
+    with pytest.raises(UsageError) as caught:
+        check_context(config, policy)
+    assert_one_sentence(caught.value, f"--max_prompt_length {prompt}", f"--max_new_tokens {response}", "the 64 tokens")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -280,6 +298,14 @@ def test_without_dropout_sets_every_rate_and_nothing_else():
         (BertConfig(hidden_dropout_prob=0.3), ["hidden_dropout_prob", "attention_probs_dropout_prob"]),
     ):
         assert [getattr(without_dropout(other), name) for name in names] == [0.0] * len(names)
+
+
+def test_without_dropout_reaches_the_configurations_inside_a_configuration():
+    parts = EncoderDecoderConfig.from_encoder_decoder_configs(
+        BertConfig(hidden_dropout_prob=0.3), BertConfig(attention_probs_dropout_prob=0.2)
+    )
+    without_dropout(parts)
+    assert parts.encoder.hidden_dropout_prob == parts.decoder.attention_probs_dropout_prob == 0.0
 
 
 def test_a_new_language_model_has_the_configured_size(tokenizer):

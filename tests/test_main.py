@@ -375,7 +375,7 @@ def test_an_interrupted_run_says_so_without_a_traceback(workplace, monkeypatch, 
 
     monkeypatch.setattr(train, "update", update)
     assert run("--task", "train", *flags()) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "stopped"
+    assert capsys.readouterr().err.splitlines()[-1] == "error: interrupted"
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -622,6 +622,22 @@ def test_generate_answers_lines_from_standard_input(workplace, monkeypatch, caps
     monkeypatch.setattr(sys, "stdin", io.StringIO("The film\n\nA comedy\n"))
     output = generated(capsys)
     assert output.startswith("The film") and "\nA comedy" in output
+    monkeypatch.setattr(sys, "stdin", io.StringIO("The film\n"))
+    assert "2 responses: out.jsonl" in generated(capsys, "--num_samples", "2", "--output", "out.jsonl")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_generate_asks_on_a_terminal_until_the_input_ends(workplace, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", Terminal("The film\n\nA comedy\n"))
+    asked, *answers = generated(capsys).split("> ")
+    assert "end with Ctrl-D" in asked
+    first, blank, second, end = answers
+    assert (first.startswith("The film"), second.startswith("A comedy")) == (True, True)
+    assert (blank.strip(), end.strip()) == ("", "")
 
 
 BAD_PROMPTS = {
@@ -643,10 +659,14 @@ def test_generate_refuses_prompts_that_it_cannot_read(name, workplace, capsys):
     assert_refused(capsys, workplace, ["--task", "generate", "--prompts", name], "prompt")
 
 
-def test_generate_refuses_an_empty_prompt_and_what_cannot_be_done(workplace, capsys):
+def test_generate_refuses_an_empty_prompt_and_what_cannot_be_done(workplace, monkeypatch, capsys):
     generate = ["--task", "generate"]
     assert_refused(capsys, workplace, [*generate, "--prompt", ""], "a prompt is empty")
     assert_refused(capsys, workplace, [*generate, "--prompt", "The film", "--prompt", " "], "a prompt is empty")
+    for stdin in (io.StringIO(), io.StringIO("\n \n")):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert_refused(capsys, workplace, generate, "there is no prompt; give --prompt")
+    monkeypatch.setattr(sys, "stdin", Terminal())
     assert_refused(capsys, workplace, [*generate, "--output", "out.jsonl"], "--prompt")
     assert_refused(capsys, workplace, [*generate, "--prompt", "A", "--max_new_tokens", "40"], "--max_new_tokens 40")
     (workplace / "file").write_text("no folder")

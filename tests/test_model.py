@@ -1,4 +1,4 @@
-"""The policy, its value head, the frozen copy and the reward model, on small random models of every family."""
+"""The policy, its value head and the frozen copy, on small random models of every family."""
 
 import copy
 import functools
@@ -10,7 +10,7 @@ from tiny_models import (
     BUILDERS,
     EOS,
     FAMILIES,
-    NO_DROPOUT,
+    GPT2_SIZE,
     PAD,
     VOCAB,
     brute_force,
@@ -28,28 +28,22 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     GPT2Config,
-    GPT2ForSequenceClassification,
     LlamaConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
     RobertaConfig,
     T5Config,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
 
 import ppo
-from config import UsageError
 from dataset import pad
 from generate import sample
 from loading import (
     load_language_model,
     load_policy,
-    load_reward_model,
     new_tokenizer,
     save_policy,
     without_dropout,
 )
-from model import PolicyModel, RewardModel, frozen_copy, label_index, position_ids, reward_from_logits
+from model import PolicyModel, frozen_copy, position_ids
 from report import TOLERANCE
 
 CPU = torch.device("cpu")
@@ -337,7 +331,6 @@ def test_a_saved_policy_is_a_plain_hugging_face_model(family, tmp_path):
 # Dropout, dtype, activation checkpointing
 # ----------------------------------------------------------------------------------------------------------------
 
-GPT2_SIZE = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "pad_token_id": PAD}
 BERT_SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 LLAMA_SIZE = BERT_SIZE | {"intermediate_size": 64, "num_key_value_heads": 1, "pad_token_id": PAD}
 T5_SIZE = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2}
@@ -473,142 +466,6 @@ def test_frozen_copy_stays_what_it_is(family):
     optimizer.step()
     assert (policy.score(*batch).logprobs - before).abs().max() > 0.1
     assert_close(reference.score(*batch).logprobs, before, atol=1e-6)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Reward model
-# ----------------------------------------------------------------------------------------------------------------
-
-LABELS = {0: "NEGATIVE", 1: "neutral", 2: "POSITIVE"}
-
-
-@pytest.mark.parametrize(
-    ("label", "index"), [("", 2), ("positive", 2), ("NEGATIVE", 0), ("Neutral", 1), ("0", 0), ("1", 1), ("2", 2)]
-)
-def test_label_by_name_index_or_last(label, index):
-    assert label_index(LABELS, label) == index
-
-
-def test_an_unknown_label_names_those_there_are():
-    with pytest.raises(ValueError, match=r"no label 'good'; it has 0 \(NEGATIVE\), 1 \(neutral\), 2 \(POSITIVE\)"):
-        label_index(LABELS, "good")
-
-
-LOGITS = torch.tensor([[0.0, 1.0], [2.0, -1.0]])  # margins 1 and -3
-OUTPUTS = {
-    "logit": [1.0, -1.0],
-    "logprob": [-0.3132617, -3.0485874],  # -log(1 + exp(-1)), -log(1 + exp(3))
-    "probability": [0.7310586, 0.0474259],
-    "margin": [1.0, -3.0],
-}
-
-
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_reward_outputs_of_two_labels_by_hand(output):
-    assert_close(reward_from_logits(LOGITS, 1, output), OUTPUTS[output], atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("output", "expected"),
-    [("logit", 0.693147), ("logprob", -0.693147), ("probability", 0.5), ("margin", 0.0)],
-)
-def test_reward_outputs_of_three_labels_by_hand(output, expected):
-    """exp of the logits: 1, 2, 1, so the middle one has probability 1/2 and odds 1."""
-    logits = torch.tensor([[0.0, 0.6931472, 0.0]])
-    assert_close(reward_from_logits(logits, 1, output), [expected], atol=1e-6)
-
-
-@pytest.mark.parametrize("output", OUTPUTS)
-def test_a_head_with_one_label_gives_its_logit(output):
-    assert_close(reward_from_logits(torch.tensor([[1.5], [-2.0]]), 0, output), [1.5, -2.0], atol=0)
-
-
-class HandClassifier(PreTrainedModel):
-    """Logits that can be worked out by hand: of label l, (l + 1) x the number of real tokens."""
-
-    def __init__(self):
-        super().__init__(PreTrainedConfig(id2label=LABELS))
-        self.anchor = torch.nn.Parameter(torch.zeros(1))  # a model without parameters has no device
-        self.widths = []
-
-    def forward(self, input_ids, attention_mask):
-        self.widths.append(tuple(input_ids.shape))
-        return SequenceClassifierOutput(logits=attention_mask.sum(1, keepdim=True) * torch.tensor([[1.0, 2.0, 3.0]]))
-
-
-def test_reward_model_returns_one_reward_a_text_in_the_order_of_the_texts():
-    """Texts of like length share a batch, so that little is padding, and the rewards come back in the texts' order."""
-    classifier = HandClassifier()
-    tokenizer = new_tokenizer(["z"], 300, 64)
-    texts = ["abcde", "a", "abc", "abcd", "ab"]
-    rewards = RewardModel(classifier, tokenizer, "neutral")(texts, batch_size=2)
-    assert rewards.tolist() == [10.0, 2.0, 6.0, 8.0, 4.0]
-    assert classifier.widths == [(2, 2), (2, 4), (1, 5)]
-    assert RewardModel(classifier, tokenizer)(texts).tolist() == [15.0, 3.0, 9.0, 12.0, 6.0]
-    margins = RewardModel(classifier, tokenizer, "2", "margin")(["a"])
-    assert_close(margins, [0.6867383], atol=1e-6)  # 3 - log(e + e^2)
-
-
-@pytest.fixture(scope="module")
-def classifier_folder(tmp_path_factory):
-    """A random GPT-2 classifier of three labels that reads 16 tokens, with its byte-level tokenizer."""
-    folder = tmp_path_factory.mktemp("classifier")
-    tokenizer = new_tokenizer(["zz"], 300, 1000)
-    size = GPT2_SIZE | {"vocab_size": len(tokenizer), "n_positions": 16, "pad_token_id": tokenizer.pad_token_id}
-    config = GPT2Config(**size, **NO_DROPOUT, id2label=LABELS, label2id={name: i for i, name in LABELS.items()})
-    randomise(GPT2ForSequenceClassification(config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def settings(**overrides):
-    return type("Settings", (), {"reward_label": "", "reward_output": "logit"} | overrides)
-
-
-def test_reward_model_reads_the_label_that_is_asked_for(classifier_folder):
-    rewards = {
-        label: load_reward_model(settings(reward_label=label), str(classifier_folder), CPU)(["a film", "b"])
-        for label in ("", "0", "neutral", "positive")
-    }
-    plain = AutoModelForSequenceClassification.from_pretrained(classifier_folder).eval()
-    tokenizer = new_tokenizer(["zz"], 300, 1000)
-    with torch.no_grad():
-        logits = plain(torch.tensor([tokenizer("a film").input_ids])).logits[0]
-    for label, index in (("", 2), ("0", 0), ("neutral", 1), ("positive", 2)):
-        assert_close(rewards[label][0], logits[index])
-    assert logits.std() > 0.3
-
-
-def test_an_unknown_reward_label_is_a_usage_error(classifier_folder):
-    with pytest.raises(UsageError, match=r"--reward_label: .*no label 'good'; it has 0 \(NEGATIVE\), 1 \(neutral\)"):
-        load_reward_model(settings(reward_label="good"), str(classifier_folder), CPU)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_neither_order_nor_batch_nor_padding_changes_a_reward(classifier_folder, batch_size):
-    texts = ["abcdefghij", "b", "a longer text", "ccc", "dd dd"]
-    reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
-    alone = torch.cat([reward_model([text]) for text in texts])
-    assert alone.std() > 0.1
-    assert_close(reward_model(texts, batch_size), alone)
-    assert_close(reward_model(texts[::-1], batch_size), alone.flip(0))
-
-
-def test_a_text_beyond_the_classifiers_length_loses_its_beginning(classifier_folder):
-    """One token a letter here, and 16 positions: only the last 16 letters count."""
-    reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
-    end = "the end is read!"
-    assert len(end) == 16
-    long, other, short = (reward_model([text])[0] for text in ("beginning, then " + end, "x" * 90 + end, end))
-    assert long == other == short
-    assert abs(reward_model(["another end !!!!"])[0] - short) > 0.1
-
-
-def test_a_reward_model_is_frozen(classifier_folder):
-    reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
-    assert not reward_model.classifier.training
-    assert not any(p.requires_grad for p in reward_model.classifier.parameters())
-    assert not reward_model(["a"]).requires_grad
 
 
 def test_the_tiny_models_and_tokenizer_are_what_they_seem():

@@ -32,6 +32,7 @@ VOCAB, PAD, EOS = 11, 0, 1
 ENDS = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES = ("gpt2", "llama", "t5")
+GPT2_SIZE = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "pad_token_id": PAD}
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
