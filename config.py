@@ -117,9 +117,9 @@ class Config:
     n_embd: int = option("stages", 128, "width of the model trained here", "[1, inf)")
     n_head: int = option("stages", 4, "attention heads of the model trained here", "[1, inf)")
     n_reviews: int = option("stages", 16000, "size of the built-in corpus", "[100, inf)")
-    sft_steps: int = option("stages", 1000, "optimizer steps of the language model's training", "[1, inf)")
-    sft_batch_size: int = option("stages", 16, "texts a step", "[1, inf)")
-    sft_learning_rate: float = option("stages", 5e-3, "AdamW's peak", "(0, inf)")
+    sft_steps: int = option("stages", 1700, "optimizer steps of the language model's training", "[1, inf)")
+    sft_batch_size: int = option("stages", 12, "texts a step", "[1, inf)")
+    sft_learning_rate: float = option("stages", 4e-3, "AdamW's peak", "(0, inf)")
     reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
     reward_batch_size: int = option("stages", 32, "texts a step", "[1, inf)")
     reward_learning_rate: float = option("stages", 1e-3, "AdamW's peak", "(0, inf)")
@@ -169,6 +169,7 @@ PRESETS = {
         "prompt_tokens": 8,
         "max_prompt_length": 12,
         "max_new_tokens": 64,
+        "temperature": 0.8,
         "n_updates": 24,
         "batch_size": 128,
         "mini_batch_size": 64,

@@ -165,6 +165,7 @@ def new_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Pr
         n_layer=config.n_layer,
         n_head=config.n_head,
         activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one kernel
+        initializer_range=0.02 * (768 / config.n_embd) ** 0.5,  # GPT-2's is for a width of 768
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

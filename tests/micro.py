@@ -37,6 +37,7 @@ SETTINGS = {
     "vocab_size": 300,
     "context_length": 48,
     "max_new_tokens": 12,
+    "temperature": 1.0,
     "n_reviews": 200,
     "sft_steps": 3,
     "reward_steps": 3,

@@ -38,7 +38,7 @@ def new_policy(tokenizer, seed: int = 0) -> PolicyModel:
     torch.manual_seed(seed)
     policy = PolicyModel(new_language_model(micro_config(), tokenizer)).eval()
     with torch.no_grad():
-        policy.language_model.transformer.wte.weight.mul_(20)  # far from uniform
+        policy.language_model.transformer.wte.weight.mul_(3)  # far from uniform
     return policy
 
 

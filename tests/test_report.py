@@ -27,7 +27,7 @@ def new_policy(tokenizer, **settings) -> PolicyModel:
     torch.manual_seed(0)
     policy = PolicyModel(new_language_model(micro_config(**settings), tokenizer)).eval()
     with torch.no_grad():
-        policy.language_model.transformer.wte.weight.mul_(20)  # far from uniform
+        policy.language_model.transformer.wte.weight.mul_(3)  # far from uniform
     return policy
 
 
