@@ -62,13 +62,13 @@ def collect_rollout(
     policy, reference, tokenizer, terms = models
 
     # 1. Sample. The ids drawn here are the ones trained on; they are never decoded and tokenised again.
-    query_ids, query_mask, sampled, responses = respond(policy, tokenizer, [p.ids for p in prompts], config, generator)
+    *query, sampled, responses = respond(policy, tokenizer, [p.ids for p in prompts], config, generator)
     response_ids, mask = sampled.response_ids, sampled.mask
 
     # 2. Log-probabilities and values, by the very function that the update differentiates.
     with eval_mode(policy):
-        logprobs, values, entropy = score_rows(policy, query_ids, query_mask, response_ids, mask, config)
-    ref_logprobs, _, _ = score_rows(reference, query_ids, query_mask, response_ids, mask, config)
+        logprobs, values, entropy = score_rows(policy, *query, response_ids, mask, config, with_entropy=True)
+    ref_logprobs = score_rows(reference, *query, response_ids, mask, config).logprobs
 
     # 3. Score the text, then spread the score and the KL over the tokens.
     rewards, term_rewards = total_reward(terms, [p.text for p in prompts], responses, [p.row for p in prompts], config)
@@ -86,21 +86,26 @@ def collect_rollout(
         advantages = ppo.masked_whiten(advantages, mask)
     behaviour = (logprobs, ref_logprobs, values)
     learned_from = (scores, kl, token_rewards, advantages, returns)
-    rollout = ppo.Rollout(query_ids, query_mask, response_ids, mask, *behaviour, *learned_from)
+    rollout = ppo.Rollout(*query, response_ids, mask, *behaviour, *learned_from)
     stats = rollout_stats(rollout, term_rewards, rewards)
     stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
     return Collected(rollout, sampled, responses, term_rewards, rewards, stats)
 
 
-def score_rows(policy: PolicyModel, query_ids, query_mask, response_ids, mask, config: Config) -> Scores:
-    """Score a rollout in forward passes of mini_batch_size rows, as the update will; and the entropy beside it."""
-    parts = [
-        policy(*rows, config.temperature, with_entropy=True)
-        for rows in zip(
-            *(x.split(config.mini_batch_size) for x in (query_ids, query_mask, response_ids, mask)), strict=True
-        )
-    ]
-    return Scores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+def score_rows(
+    policy: PolicyModel, query_ids, query_mask, response_ids, mask, config: Config, with_entropy: bool = False
+) -> Scores:
+    """Score a rollout in forward passes of mini_batch_size rows of like length, so that little of them is padding."""
+    scores = Scores(*(torch.zeros(mask.shape, device=mask.device) for _ in Scores._fields))
+    lengths = mask.sum(1)
+    for rows in lengths.argsort(stable=True).split(config.mini_batch_size):
+        real = slice(int(lengths[rows].max()))
+        query = query_ids[rows], query_mask[rows]
+        part = policy(*query, response_ids[rows, real], mask[rows, real], config.temperature, with_entropy)
+        for whole, columns in zip(scores, part, strict=True):
+            if columns is not None:
+                whole[rows, real] = columns
+    return scores
 
 
 def minibatch_loss(
@@ -162,7 +167,7 @@ def update(
     is not stepped on, and ends the update.
     """
     policy.train()  # no dropout anywhere: for activation checkpointing, which sleeps in eval mode
-    n_rows = len(rollout.scores)
+    n_rows, lengths = len(rollout.scores), rollout.mask.sum(1)
     step_rows = config.mini_batch_size * config.gradient_accumulation_steps
     minibatches = []
     for _ in range(config.ppo_epochs):
@@ -170,7 +175,8 @@ def update(
             n_tokens = int(rollout.mask[rows].sum())
             optimizer.zero_grad()
             parts = []
-            for part in rows.split(config.mini_batch_size):
+            by_length = rows[lengths[rows].argsort(stable=True)]  # less padding in each part, and the same sum of them
+            for part in by_length.split(config.mini_batch_size):
                 loss, stats = minibatch_loss(policy, ppo.select_rows(rollout, part), n_tokens, config)
                 loss.backward()
                 parts.append(stats)

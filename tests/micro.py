@@ -44,6 +44,7 @@ SETTINGS = {
     "n_updates": 2,
     "batch_size": 4,
     "mini_batch_size": 2,
+    "gradient_accumulation_steps": 1,
     "eval_samples": 4,
 }
 
