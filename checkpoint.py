@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from config import Config, RunError, UsageError
 
 
@@ -41,8 +43,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
             if file.is_file():
                 flush_to_disk(file)
         scratch.rename(path)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -92,7 +94,9 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         return False
     before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
     shared = (
+        "base_model_name",
         "dataset_path",
+        "dataset_split",
         "prompt_column",
         "vocab_size",
         "context_length",
@@ -102,7 +106,8 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         "n_reviews",
     )
     for spec in dataclasses.fields(config):
-        own = spec.metadata["group"] == "stages" and spec.name.startswith(f"{stage}_")
+        own = spec.name == "label_column" if stage == "reward" else False
+        own |= spec.metadata["group"] == "stages" and spec.name.startswith(f"{stage}_")
         if (own or spec.name in shared) and before.get(spec.name, getattr(config, spec.name)) != getattr(
             config, spec.name
         ):
@@ -128,6 +133,16 @@ def new_ppo_folder(config: Config) -> Path:
         folder = next(root / name for name in names if not (root / name).exists())
     check_writable(folder)
     return folder
+
+
+def claim_folder(folder: Path) -> None:
+    """Make a run's folder. Raises RunError if another run has put something there since its name was chosen."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{folder} cannot be made: {error.strerror}") from None
+    if any(folder.iterdir()):
+        raise RunError(f"{folder} has been taken by another run meanwhile; start again")
 
 
 def check_writable(folder: Path) -> None:

@@ -47,7 +47,7 @@ class Config:
     task: str = option("task", "train", "what to do", choices=TASKS)
     preset: str = option("task", "", "the system to start from: tiny (alone, with no download), gpt2-imdb")
     output_dir: str = option("task", "", "folder of this stage; default: saved_models/<preset or model>/<stage>")
-    seed: int = option("task", 0, "seed of weights, sampling and order", "[0, inf)")
+    seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
     dry_run: bool = option("task", False, "do everything but the update: preflight, one rollout, three samples")
 
@@ -73,7 +73,9 @@ class Config:
     reward_output: str = option("reward", "logit", "what is taken of the label", choices=REWARD_OUTPUTS)
     reward_input: str = option("reward", "prompt_response", "text scored", choices=("prompt_response", "response"))
     reward_fn: str = option("reward", "", "FILE.py:NAME of a function (prompts, responses, rows) -> scores")
-    reward_weights: str = option("reward", "", "weights of the terms, as in reward_model=1.0,reward_fn=0.5; none: 1")
+    reward_weights: str = option(
+        "reward", "", "terms, as reward_model=1.0,reward_fn=0.5; none: reward_fn, else reward_model"
+    )
     missing_eos_penalty: float = option(
         "reward", 0.0, "subtracted from the score of a response without EOS", "[0, inf)"
     )
@@ -119,10 +121,10 @@ class Config:
     n_reviews: int = option("stages", 16000, "size of the built-in corpus", "[100, inf)")
     sft_steps: int = option("stages", 1700, "optimizer steps of the language model's training", "[1, inf)")
     sft_batch_size: int = option("stages", 12, "texts a step", "[1, inf)")
-    sft_learning_rate: float = option("stages", 4e-3, "AdamW's peak", "(0, inf)")
+    sft_learning_rate: float = option("stages", 2e-5, "AdamW's peak", "(0, inf)")
     reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
     reward_batch_size: int = option("stages", 32, "texts a step", "[1, inf)")
-    reward_learning_rate: float = option("stages", 1e-3, "AdamW's peak", "(0, inf)")
+    reward_learning_rate: float = option("stages", 1e-5, "AdamW's peak", "(0, inf)")
 
     # evaluation
     eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, inf)")
@@ -138,7 +140,7 @@ class Config:
         for spec in dataclasses.fields(self):
             check_value(spec, getattr(self, spec.name))
         step_rows = self.mini_batch_size * self.gradient_accumulation_steps
-        if self.batch_size % step_rows:
+        if self.task == "train" and self.batch_size % step_rows:
             raise UsageError(
                 f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
@@ -146,10 +148,16 @@ class Config:
             )
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
-        if self.task == "train" and (self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens):
+        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens
+        if self.task in ("train", "evaluate") and truncates:
             raise UsageError(
-                "--temperature 0, --top_k, --top_p and --min_new_tokens are for --task generate: training must score "
-                "the very distribution it samples from; leave them out, or use --temperature alone"
+                "--temperature 0, --top_k, --top_p and --min_new_tokens are for --task generate: training and its "
+                "evaluation must score the very distribution they sample from; use --temperature alone"
+            )
+        if self.task == "train" and self.dtype != "float32":
+            raise UsageError(
+                f"--dtype {self.dtype} is for --task generate and evaluate: in it, most of Adam's small steps would "
+                "be rounded away; train in float32"
             )
 
     @property
@@ -181,6 +189,8 @@ PRESETS = {
         "missing_eos_penalty": 0.5,
         "reward_output": "probability",
         "eval_samples": 256,
+        "sft_learning_rate": 4e-3,
+        "reward_learning_rate": 1e-3,
     },
     "gpt2-imdb": {
         "base_model_name": "lvwerra/gpt2-imdb",
@@ -212,6 +222,11 @@ def check_value(spec: dataclasses.Field, value) -> None:
             raise UsageError(f"--{spec.name} is {value}, expected a value in {interval}")
 
 
+def first_line(error: BaseException) -> str:
+    """What a library said went wrong, short enough for a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def nearest(word: str, choices) -> str:
     """A clause that proposes the choice most like the word, or nothing."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
@@ -234,9 +249,11 @@ def coerce(spec: dataclasses.Field, value):
             return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
         if kind is bool and not isinstance(value, bool):
             return {"true": True, "false": False}[str(value).lower()]
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError(value)
-        return int(float(value)) if kind is int else kind(value)
+        if kind is int and not isinstance(value, int):
+            if float(value) != int(float(value)):
+                raise ValueError(value)
+            return int(float(value))
+        return kind(value)
     except (TypeError, ValueError, KeyError, OverflowError):
         raise UsageError(f"--{spec.name} is {value!r}, expected {kind.__name__}") from None
 
@@ -275,7 +292,8 @@ def build_parser() -> argparse.ArgumentParser:
     groups: dict[str, argparse._ArgumentGroup] = {}
     for spec in dataclasses.fields(Config):
         group = spec.metadata["group"]
-        groups.setdefault(group, parser.add_argument_group(group))
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
         limits = spec.metadata["interval"] or " | ".join(spec.metadata["choices"])
         text = " ".join(
             filter(
@@ -293,28 +311,32 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def newest_run(output_dir: str) -> Path:
-    """The folder of the policy to use: output_dir, or the newest under saved_models/. Raises UsageError if none."""
+def newest_run(output_dir: str, preset: str = "", marker: str = "value_head.safetensors") -> Path:
+    """output_dir, or the newest run under saved_models/, of the preset if one is named, that holds the file `marker`.
+
+    Raises UsageError if there is none.
+    """
     if output_dir:
-        if not (Path(output_dir) / "value_head.safetensors").exists():
-            raise UsageError(
-                f"--output_dir {output_dir} holds no trained policy; run `python main.py --task train` first"
-            )
+        if not (Path(output_dir) / marker).exists():
+            raise UsageError(f"--output_dir {output_dir} holds no trained run; run `python main.py --task train` first")
         return Path(output_dir)
-    runs = [path.parent for path in Path("saved_models").glob("*/ppo*/value_head.safetensors")]
+    check_preset(preset)
+    runs = [path.parent for path in Path("saved_models").glob(f"{preset}*/ppo*/{marker}")]
     if not runs:
-        raise UsageError("saved_models/ holds no trained policy; run `python main.py --task train` first")
-    return max(runs, key=lambda run: (run / "value_head.safetensors").stat().st_mtime)
+        wanted = f"--preset {preset}: " if preset else ""
+        raise UsageError(f"{wanted}saved_models/ holds no trained run; run `python main.py --task train` first")
+    return max(runs, key=lambda run: (run / marker).stat().st_mtime)
 
 
-def run_settings(output_dir: str) -> dict:
-    """The settings of a finished run, as the base of the tasks that use its policy."""
-    run = newest_run(output_dir)
+def run_settings(settings: dict) -> dict:
+    """The settings of a finished run, as the base of the tasks that use it; takes its folder out of `settings`."""
+    marker = "training_stats.json" if settings["task"] == "plot" else "value_head.safetensors"
+    run = newest_run(settings.pop("output_dir", ""), settings.pop("preset", ""), marker)
     try:
-        settings = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
+        stored = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{run / 'run_config.json'} cannot be read: {error}") from None
-    return settings | {"output_dir": str(run)}
+    return stored | {"output_dir": str(run)}
 
 
 def parse_args(arguments: list[str] | None = None) -> Config:
@@ -331,10 +353,7 @@ def parse_args(arguments: list[str] | None = None) -> Config:
         if name not in specs:
             raise UsageError(f"--config {path} has an unknown field {name!r}{nearest(str(name), specs)}")
     settings = {name: coerce(specs[name], value) for name, value in {**from_file, **flags}.items()}
-    if settings.get("task") in USES_A_RUN:
-        base = run_settings(settings.pop("output_dir", ""))
-    else:
-        base = preset_settings(settings)
+    base = run_settings(settings) if settings.get("task") in USES_A_RUN else preset_settings(settings)
     merged = {name: coerce(specs[name], value) for name, value in {**base, **settings}.items() if name in specs}
     return Config(**merged)
 
@@ -342,9 +361,13 @@ def parse_args(arguments: list[str] | None = None) -> Config:
 def preset_settings(settings: dict) -> dict:
     """The preset's row of values; tiny's where neither a preset nor a model is named. Raises UsageError if unknown."""
     preset = settings.get("preset") or ("" if settings.get("base_model_name") else "tiny")
+    check_preset(preset)
+    return {"preset": preset} | PRESETS.get(preset, {})
+
+
+def check_preset(preset: str) -> None:
     if preset and preset not in PRESETS:
         raise UsageError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
-    return {"preset": preset} | PRESETS.get(preset, {})
 
 
 def describe(config: Config) -> str:

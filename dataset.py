@@ -15,7 +15,7 @@ import torch
 from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
 
-from config import Config, UsageError, nearest
+from config import Config, UsageError, first_line, nearest
 from reviews import movie_reviews
 
 PARTS = ("train", "judge", "validation", "test")
@@ -40,7 +40,8 @@ def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]
     if part == "test" and part in splits and config.dataset_split != "test":
         rows = splits["test"].to_list()
     else:
-        rows = partition(splits[config.dataset_split], part, own_test="test" in splits)
+        own_test = "test" in splits and config.dataset_split != "test"
+        rows = partition(splits[config.dataset_split], part, own_test)
     if not rows:
         raise UsageError(f"--dataset_path {config.dataset_path} has no rows for {part}")
     return rows[:limit]
@@ -61,7 +62,7 @@ def load_splits(path: str) -> dict:
     try:
         return datasets.load_dataset(kind, data_files=path) if kind else datasets.load_dataset(path)
     except Exception as error:  # the library raises a dozen kinds
-        reason = str(error.__cause__ or error).strip().splitlines()[0][:200]
+        reason = first_line(error.__cause__ or error)
         raise UsageError(f"--dataset_path {path} cannot be loaded: {reason}") from None
 
 
@@ -108,9 +109,10 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, 
 def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[str]:
     """The longest beginning of each text that ends with a word and takes at most n_tokens."""
     openings = []
-    for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False).input_ids, strict=True):
-        start = tokenizer.decode(ids[:n_tokens]).rstrip("\ufffd")  # half a character
-        cuts_a_word = len(ids) > n_tokens and not text[len(start) : len(start) + 1].isspace()
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    for text, ends in zip(texts, encoded.offset_mapping, strict=True):
+        start = text[: ends[:n_tokens][-1][1]] if ends else ""
+        cuts_a_word = len(ends) > n_tokens and not text[len(start) : len(start) + 1].isspace()
         openings.append(start.rsplit(maxsplit=1)[0] if cuts_a_word and len(start.split()) > 1 else start)
     return openings
 

@@ -22,8 +22,8 @@ from checkpoint import stage_folder, trained_stage, whole_folder, write_whole
 from config import Config, UsageError, to_json
 from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
 from generate import respond
-from loading import load_policy, load_tokenizer, pick_device
-from model import PolicyModel
+from loading import check_context, load_policy, load_tokenizer, pick_device
+from model import PolicyModel, score_rows
 from ppo import kl_estimate, masked_mean
 from reviews import movie_reviews
 from reward import load_reward_terms, total_reward
@@ -40,12 +40,12 @@ def evaluate_policy(
     """
     generator = torch.Generator().manual_seed(config.seed)
     table = []
-    for start in range(0, len(prompts), 2 * config.batch_size):
-        batch = prompts[start : start + 2 * config.batch_size]
+    for start in range(0, len(prompts), config.batch_size):
+        batch = prompts[start : start + config.batch_size]
         *query, (ids, mask, _), texts = respond(policy, tokenizer, [p.ids for p in batch], config, generator)
         total, rewards = total_reward(terms, [p.text for p in batch], texts, [p.row for p in batch], config)
-        logprobs, values, _ = policy(*query, ids, mask, config.temperature or 1.0)
-        ref_logprobs = reference(*query, ids, mask, config.temperature or 1.0).logprobs
+        logprobs, values, _ = score_rows(policy, *query, ids, mask, config.mini_batch_size, config.temperature)
+        ref_logprobs = score_rows(reference, *query, ids, mask, config.mini_batch_size, config.temperature).logprobs
         kl = kl_estimate(logprobs, ref_logprobs, mask).sum(1)
         for i, prompt in enumerate(batch):
             real = ids[i][mask[i]].tolist()
@@ -241,6 +241,7 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     folder = Path(config.output_dir)
     tokenizer = load_tokenizer(str(folder), "output_dir")
     policy, reference = (load_policy(path, config.dtype, device).eval() for path in (str(folder), base_model))
+    check_context(config, policy)
     prompts = load_prompts(config, tokenizer, config.eval_split, config.eval_samples)
     if len(prompts) < 2:
         raise UsageError(f"{config.eval_split} has {len(prompts)} prompts, expected at least 2")

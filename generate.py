@@ -16,7 +16,7 @@ import torch
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase
 
-from checkpoint import write_whole
+from checkpoint import check_writable, write_whole
 from config import Config
 from dataset import decode_responses, given_prompts, pad
 from loading import check_context, load_policy, load_tokenizer, pick_device
@@ -172,6 +172,8 @@ def sampling_options(config: Config) -> dict:
 def generate(config: Config, reward_model_path: str) -> None:
     """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
     prompts = given_prompts(config)
+    if config.output:
+        check_writable(Path(config.output).parent)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config.output_dir, config.dtype, device).eval()

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from config import Config, UsageError
+from config import Config, UsageError, first_line
 from model import PolicyModel
 
 logging.set_verbosity_error()
@@ -35,6 +35,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError):
         raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda") from None
@@ -47,10 +49,11 @@ def load(factory, flag: str, path: str, **settings):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return factory.from_pretrained(path, **settings)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        if "memory" in str(error):
+            raise
         where = "a folder without a usable model" if Path(path).exists() else "no folder, and no reachable Hub model"
-        reason = str(error).strip().splitlines()[0][:200]
-        raise UsageError(f"--{flag} {path} is {where}: {reason}") from None
+        raise UsageError(f"--{flag} {path} is {where}: {first_line(error)}") from None
 
 
 def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokenizerBase:
@@ -92,7 +95,7 @@ def load_policy(path: str, dtype: str, device: torch.device, gradient_checkpoint
         try:
             policy.value_head.load_state_dict(load_file(value_head, device=str(device)))
         except (SafetensorError, RuntimeError) as error:
-            raise UsageError(f"{value_head} is no value head of this model: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"{value_head} is no value head of this model: {first_line(error)}") from None
     if gradient_checkpointing:
         policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return policy

@@ -70,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (UsageError, RunError) as error:
         return fail(str(error), error.exit_code)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "memory" not in str(error).lower():
+        shortage = ("out of memory", "can't allocate memory", "not enough memory")
+        if not isinstance(error, MemoryError) and not any(words in str(error) for words in shortage):
             raise
         return fail(OUT_OF_MEMORY, 1)
     except KeyboardInterrupt:

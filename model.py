@@ -112,6 +112,29 @@ class PolicyModel(nn.Module):
         return output.logits, output.decoder_hidden_states[-1]
 
 
+@torch.no_grad()
+def score_rows(
+    policy: PolicyModel,
+    query_ids: TensorType["batch", "query"],
+    query_mask: TensorType["batch", "query", bool],
+    response_ids: TensorType["batch", "time"],
+    response_mask: TensorType["batch", "time", bool],
+    mini_batch_size: int,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+) -> Scores:
+    """`score` without gradient, in passes of mini_batch_size rows of like length, so that little of them is padding."""
+    scores = Scores(*(torch.zeros(response_mask.shape, device=response_mask.device) for _ in Scores._fields))
+    lengths = response_mask.sum(1)
+    for rows in lengths.argsort(stable=True).split(mini_batch_size):
+        real = slice(int(lengths[rows].max()))
+        batch = query_ids[rows], query_mask[rows], response_ids[rows, real], response_mask[rows, real]
+        for whole, part in zip(scores, policy(*batch, temperature, with_entropy), strict=True):
+            if part is not None:
+                whole[rows, real] = part
+    return scores
+
+
 def position_ids(mask: TensorType["batch", "sequence", bool]) -> TensorType["batch", "sequence"]:
     """Positions that count real tokens only: 0, 1, 2, ... from the first one, and 0 on the padding before it."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)

@@ -217,7 +217,7 @@ def importance_ratio(
     old_logprobs: TensorType["batch", "time", is_float],
     mask: TensorType["batch", "time", bool],
 ) -> TensorType["batch", "time", is_float]:
-    """q_t = exp(log π_new(y_t) - log π_old(y_t)): PPO, section 3; exactly 1 beyond the mask and before any update."""
+    """q_t = exp(log π_new(y_t) - log π_old(y_t)): PPO, section 3; 1 beyond the mask, and before any update."""
     return torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
 
 

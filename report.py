@@ -1,4 +1,4 @@
-"""What a run says about itself: arithmetic and memory before it starts, its invariants, its log rows, its notices."""
+"""What a run says about itself: arithmetic and memory before it starts, its invariants, its log rows."""
 
 import csv
 import json
@@ -11,7 +11,7 @@ from checkpoint import write_whole
 from config import Config, RunError
 from generate import Sample
 from model import PolicyModel
-from ppo import Rollout, explained_variance, importance_ratio, masked_mean, select_rows
+from ppo import Rollout, explained_variance, importance_ratio, kl_estimate, masked_mean, select_rows
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # nats, between sampling token by token and scoring at once
 
@@ -87,14 +87,14 @@ def check_invariants(policy: PolicyModel, rollout: Rollout, sampled: Sample, con
 
 def rollout_stats(rollout: Rollout, terms: dict[str, torch.Tensor], raw_scores: torch.Tensor) -> dict[str, float]:
     """A rollout's log row: rewards in reward units, KL and entropy in nats, lengths in tokens, all over real tokens."""
-    d = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
+    kl = {name: kl_estimate(rollout.logprobs, rollout.ref_logprobs, rollout.mask, name) for name in ("k1", "k3")}
     return {
         "reward": raw_scores.mean().item(),
         **{f"reward_{name}": values.mean().item() for name, values in terms.items()},
         "score": rollout.scores.mean().item(),
         "kl": rollout.kl.sum(1).mean().item(),
-        "kl_k1": d.sum(1).mean().item(),
-        "kl_k3": (torch.expm1(-d) + d).sum(1).mean().item(),
+        "kl_k1": kl["k1"].sum(1).mean().item(),
+        "kl_k3": kl["k3"].sum(1).mean().item(),
         "value": masked_mean(rollout.values, rollout.mask).item(),
         "return": masked_mean(rollout.returns, rollout.mask).item(),
         "explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask).item(),
@@ -128,8 +128,12 @@ def write_logs(folder: Path, stats: list[dict], timings: list[dict], responses: 
     """training_stats.json and timings.json rewritten whole; training_log.csv grows by a row a response."""
     write_whole(folder / "training_stats.json", json.dumps(stats, indent=1))
     write_whole(folder / "timings.json", json.dumps(timings, indent=1))
-    with (folder / "training_log.csv").open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, responses[0])
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerows(responses)
+    path = folder / "training_log.csv"
+    try:
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, responses[0])
+            if file.tell() == 0:
+                writer.writeheader()
+            writer.writerows(responses)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror}") from None

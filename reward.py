@@ -6,6 +6,7 @@ This module only scores; what the score is worth beside the KL is decided in ppo
 
 import importlib.util
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def load_reward_function(spec: str) -> RewardTerm:
         raise UsageError(f"--reward_fn {spec}: expected FILE.py:NAME with an existing file")
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:

@@ -14,9 +14,17 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import stage_folder, whole_folder, write_whole
-from config import Config, UsageError, to_json
+from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad
-from loading import context_length, load_language_model, load_tokenizer, new_language_model, new_tokenizer, pick_device
+from loading import (
+    context_length,
+    load,
+    load_language_model,
+    load_tokenizer,
+    new_language_model,
+    new_tokenizer,
+    pick_device,
+)
 from reward import check_weights, load_reward_function
 
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -40,6 +48,8 @@ def fit(model: PreTrainedModel, batches: Iterator[dict], steps: int, learning_ra
         optimizer.step()
         schedule.step()
         recent = loss.item() if step == 0 else 0.95 * recent + 0.05 * loss.item()
+        if not math.isfinite(recent):
+            raise RunError(f"the loss of the {name} is {recent} at step {step}; try a lower learning rate")
         bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
     model.eval()
     return recent
@@ -97,6 +107,8 @@ def train_language_model(
         model = new_language_model(config, tokenizer).to(device)
     else:
         model = load_language_model(config.base_model_name, "float32", device)
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"--task sft trains causal models here; {config.base_model_name} is an encoder-decoder")
     pieces = token_pieces(texts, tokenizer, min(context_length(model.config), config.context_length))
     if not pieces:
         raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text to train on")
@@ -165,7 +177,7 @@ def cut_short(ids: list[int], length: int, generator: torch.Generator) -> list[i
 def class_names(rows: list[dict], config: Config) -> dict[int, str]:
     """The classes of the label column by number. Raises UsageError unless they are 0, 1, ..., two at least."""
     labels = sorted(set(column(rows, config.label_column, "label_column", int)))
-    if labels != list(range(len(labels))) or len(labels) < 2:
+    if labels != list(range(len(labels))) or len(labels) < 2 or isinstance(labels[0], bool):
         raise UsageError(f"--label_column {config.label_column!r} holds {labels[:5]}, expected 0, 1, ...")
     return {label: {0: "NEGATIVE", 1: "POSITIVE"}.get(label, str(label)) for label in labels}
 
@@ -187,9 +199,11 @@ def run_reward(config: Config, language_model_path: str) -> Path:
     tokenizer = load_tokenizer(language_model_path)
     train, held_out = load_rows(config, "train"), load_rows(config, "validation", 2000)
     labels, names = column(train, config.label_column, "label_column", int), class_names(train, config)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        language_model_path, num_labels=len(names), id2label=names, pad_token_id=tokenizer.pad_token_id
-    ).to(device)
+    settings = {"num_labels": len(names), "id2label": names, "pad_token_id": tokenizer.pad_token_id}
+    factory, flag = AutoModelForSequenceClassification, "base_model_name"
+    model = load(factory, flag, language_model_path, dtype=torch.float32, **settings).to(device)
+    if model.config.is_encoder_decoder:
+        raise UsageError(f"--task reward trains causal models and encoders here; {language_model_path} is neither")
     length = min(context_length(model.config), config.context_length)
     texts = tokenizer(column(train, config.prompt_column, "prompt_column"), add_special_tokens=False).input_ids
     generator = torch.Generator().manual_seed(config.seed)

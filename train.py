@@ -14,13 +14,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import ppo
-from checkpoint import move_into, notice, whole_folder, write_whole
+from checkpoint import claim_folder, move_into, notice, whole_folder, write_whole
 from config import Config, RunError, to_json
 from dataset import Prompt, load_prompts, prompt_batches
 from evaluation import evaluate_policy, reward_difference, sample_pairs
 from generate import Sample, eval_mode, respond
 from loading import check_context, load_policy, load_tokenizer, pick_device, save_policy
-from model import PolicyModel, Scores, frozen_copy
+from model import PolicyModel, frozen_copy, score_rows
 from plot import plot_training
 from report import (
     bar_numbers,
@@ -66,9 +66,10 @@ def collect_rollout(
     response_ids, mask = sampled.response_ids, sampled.mask
 
     # 2. Log-probabilities and values, by the very function that the update differentiates.
+    batch, how = (*query, response_ids, mask), (config.mini_batch_size, config.temperature)
     with eval_mode(policy):
-        logprobs, values, entropy = score_rows(policy, *query, response_ids, mask, config, with_entropy=True)
-    ref_logprobs = score_rows(reference, *query, response_ids, mask, config).logprobs
+        logprobs, values, entropy = score_rows(policy, *batch, *how, with_entropy=True)
+    ref_logprobs = score_rows(reference, *batch, *how).logprobs
 
     # 3. Score the text, then spread the score and the KL over the tokens.
     rewards, term_rewards = total_reward(terms, [p.text for p in prompts], responses, [p.row for p in prompts], config)
@@ -86,26 +87,10 @@ def collect_rollout(
         advantages = ppo.masked_whiten(advantages, mask)
     behaviour = (logprobs, ref_logprobs, values)
     learned_from = (scores, kl, token_rewards, advantages, returns)
-    rollout = ppo.Rollout(*query, response_ids, mask, *behaviour, *learned_from)
+    rollout = ppo.Rollout(*batch, *behaviour, *learned_from)
     stats = rollout_stats(rollout, term_rewards, rewards)
     stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
     return Collected(rollout, sampled, responses, term_rewards, rewards, stats)
-
-
-def score_rows(
-    policy: PolicyModel, query_ids, query_mask, response_ids, mask, config: Config, with_entropy: bool = False
-) -> Scores:
-    """Score a rollout in forward passes of mini_batch_size rows of like length, so that little of them is padding."""
-    scores = Scores(*(torch.zeros(mask.shape, device=mask.device) for _ in Scores._fields))
-    lengths = mask.sum(1)
-    for rows in lengths.argsort(stable=True).split(config.mini_batch_size):
-        real = slice(int(lengths[rows].max()))
-        query = query_ids[rows], query_mask[rows]
-        part = policy(*query, response_ids[rows, real], mask[rows, real], config.temperature, with_entropy)
-        for whole, columns in zip(scores, part, strict=True):
-            if columns is not None:
-                whole[rows, real] = columns
-    return scores
 
 
 def minibatch_loss(
@@ -142,8 +127,8 @@ def minibatch_loss(
             "approx_kl_k1": mean(ppo.kl_estimate(rows.logprobs, new.logprobs, rows.mask, "k1")),
             "approx_kl_k3": mean(ppo.kl_estimate(rows.logprobs, new.logprobs, rows.mask, "k3")),
             "ratio": mean(ratio),
-            "ratio_min": ratio.min(),
-            "ratio_max": ratio.max(),
+            "ratio_min": ratio[rows.mask].min(),
+            "ratio_max": ratio[rows.mask].max(),
         }
     return loss, {name: value.item() for name, value in stats.items()}
 
@@ -242,16 +227,15 @@ def run_updates(
         collected = collect_rollout(models, batch, config, kl_coef, generator)
         if step == 0:
             check_invariants(policy, collected.rollout, collected.sampled, config)
-            folder.mkdir(parents=True, exist_ok=True)
+            claim_folder(folder)
             write_whole(folder / "run_config.json", to_json(config))
             write_whole(folder / "NOTICE.txt", notice(config) + "\n")
         sampled = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        optimizer.param_groups[0]["lr"] = rate = learning_rate(config, step)
         stats = update(policy, optimizer, collected.rollout, config, generator)
         if not torch.isfinite(torch.tensor(stats["loss"])):
             raise RunError(f"the loss is {stats['loss']} at update {step}; try a lower --learning_rate")
-        log.append({"step": step, **collected.stats, **stats, "kl_coef": kl_coef, "learning_rate": group["lr"]})
+        log.append({"step": step, **collected.stats, **stats, "kl_coef": kl_coef, "learning_rate": rate})
         if config.kl_target:
             kl_coef = ppo.adapt_kl_coef(
                 kl_coef, collected.stats["kl_k3"], config.kl_target, config.kl_horizon, config.batch_size

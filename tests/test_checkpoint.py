@@ -163,7 +163,7 @@ def test_a_stage_counts_as_trained_only_with_the_settings_of_this_run(tmp_path):
 
 def test_the_newest_run_is_the_one_whose_policy_was_saved_last(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="no trained policy"):
+    with pytest.raises(UsageError, match="no trained run"):
         newest_run("")
     now = time.time()
     for age, name in enumerate(["tiny/ppo-2", "other/ppo", "tiny/ppo"]):
@@ -174,5 +174,9 @@ def test_the_newest_run_is_the_one_whose_policy_was_saved_last(tmp_path, monkeyp
     (tmp_path / "saved_models/tiny/ppo-3").mkdir()  # unfinished: no policy in it yet
     assert str(newest_run("")) == "saved_models/tiny/ppo-2"
     assert str(newest_run("saved_models/tiny/ppo")) == "saved_models/tiny/ppo"
-    with pytest.raises(UsageError, match="ppo-3 holds no trained policy"):
+    with pytest.raises(UsageError, match=r"--preset gpt2-imdb: .* no trained run"):
+        newest_run("", "gpt2-imdb")
+    with pytest.raises(UsageError, match="did you mean tiny"):
+        newest_run("", "tinny")
+    with pytest.raises(UsageError, match="ppo-3 holds no trained run"):
         newest_run("saved_models/tiny/ppo-3")

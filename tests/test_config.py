@@ -118,6 +118,7 @@ def test_a_finished_run_lends_its_settings_to_what_uses_it(tmp_path, monkeypatch
     folder = tmp_path / "saved_models/tiny/ppo"
     folder.mkdir(parents=True)
     (folder / "value_head.safetensors").write_text("")
+    (folder / "training_stats.json").write_text("[]")
     (folder / "run_config.json").write_text(to_json(micro_config(kl_coef=0.3, temperature=0.7)))
     for task in ("generate", "evaluate", "plot"):
         used = parse("--task", task, "--max_new_tokens", 5)
@@ -163,7 +164,7 @@ def test_values_outside_a_fields_interval_are_refused_and_its_ends_are_not(name)
 def test_choices_are_kept_to(name):
     choices = FIELDS[name].metadata["choices"]
     for choice in choices:
-        assert getattr(Config(**{name: choice}), name) == choice
+        assert getattr(Config(**{"task": "generate", name: choice}), name) == choice
     with pytest.raises(UsageError, match=f"--{name} '{choices[0]}x' is not one of .*; did you mean "):
         Config(**{name: choices[0] + "x"})
 
@@ -281,8 +282,7 @@ class Bench:
         models, prompts = train.load_models(config, self.base(config), self.reward)
         generator = torch.Generator().manual_seed(config.seed)
         batches = train.prompt_batches(prompts, config.batch_size, generator)
-        folder = self.folder / "run"
-        folder.mkdir(exist_ok=True)
+        folder = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
         train.run_updates(models, batches, config, generator, folder)
         return [parameter.tolist() for parameter in models.policy.parameters()]
 
@@ -363,7 +363,7 @@ TWO_TERMS = {"reward_fn": "FUNCTION", "reward_weights": "reward_fn=1,reward_mode
 
 # field: the value that it is changed to, what shows it, and the settings without which it has nothing to do
 EFFECTS = {
-    "dtype": ("bfloat16", POLICY, {}),
+    "dtype": ("bfloat16", POLICY, {"task": "generate"}),
     "gradient_checkpointing": (True, POLICY, {}),
     "seed": (1, WEIGHTS, {}),
     "base_model_name": ("REWARD", lambda bench, config: bench.base(config), {}),
@@ -421,7 +421,7 @@ EFFECTS = {
     "reward_steps": (4, REWARD, {}),
     "reward_batch_size": (5, REWARD, {}),
     "reward_learning_rate": (1e-4, REWARD, {}),
-    "device": ("meta", lambda bench, config: pick_device(config.device), {}),
+    "device": ("meta", lambda bench, config: bench.refusal(lambda c: pick_device(c.device), config), {}),
     "output_dir": ("mine", lambda bench, config: new_ppo_folder(config), {}),
     "preset": ("mine", lambda bench, config: stage_folder(config, "sft"), {}),
 }
@@ -479,6 +479,7 @@ def test_evaluation_reads_the_split_that_is_asked_for(monkeypatch, tokenizer):
     parts = []
     monkeypatch.setattr(evaluation, "load_tokenizer", lambda *_: tokenizer)
     monkeypatch.setattr(evaluation, "load_policy", lambda *_: torch.nn.Identity())
+    monkeypatch.setattr(evaluation, "check_context", lambda *_: None)
 
     def load_prompts(config, tokenizer, part, limit):
         parts.append((part, limit))

@@ -671,7 +671,7 @@ def test_generate_refuses_an_empty_prompt_and_what_cannot_be_done(workplace, mon
     assert_refused(capsys, workplace, [*generate, "--prompt", "A", "--max_new_tokens", "40"], "--max_new_tokens 40")
     (workplace / "file").write_text("no folder")
     output = [*generate, "--prompt", "The film", "--output", "file/out.jsonl"]
-    assert_refused(capsys, workplace, output, "file/out.jsonl cannot be written", code=1)
+    assert_refused(capsys, workplace, output, "file cannot be written")
 
 
 def test_generate_takes_the_newest_run(workplace, capsys):
