@@ -8,6 +8,7 @@ from micro import micro_config
 
 from checkpoint import (
     check_writable,
+    claim_folder,
     move_into,
     new_ppo_folder,
     new_stage_folder,
@@ -180,3 +181,19 @@ def test_the_newest_run_is_the_one_whose_policy_was_saved_last(tmp_path, monkeyp
         newest_run("", "tinny")
     with pytest.raises(UsageError, match="ppo-3 holds no trained run"):
         newest_run("saved_models/tiny/ppo-3")
+
+
+def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path):
+    claim_folder(tmp_path / "deep" / "ppo")
+    claim_folder(tmp_path / "deep" / "ppo")  # made, and empty still
+    (tmp_path / "deep" / "ppo" / "run_config.json").write_text("{}")
+    with pytest.raises(RunError, match="has been taken by another run"):
+        claim_folder(tmp_path / "deep" / "ppo")
+
+
+@pytest.mark.parametrize("change", [{"label_column": "stars"}, {"dataset_split": "test"}, {"base_model_name": "x"}])
+def test_a_reward_model_of_other_data_is_not_reused(change, tmp_path):
+    (tmp_path / "run_config.json").write_text(to_json(micro_config()))
+    assert trained_stage(micro_config(), str(tmp_path), "reward")
+    with pytest.raises(UsageError, match=f"--{next(iter(change))} "):
+        trained_stage(micro_config(**change), str(tmp_path), "reward")

@@ -294,3 +294,20 @@ def test_a_tokenizer_that_drops_leading_spaces_keeps_them_behind_a_prompt(t5_fol
 def test_an_encoder_decoders_response_stands_alone(tokenizer):
     ids = [tokenizer(" good").input_ids]
     assert decode(tokenizer, ["The film"], ids, encoder_decoder=True) == [" good"]
+
+
+def test_rows_of_the_split_that_is_trained_on_are_never_reported_on(tmp_path):
+    """Also where that split is called `test`: then it is divided as any other would be."""
+    write(tmp_path, "data/train.jsonl")
+    write(tmp_path, "data/test.jsonl", [{"text": f"Other text {number}."} for number in range(60)])
+    config = micro_config(dataset_path=str(tmp_path / "data"), dataset_split="test")
+    parts = [{row["text"] for row in load_rows(config, part)} for part in ("train", "judge", "validation", "test")]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 60
+
+
+def test_a_prompts_first_words_are_the_texts_own_characters(t5_folder):
+    """Not what the tokenizer makes of them: decoding would turn an unknown character into `<unk>` and merge spaces."""
+    tokenizer = AutoTokenizer.from_pretrained(t5_folder)
+    text = "The  {film}  and the story"
+    [opening] = first_words([text], tokenizer, len(tokenizer(text, add_special_tokens=False).input_ids) - 1)
+    assert text.startswith(opening) and "{film}" in opening

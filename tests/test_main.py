@@ -792,3 +792,11 @@ def test_a_stage_trained_with_other_settings_is_not_used_silently(change, workpl
     (name, value), *_ = change.items()
     words = f"trained with --{name} {SETTINGS[name]}, and this run asks for {value}"
     assert_refused(capsys, workplace, ["--task", "train", *flags(**change)], words)
+
+
+def test_evaluation_refuses_what_training_refuses(workplace, capsys):
+    """A KL is only a KL under the distribution that was sampled; and responses must fit the model."""
+    for flag in (["--top_k", "5"], ["--temperature", "0"], ["--top_p", "0.9"]):
+        assert_refused(capsys, workplace, ["--task", "evaluate", *flag], "are for --task generate")
+    assert_refused(capsys, workplace, ["--task", "evaluate", "--max_new_tokens", "400"], "--max_new_tokens 400")
+    assert_refused(capsys, workplace, ["--task", "train", *flags(dtype="bfloat16")], "train in float32")

@@ -43,7 +43,7 @@ from loading import (
     save_policy,
     without_dropout,
 )
-from model import PolicyModel, frozen_copy, position_ids
+from model import PolicyModel, frozen_copy, position_ids, score_rows
 from report import TOLERANCE
 
 CPU = torch.device("cpu")
@@ -474,3 +474,16 @@ def test_the_tiny_models_and_tokenizer_are_what_they_seem():
     assert tiny_t5(dropout_rate=0.4).config.dropout_rate == 0.4
     assert letter_tokenizer()("abi").input_ids == [2, 3, 10]
     assert letter_tokenizer().decode([PAD, 2, 3, EOS], skip_special_tokens=True) == "ab"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("mini_batch_size", [1, 2, 4])
+def test_rows_scored_by_length_keep_their_places(family, mini_batch_size):
+    """In passes of any size the same numbers at the same rows, and 0 behind each pass's longest row."""
+    policy = tiny_policy(family)
+    batch = encode(policy)
+    whole, parts = policy.score(*batch, 0.7, True), score_rows(policy, *batch, mini_batch_size, 0.7, True)
+    for expected, actual in zip(whole, parts, strict=True):
+        assert_close(actual[batch[3]], expected[batch[3]].detach())
+    assert score_rows(policy, *batch, mini_batch_size, 0.7).entropy.abs().sum() == 0
+    assert not parts.logprobs.requires_grad

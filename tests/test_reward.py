@@ -336,3 +336,14 @@ def test_a_reward_model_is_frozen(classifier_folder):
     assert not reward_model.classifier.training
     assert not any(p.requires_grad for p in reward_model.classifier.parameters())
     assert not reward_model(["a"]).requires_grad
+
+
+def test_a_reward_file_may_hold_a_dataclass(tmp_path):
+    """Which looks its own module up while it is made."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Weight:\n    value: float = 2.0\n"
+        "def reward(prompts, responses, rows):\n    return [Weight().value] * len(responses)\n"
+    )
+    assert load_reward_function(f"{path}:reward")(["a"], ["b"], [{}]).tolist() == [2.0]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 import sft
-from config import UsageError
+from config import RunError, UsageError
 from loading import load_language_model, new_language_model
 from sft import (
     IGNORED,
@@ -235,3 +236,20 @@ def test_held_out_accuracy_is_measured_on_whole_texts_and_on_first_halves():
     tokenizer.pad_token_id = 0
     rows = [{"text": text, "label": label} for text, label in [("1117", 1), ("71111", 0), ("11", 0), ("1171", 1)]]
     assert held_out_accuracies(micro_config(), ContainsSeven(), tokenizer, rows, 2) == (1.0, 0.5)
+
+
+def test_a_stage_that_diverges_is_told_and_not_saved(workplace):
+    with pytest.raises(RunError, match=r"the loss of the language model is .*; try a lower learning rate"):
+        sft.run_sft(micro_config(task="sft", output_dir="diverged", sft_learning_rate=1e30, sft_steps=30))
+    assert not Path("diverged").exists()
+
+
+def test_an_encoder_decoder_is_not_trained_to_copy(t5_folder, workplace):
+    config = micro_config(task="sft", base_model_name=str(t5_folder), output_dir="copy")
+    with pytest.raises(UsageError, match="is an encoder-decoder"):
+        sft.run_sft(config)
+
+
+def test_labels_that_are_true_and_false_are_refused():
+    with pytest.raises(UsageError, match=r"--label_column 'label' holds \[False, True\], expected 0, 1"):
+        sft.class_names([{"label": True}, {"label": False}], micro_config())
