@@ -127,8 +127,8 @@ def minibatch_loss(
             "approx_kl_k1": mean(ppo.kl_estimate(rows.logprobs, new.logprobs, rows.mask, "k1")),
             "approx_kl_k3": mean(ppo.kl_estimate(rows.logprobs, new.logprobs, rows.mask, "k3")),
             "ratio": mean(ratio),
-            "ratio_min": ratio[rows.mask].min(),
-            "ratio_max": ratio[rows.mask].max(),
+            "ratio_min": ratio.masked_fill(~rows.mask, float("inf")).min(),
+            "ratio_max": ratio.masked_fill(~rows.mask, 0.0).max(),
         }
     return loss, {name: value.item() for name, value in stats.items()}
 
