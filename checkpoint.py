@@ -1,6 +1,8 @@
 """What a run leaves on disk: folders that appear whole or not at all, and where each stage's folder is."""
 
+import csv
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -30,10 +32,10 @@ def notice(config: Config) -> str:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, replaces: str = "") -> Iterator[Path]:
     """Yield a scratch folder that becomes `path` when the block ends well, and is removed when it does not.
 
-    Raises RunError naming the folder if it cannot be written.
+    A folder that holds the file `replaces` gives way to it. Raises RunError naming the folder if it cannot be written.
     """
     scratch = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
@@ -42,6 +44,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
         for file in scratch.rglob("*"):
             if file.is_file():
                 flush_to_disk(file)
+        if replaces and (path / replaces).exists():
+            shutil.rmtree(path)
         scratch.rename(path)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
@@ -64,6 +68,15 @@ def write_whole(path: Path, text: str) -> None:
         scratch.replace(path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def write_table(path: Path, rows: list[dict], columns: list[str] | None = None) -> None:
+    """Write rows as a CSV file, whole, with a heading: every column of the first row, or the given ones of them."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, columns or list(rows[0]), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, buffer.getvalue())
 
 
 def flush_to_disk(path: Path) -> None:
@@ -107,7 +120,7 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
     )
     for spec in dataclasses.fields(config):
         own = spec.name == "label_column" if stage == "reward" else False
-        own |= spec.metadata["group"] == "stages" and spec.name.startswith(f"{stage}_")
+        own |= spec.metadata["group"] == "stages" and spec.name.startswith(f"{stage}_") and config.trains_from_scratch
         if (own or spec.name in shared) and before.get(spec.name, getattr(config, spec.name)) != getattr(
             config, spec.name
         ):

@@ -31,145 +31,8 @@ USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finishe
 
 REWARD_OUTPUTS = ("logit", "logprob", "probability", "margin")
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
-
-
-def option(group: str, default, text: str, interval: str = "", choices: tuple[str, ...] = ()):
-    """A field with its help (units included), the interval its value must lie in, or the choices it has."""
-    metadata = {"group": group, "help": text, "interval": interval, "choices": choices}
-    return field(default=default, metadata=metadata)
-
-
-@dataclass(frozen=True)
-class Config:
-    """A run's settings, checked when made: raises UsageError for a value outside its interval or choices."""
-
-    # task
-    task: str = option("task", "train", "what to do", choices=TASKS)
-    preset: str = option("task", "", "the system to start from: tiny (alone, with no download), gpt2-imdb")
-    output_dir: str = option("task", "", "folder of this stage; default: saved_models/<preset or model>/<stage>")
-    seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
-    device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
-    dry_run: bool = option("task", False, "do everything but the update: preflight, one rollout, three samples")
-
-    # model
-    base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
-    dtype: str = option("model", "float32", "of the weights", choices=("float32", "bfloat16"))
-    gradient_checkpointing: bool = option("model", False, "recompute activations in the update, to save memory")
-
-    # data
-    dataset_path: str = option("data", "", "Hub id, folder or file; none: the built-in generated movie reviews")
-    dataset_split: str = option("data", "train", "split that prompts and training text are taken from")
-    prompt_column: str = option("data", "text", "column that holds the prompt, or the text that starts with it")
-    label_column: str = option("data", "label", "column that holds a text's class, for `--task reward`")
-    prompt_tokens: int = option(
-        "data", 0, "keep this many first tokens as the prompt, in whole words; 0: all", "[0, inf)"
-    )
-    max_prompt_length: int = option("data", 512, "longest prompt in tokens", "[1, inf)")
-    long_prompts: str = option("data", "truncate", "longer ones: cut on the left?", choices=("truncate", "refuse"))
-
-    # reward
-    reward_model_path: str = option("reward", "", "sequence classifier: Hub id or folder; none: the one trained here")
-    reward_label: str = option("reward", "", "the label that is rewarded, by name or index; none: the last")
-    reward_output: str = option("reward", "logit", "what is taken of the label", choices=REWARD_OUTPUTS)
-    reward_input: str = option("reward", "prompt_response", "text scored", choices=("prompt_response", "response"))
-    reward_fn: str = option("reward", "", "FILE.py:NAME of a function (prompts, responses, rows) -> scores")
-    reward_weights: str = option(
-        "reward", "", "terms, as reward_model=1.0,reward_fn=0.5; none: reward_fn, else reward_model"
-    )
-    missing_eos_penalty: float = option(
-        "reward", 0.0, "subtracted from the score of a response without EOS", "[0, inf)"
-    )
-    whiten_scores: bool = option("reward", False, "shift and scale the scores of a rollout to mean 0, variance 1")
-    score_clip: float = option("reward", 0.0, "clip scores to plus or minus this; 0: off", "[0, inf)")
-
-    # sampling
-    max_new_tokens: int = option("sampling", 48, "longest response in tokens", "[1, inf)")
-    temperature: float = option("sampling", 1.0, "divides the logits; 0 is greedy, for generate only", "[0, inf)")
-    top_k: int = option("sampling", 0, "draw among the k likeliest tokens, for generate only; 0: all", "[0, inf)")
-    top_p: float = option("sampling", 1.0, "draw among the likeliest tokens of this mass, for generate only", "(0, 1]")
-    min_new_tokens: int = option("sampling", 0, "no EOS before this many tokens, for generate only", "[0, inf)")
-
-    # ppo
-    n_updates: int = option("ppo", 100, "rollouts, each followed by an update", "[1, inf)")
-    batch_size: int = option("ppo", 64, "prompts a rollout", "[1, inf)")
-    mini_batch_size: int = option("ppo", 16, "rows a forward pass", "[1, inf)")
-    gradient_accumulation_steps: int = option("ppo", 1, "forward passes an optimizer step", "[1, inf)")
-    ppo_epochs: int = option("ppo", 4, "passes over a rollout", "[1, inf)")
-    learning_rate: float = option("ppo", 1e-5, "Adam's, at the start; falls linearly to 0", "(0, inf)")
-    max_grad_norm: float = option("ppo", 1.0, "gradients are scaled down to this norm", "(0, inf)")
-    clip_range: float = option("ppo", 0.2, "the ratio is clipped to 1 plus or minus this", "(0, 1)")
-    clip_range_value: float = option("ppo", 0.2, "a value may move this far in reward units", "(0, inf)")
-    value_coef: float = option("ppo", 0.1, "weight of the value loss", "[0, inf)")
-    entropy_coef: float = option("ppo", 0.0, "weight of the entropy bonus", "[0, inf)")
-    gamma: float = option("ppo", 1.0, "discount per token", "[0, 1]")
-    lam: float = option("ppo", 0.95, "lambda of GAE: 1 trusts returns, 0 trusts values", "[0, 1]")
-    whiten_advantages: bool = option("ppo", True, "shift and scale advantages to mean 0, variance 1 over the rollout")
-    kl_coef: float = option("ppo", 0.05, "price of one nat of KL to the reference, in reward units", "[0, inf)")
-    kl_estimator: str = option("ppo", "k1", "in the reward: only k1 has the right optimum", choices=KL_ESTIMATORS)
-    kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
-    kl_horizon: float = option("ppo", 10000, "responses over which kl_coef adapts", "(0, inf)")
-    target_kl: float = option(
-        "ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 of this; 0: off", "[0, inf)"
-    )
-
-    # stages
-    vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, inf)")
-    context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, inf)")
-    n_layer: int = option("stages", 2, "layers of the model trained here", "[1, inf)")
-    n_embd: int = option("stages", 128, "width of the model trained here", "[1, inf)")
-    n_head: int = option("stages", 4, "attention heads of the model trained here", "[1, inf)")
-    n_reviews: int = option("stages", 16000, "size of the built-in corpus", "[100, inf)")
-    sft_steps: int = option("stages", 1700, "optimizer steps of the language model's training", "[1, inf)")
-    sft_batch_size: int = option("stages", 12, "texts a step", "[1, inf)")
-    sft_learning_rate: float = option("stages", 2e-5, "AdamW's peak", "(0, inf)")
-    reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
-    reward_batch_size: int = option("stages", 32, "texts a step", "[1, inf)")
-    reward_learning_rate: float = option("stages", 1e-5, "AdamW's peak", "(0, inf)")
-
-    # evaluation
-    eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, inf)")
-    eval_split: str = option("evaluation", "test", "to report on, or to choose by", choices=("test", "validation"))
-
-    # generate
-    prompt: tuple[str, ...] = option("generate", (), "a prompt; may be given several times")
-    prompts: str = option("generate", "", "a file of prompts: .txt (one a line), .jsonl or .json")
-    num_samples: int = option("generate", 1, "responses a prompt", "[1, inf)")
-    output: str = option("generate", "", "write JSON Lines of prompt, response, reward here instead of printing")
-
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            check_value(spec, getattr(self, spec.name))
-        step_rows = self.mini_batch_size * self.gradient_accumulation_steps
-        if self.task == "train" and self.batch_size % step_rows:
-            raise UsageError(
-                f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
-                f"the nearest that does is {nearest_divisor(self.batch_size, step_rows)} rows in all"
-            )
-        if self.n_embd % self.n_head:
-            raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
-        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens
-        if self.task in ("train", "evaluate") and truncates:
-            raise UsageError(
-                "--temperature 0, --top_k, --top_p and --min_new_tokens are for --task generate: training and its "
-                "evaluation must score the very distribution they sample from; use --temperature alone"
-            )
-        if self.task == "train" and self.dtype != "float32":
-            raise UsageError(
-                f"--dtype {self.dtype} is for --task generate and evaluate: in it, most of Adam's small steps would "
-                "be rounded away; train in float32"
-            )
-
-    @property
-    def run_name(self) -> str:
-        """The run's folder under saved_models/: the preset or model, and the data where it is not the preset's own."""
-        name = self.preset or Path(self.base_model_name).name
-        own_data = PRESETS.get(self.preset, {}).get("dataset_path", "")
-        return name if self.dataset_path == own_data else f"{name}-{Path(self.dataset_path).stem}"
-
-    @property
-    def trains_from_scratch(self) -> bool:
-        return not self.base_model_name
+CRITICS = ("shared", "separate", "encoder")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 PRESETS = {
@@ -206,7 +69,289 @@ PRESETS = {
         "learning_rate": 1.41e-5,
         "eval_samples": 500,
     },
+    "flan-t5-flare": {
+        "base_model_name": "google/flan-t5-base",
+        "critic": "encoder",
+        "reward_model_path": "reward_model_final",
+        "dataset_path": "ChanceFocus/flare-fpb",
+        "prompt_column": "query",
+        "completion_column": "answer",
+        "sft_first": True,
+        "sft_epochs": 3.0,
+        "sft_batch_size": 8,
+        "sft_learning_rate": 1e-4,
+        "max_new_tokens": 64,
+        "epochs": 1.0,
+        "batch_size": 32,
+        "mini_batch_size": 8,
+        "lam": 1.0,
+        "kl_coef": 0.1,
+        "value_coef": 0.5,
+        "final_dir": "final_actor_model",
+        "eval_samples": 1000,
+    },
+    "flan-t5-detox": {
+        "base_model_name": "google/flan-t5-base",
+        "lora_r": 32,
+        "lora_alpha": 32.0,
+        "reward_model_path": "facebook/roberta-hate-speech-dynabench-r4-target",
+        "reward_label": "nothate",
+        "dataset_path": "knkarthick/dialogsum",
+        "prompt_column": "dialogue",
+        "prompt_template": "Summarize the following conversation.\n\n{dialogue}\n\nSummary:\n",
+        "min_prompt_chars": 200,
+        "max_prompt_chars": 1000,
+        "max_new_tokens": 100,
+        "epochs": 1.0,
+        "batch_size": 16,
+        "mini_batch_size": 4,
+        "ppo_epochs": 1,
+        "learning_rate": 1.41e-5,
+        "kl_coef": 0.2,
+        "kl_target": 6.0,
+        "eval_samples": 10,
+    },
+    "distilgpt2-imdb": {
+        "base_model_name": "distilgpt2",
+        "reward_model_path": "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
+        "reward_label": "POSITIVE",
+        "reward_output": "probability",
+        "reward_weights": "reward_model=1.0,repetition=-0.5,length=0.1",
+        "length_range": "10,45",
+        "dataset_path": "stanfordnlp/imdb",
+        "sft_first": True,
+        "sft_steps": 2000,
+        "sft_batch_size": 8,
+        "context_length": 64,
+        "prompt_tokens": 16,
+        "max_prompt_length": 16,
+        "max_new_tokens": 48,
+        "n_updates": 500,
+        "batch_size": 16,
+        "mini_batch_size": 8,
+        "kl_coef": 0.1,
+        "value_coef": 0.5,
+        "entropy_coef": 0.01,
+        "gamma": 0.99,
+        "eval_samples": 500,
+    },
+    "peft-causal": {
+        "dtype": "bfloat16",
+        "peft_model_path": "peft_model",
+        "reward_model_path": "reward_model",
+        "reward_label": "1",
+        "dataset_path": "data/sample.json",
+        "prompt_column": "query",
+        "max_prompt_length": 256,
+        "max_new_tokens": 64,
+        "epochs": 1.0,
+        "batch_size": 8,
+        "mini_batch_size": 2,
+        "learning_rate": 1.41e-5,
+        "kl_coef": 0.2,
+        "kl_target": 6.0,
+        "eval_samples": 100,
+        "output_dir": "ppo_finetuned_model",
+    },
 }
+
+
+def option(group: str, default, text: str, interval: str = "", choices: tuple[str, ...] = ()):
+    """A field with its help (units included), the interval its value must lie in, or the choices it has."""
+    metadata = {"group": group, "help": text, "interval": interval, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run's settings, checked when made: raises UsageError for a value outside its interval or choices."""
+
+    # task
+    task: str = option("task", "train", "what to do", choices=TASKS)
+    preset: str = option("task", "", "the system to start from: " + ", ".join(PRESETS))
+    output_dir: str = option(
+        "task", "", "folder to write, or for generate, evaluate and plot to read; see README"
+    )
+    final_dir: str = option("task", "", "where the newest trained policy is also put, in place of the one before it")
+    seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
+    device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
+    dry_run: bool = option("task", False, "do everything but the update: preflight, one rollout, three samples")
+
+    # model
+    base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
+    dtype: str = option("model", "float32", "of the weights", choices=DTYPES)
+    mixed_precision: str = option("model", "no", "autocast forward passes to bfloat16", choices=("no", "bf16"))
+    peft_model_path: str = option("model", "", "LoRA adapter to go on training, on the base model: Hub id or folder")
+    lora_r: int = option("model", 0, "rank of a new LoRA adapter; 0: none, all weights are trained", "[0, inf)")
+    lora_alpha: float = option("model", 16, "the adapter's output is scaled by this over its rank", "(0, inf)")
+    merge: bool = option("model", False, "save the whole model with the adapter folded in, not the adapter alone")
+    load_in_8bit: bool = option("model", False, "base weights under LoRA in 8 bits, by bitsandbytes")
+    load_in_4bit: bool = option("model", False, "base weights under LoRA in 4 bits, by bitsandbytes")
+    reference_in_8bit: bool = option("model", False, "the frozen reference in 8 bits, apart from the policy's weights")
+    critic: str = option("model", "shared", "what the value head reads: see model.py", choices=CRITICS)
+    gradient_checkpointing: bool = option("model", False, "recompute activations in the update, to save memory")
+
+    # data
+    dataset_path: str = option("data", "", "Hub id, folder or file; none: the built-in generated movie reviews")
+    dataset_split: str = option("data", "train", "split that prompts and training text are taken from")
+    prompt_column: str = option("data", "text", "column of the prompt, or of the text or chat messages it comes from")
+    prompt_template: str = option("data", "", "the prompt, with column names in braces: 'Summarize: {dialogue}'")
+    min_prompt_chars: int = option(
+        "data", 0, "rows with fewer characters in the prompt column are left out", "[0, inf)"
+    )
+    max_prompt_chars: int = option("data", 0, "rows with more characters in it are left out; 0: none", "[0, inf)")
+    completion_column: str = option("data", "", "column that `--task sft` learns to write behind the prompt")
+    reference_column: str = option("data", "", "column of texts to compare responses with by ROUGE; none: no ROUGE")
+    label_column: str = option("data", "label", "column that holds a text's class, for `--task reward`")
+    prompt_tokens: int = option(
+        "data", 0, "keep this many first tokens as the prompt, in whole words; 0: all", "[0, inf)"
+    )
+    max_prompt_length: int = option("data", 512, "longest prompt in tokens", "[1, inf)")
+    long_prompts: str = option("data", "truncate", "longer ones: cut on the left?", choices=("truncate", "refuse"))
+
+    # reward
+    reward_model_path: str = option("reward", "", "sequence classifier: Hub id or folder; none: the one trained here")
+    reward_label: str = option("reward", "", "the label that is rewarded, by name or index; none: the last")
+    reward_in_8bit: bool = option("reward", False, "the classifier's weights in 8 bits, by bitsandbytes")
+    reward_output: str = option("reward", "logit", "what is taken of the label", choices=REWARD_OUTPUTS)
+    reward_input: str = option("reward", "prompt_response", "text scored", choices=("prompt_response", "response"))
+    reward_fn: str = option("reward", "", "FILE.py:NAME of a function (prompts, responses, rows) -> scores")
+    reward_weights: str = option(
+        "reward",
+        "",
+        "terms and weights, of reward_model, reward_fn, repetition (below 0 to punish it) and length (above 0), as in "
+        "reward_model=1.0,repetition=-0.5,length=0.1; none: reward_fn if it is given, else reward_model",
+    )
+    length_range: str = option("reward", "", "LOW,HIGH in words: the term length is 0 from LOW to HIGH, -1 outside")
+    missing_eos_penalty: float = option(
+        "reward", 0.0, "subtracted from the score of a response without EOS", "[0, inf)"
+    )
+    whiten_scores: bool = option(
+        "reward", False, "shift and scale scores to mean 0, variance 1 in each rollout alone: a rise is lost"
+    )
+    normalize_scores: bool = option(
+        "reward", False, "shift and scale scores by mean and deviation of the whole run so far: a rise is kept"
+    )
+    score_clip: float = option("reward", 0.0, "clip scores to plus or minus this; 0: off", "[0, inf)")
+
+    # sampling
+    max_new_tokens: int = option("sampling", 48, "longest response in tokens", "[1, inf)")
+    temperature: float = option("sampling", 1.0, "divides the logits; 0 is greedy, for generate only", "[0, inf)")
+    top_k: int = option("sampling", 0, "draw among the k likeliest tokens, for generate only; 0: all", "[0, inf)")
+    top_p: float = option("sampling", 1.0, "draw among the likeliest tokens of this mass, for generate only", "(0, 1]")
+    min_new_tokens: int = option("sampling", 0, "no EOS before this many tokens, for generate only", "[0, inf)")
+
+    # ppo
+    n_updates: int = option("ppo", 100, "rollouts, each followed by an update", "[1, inf)")
+    epochs: float = option(
+        "ppo", 0.0, "passes over the prompts, in place of n_updates; 0: as n_updates says", "[0, inf)"
+    )
+    batch_size: int = option("ppo", 64, "prompts a rollout", "[1, inf)")
+    mini_batch_size: int = option("ppo", 16, "rows a forward pass", "[1, inf)")
+    gradient_accumulation_steps: int = option("ppo", 1, "forward passes an optimizer step", "[1, inf)")
+    ppo_epochs: int = option("ppo", 4, "passes over a rollout", "[1, inf)")
+    learning_rate: float = option("ppo", 1e-5, "Adam's, at the start; falls linearly to 0", "(0, inf)")
+    max_grad_norm: float = option("ppo", 1.0, "gradients are scaled down to this norm", "(0, inf)")
+    clip_range: float = option("ppo", 0.2, "the ratio is clipped to 1 plus or minus this", "(0, 1)")
+    clip_range_value: float = option("ppo", 0.2, "a value may move this far in reward units", "(0, inf)")
+    value_coef: float = option("ppo", 0.1, "weight of the value loss", "[0, inf)")
+    entropy_coef: float = option("ppo", 0.0, "weight of the entropy bonus", "[0, inf)")
+    gamma: float = option("ppo", 1.0, "discount per token", "[0, 1]")
+    lam: float = option("ppo", 0.95, "lambda of GAE: 1 trusts returns, 0 trusts values", "[0, 1]")
+    whiten_advantages: bool = option("ppo", True, "shift and scale advantages to mean 0, variance 1 over the rollout")
+    kl_coef: float = option("ppo", 0.05, "price of one nat of KL to the reference, in reward units", "[0, inf)")
+    kl_estimator: str = option("ppo", "k1", "in the reward: only k1 has the right optimum", choices=KL_ESTIMATORS)
+    kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
+    kl_horizon: float = option("ppo", 10000, "responses over which kl_coef adapts", "(0, inf)")
+    target_kl: float = option(
+        "ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 of this; 0: off", "[0, inf)"
+    )
+
+    # stages
+    vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, inf)")
+    context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, inf)")
+    n_layer: int = option("stages", 2, "layers of the model trained here", "[1, inf)")
+    n_embd: int = option("stages", 128, "width of the model trained here", "[1, inf)")
+    n_head: int = option("stages", 4, "attention heads of the model trained here", "[1, inf)")
+    n_reviews: int = option("stages", 16000, "size of the built-in corpus", "[100, inf)")
+    sft_first: bool = option("stages", False, "`--task train` runs `--task sft` first where its folder is not there")
+    sft_epochs: float = option("stages", 0.0, "passes over the texts, in place of sft_steps; 0: as it says", "[0, inf)")
+    sft_steps: int = option("stages", 1700, "optimizer steps of the language model's training", "[1, inf)")
+    sft_batch_size: int = option("stages", 12, "texts a step", "[1, inf)")
+    sft_learning_rate: float = option("stages", 2e-5, "AdamW's peak", "(0, inf)")
+    chosen_column: str = option("stages", "", "column of the better answers: a reward model is trained on pairs")
+    rejected_column: str = option("stages", "rejected", "column of the worse ones")
+    reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
+    reward_batch_size: int = option("stages", 32, "texts a step", "[1, inf)")
+    reward_learning_rate: float = option("stages", 1e-5, "AdamW's peak", "(0, inf)")
+
+    # evaluation
+    eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, inf)")
+    eval_split: str = option(
+        "evaluation", "test", "to report on, or to choose by", choices=("test", "validation", "both")
+    )
+    policies: tuple[str, ...] = option(
+        "evaluation",
+        (),
+        "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several "
+        "times; none: before=<the base model> and after=<the run>",
+    )
+
+    # generate
+    prompt: tuple[str, ...] = option("generate", (), "a prompt; may be given several times")
+    prompts: str = option("generate", "", "a file of prompts: .txt (one a line), .jsonl or .json")
+    num_samples: int = option("generate", 1, "responses a prompt", "[1, inf)")
+    output: str = option("generate", "", "write JSON Lines of prompt, response, reward here instead of printing")
+
+    def __post_init__(self) -> None:
+        for spec in dataclasses.fields(self):
+            check_value(spec, getattr(self, spec.name))
+        step_rows = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.task == "train" and self.batch_size % step_rows:
+            raise UsageError(
+                f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
+                f"the nearest that does is {nearest_divisor(self.batch_size, step_rows)} rows in all"
+            )
+        if (self.load_in_8bit or self.load_in_4bit) and not self.has_adapter:
+            raise UsageError(
+                "--load_in_8bit and --load_in_4bit freeze the weights: name --peft_model_path or --lora_r, so that an "
+                "adapter is trained on them"
+            )
+        if self.critic == "encoder" and self.lam != 1:
+            raise UsageError(
+                f"--critic encoder values the prompt alone, which is unbiased for --lam 1 only, not {self.lam}"
+            )
+        if self.whiten_scores and self.normalize_scores:
+            raise UsageError("--whiten_scores undoes --normalize_scores: choose one of them")
+        if self.n_embd % self.n_head:
+            raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
+        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens
+        if self.task in ("train", "evaluate") and truncates:
+            raise UsageError(
+                "--temperature 0, --top_k, --top_p and --min_new_tokens are for --task generate: training and its "
+                "evaluation must score the very distribution they sample from; use --temperature alone"
+            )
+        if self.task == "train" and self.dtype != "float32" and not self.has_adapter:
+            raise UsageError(
+                f"--dtype {self.dtype} would round most of Adam's small steps away; train in float32, with "
+                "--mixed_precision bf16 if it should be fast, or an adapter on such weights (--lora_r)"
+            )
+
+    @property
+    def run_name(self) -> str:
+        """The run's folder under saved_models/: the preset or model, and the data where it is not the preset's own."""
+        name = self.preset or Path(self.base_model_name).name
+        own_data = PRESETS.get(self.preset, {}).get("dataset_path", "")
+        return name if self.dataset_path == own_data else f"{name}-{Path(self.dataset_path).stem}"
+
+    @property
+    def has_adapter(self) -> bool:
+        return bool(self.lora_r or self.peft_model_path)
+
+    @property
+    def trains_from_scratch(self) -> bool:
+        return not self.base_model_name
 
 
 def check_value(spec: dataclasses.Field, value) -> None:
@@ -282,9 +427,9 @@ def build_parser() -> argparse.ArgumentParser:
     """The command line: one flag a field, grouped, with help, default and interval."""
     parser = Parser(
         prog="main.py",
-        usage=f"main.py --task {{{','.join(TASKS)}}} [--preset NAME] [--config FILE] [--field VALUE ...]",
-        description="PPO for language models. With no arguments but --task train it runs the tiny preset: a teaching "
-        "demonstration that trains a small model here, offline.",
+        usage=f"main.py [--task {{{','.join(TASKS)}}}] [--preset NAME] [--config FILE] [--field VALUE ...]",
+        description="PPO for language models. Without a preset or model it trains the tiny preset: a teaching "
+        "demonstration with a small model made here, offline. Defaults below are those without a preset.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

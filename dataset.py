@@ -6,6 +6,7 @@ PPO), `judge` (the independent judges of an evaluation), `validation` (to choose
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from config import Config, UsageError, first_line, nearest
 from reviews import movie_reviews
 
 PARTS = ("train", "judge", "validation", "test")
+OWN_SPLITS = {"dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -32,22 +34,39 @@ def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]
     """The rows of one part, or the first `limit`. Raises UsageError if the data is missing, empty or unreadable."""
     if not config.dataset_path:
         return built_in_rows(limit or config.n_reviews, PARTS.index(part))
-    splits = load_splits(config.dataset_path)
-    if config.dataset_split not in splits:
-        raise UsageError(
-            f"--dataset_split {config.dataset_split!r} is not in {config.dataset_path}; it has {', '.join(splits)}"
-        )
-    if part == "test" and part in splits and config.dataset_split != "test":
-        rows = splits["test"].to_list()
-    else:
-        own_test = "test" in splits and config.dataset_split != "test"
-        rows = partition(splits[config.dataset_split], part, own_test)
-    if not rows:
-        raise UsageError(f"--dataset_path {config.dataset_path} has no rows for {part}")
-    return rows[:limit]
+    return split_parts(config.dataset_path, config.dataset_split, config.trains_from_scratch)[part][:limit]
 
 
 built_in_rows = functools.cache(movie_reviews)  # a run's stages read the same corpus
+
+
+@functools.cache
+def split_parts(path: str, split: str, with_judge: bool) -> dict[str, list[dict]]:
+    """The rows of every part: a split of its own, else a fixed random share of the training split, as is then said.
+
+    A tenth each for validation and test; a quarter for the judges, which only the models trained here have.
+    """
+    splits = load_splits(path)
+    if split not in splits:
+        raise UsageError(
+            f"--dataset_split {split!r} is not in {path}; it has {', '.join(splits)}{nearest(split, splits)}"
+        )
+    own = {part: name for name, part in OWN_SPLITS.items() if name in splits and name != split}
+    shares = {"judge": 25 if with_judge else 0, "validation": 10, "test": 10}
+    held_out = {part: percent for part, percent in shares.items() if percent and part not in own}
+    shuffled, rows, start = splits[split].shuffle(seed=0).to_list(), {"judge": []}, 0
+    for part, percent in held_out.items():
+        end = start + max(1, len(shuffled) * percent // 100)
+        rows[part], start = shuffled[start:end], end
+    rows["train"] = shuffled[start:]
+    rows |= {part: splits[name].shuffle(seed=0).to_list() for part, name in own.items()}  # some are sorted by label
+    empty = [part for part in ("train", "validation", "test") if not rows[part]]
+    if empty:
+        raise UsageError(f"--dataset_path {path} has no rows for {empty[0]}: {len(shuffled)} in {split!r}")
+    if held_out:
+        shares = ", ".join(f"{len(rows[part])} rows for {part}" for part in held_out)
+        print(f"held out of {path} ({split}): {shares}; {len(rows['train'])} are left to train on")
+    return rows
 
 
 def load_splits(path: str) -> dict:
@@ -66,19 +85,7 @@ def load_splits(path: str) -> dict:
         raise UsageError(f"--dataset_path {path} cannot be loaded: {reason}") from None
 
 
-def partition(dataset, part: str, own_test: bool) -> list[dict]:
-    """A part of one split: a fixed shuffle, then a quarter for judge, a twentieth for validation, a tenth for test.
-
-    With a test split of its own, that tenth stays with train.
-    """
-    shuffled = dataset.shuffle(seed=0)
-    size = len(shuffled)
-    cuts = {"judge": (0, 25), "validation": (25, 30), "test": (30, 40), "train": (30 if own_test else 40, 100)}
-    first, last = (size * percent // 100 for percent in cuts[part])
-    return shuffled.select(range(first, last)).to_list()
-
-
-def column(rows: list[dict], name: str, flag: str, kind: type = str) -> list:
+def column(rows: list[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> list:
     """One column of the rows. Raises UsageError naming the columns there are, or what was found instead of `kind`."""
     if name not in rows[0]:
         raise UsageError(
@@ -88,22 +95,46 @@ def column(rows: list[dict], name: str, flag: str, kind: type = str) -> list:
     for number, value in enumerate(values):
         if not isinstance(value, kind):
             raise UsageError(
-                f"--{flag} {name!r} holds a {type(value).__name__} in row {number}, expected a {kind.__name__}"
+                f"--{flag} {name!r} holds a {type(value).__name__} in row {number}, expected a "
+                + " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             )
     return values
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int) -> list[Prompt]:
-    """Prompts from the first `limit` rows of a part: the prompt column, or its first `prompt_tokens`."""
-    rows = load_rows(config, part, limit)
-    texts = column(rows, config.prompt_column, "prompt_column")
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
+    """Prompts from the rows of a part, `limit` at most; see `prompt_texts`."""
+    rows = [row for row in load_rows(config, part, limit) if has_length(row, config)]
+    texts = prompt_texts(rows, config, tokenizer) if rows else []
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
-    encoded = tokenizer(texts).input_ids
+    is_chat = bool(rows) and isinstance(rows[0][config.prompt_column], list)  # its template has the special tokens
+    encoded = tokenizer(texts, add_special_tokens=not is_chat).input_ids if texts else []
     prompts = [Prompt(*parts) for parts in zip(texts, encoded, rows, strict=True) if parts[1]]
     if not prompts:
-        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text in {config.dataset_path}")
+        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text of the right length in {part}")
     return limit_length(prompts, config)
+
+
+def has_length(row: dict, config: Config) -> bool:
+    """Whether the prompt column's text lies within --min_prompt_chars and --max_prompt_chars."""
+    size = len(row.get(config.prompt_column) or "")
+    return config.min_prompt_chars <= size <= (config.max_prompt_chars or math.inf)
+
+
+def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The prompt column, or --prompt_template filled in from the row; chat messages by the tokenizer's own template."""
+    values = column(rows, config.prompt_column, "prompt_column", (str, list))
+    if isinstance(values[0], list):
+        return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in values]
+    if not config.prompt_template:
+        return values
+    try:
+        return [config.prompt_template.format_map(row) for row in rows]
+    except (KeyError, ValueError, IndexError) as error:
+        raise UsageError(
+            f"--prompt_template {config.prompt_template!r} cannot be filled in ({error!r}); the columns are "
+            f"{', '.join(rows[0])}"
+        ) from None
 
 
 def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[str]:
@@ -147,7 +178,7 @@ def read_prompts(path: str) -> list[str]:
     """Prompts from a .txt (one a line), .jsonl or .json file: texts, or objects with a `prompt` or `query`."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
+        lines = [line for line in text.split("\n") if line.strip()]  # splitlines would cut at U+2028, too
         rows = json.loads(text) if path.endswith(".json") else lines
         rows = [json.loads(line) for line in lines] if path.endswith(".jsonl") else rows
         if not isinstance(rows, list):

@@ -1,11 +1,9 @@
-"""What a policy has become: its responses to held-out prompts beside those of the model before PPO.
+"""What a policy has become: its responses to held-out prompts beside those of other policies, such as its start.
 
-The same prompts and random numbers for both, so that their differences are paired. The `evaluate` task adds judges
+The same prompts and random numbers for all, so that their differences are paired. The `evaluate` task adds judges
 that had no part in the training: a bag-of-words classifier and a language model, each trained on rows of their own.
 """
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -18,25 +16,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from checkpoint import stage_folder, trained_stage, whole_folder, write_whole
+from checkpoint import stage_folder, trained_stage, whole_folder, write_table, write_whole
 from config import Config, UsageError, to_json
 from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
 from generate import respond
-from loading import check_context, load_policy, load_tokenizer, pick_device
+from loading import check_context, load_language_model, load_policy, load_tokenizer, pick_device
 from model import PolicyModel, score_rows
 from ppo import kl_estimate, masked_mean
 from reviews import movie_reviews
 from reward import load_reward_terms, total_reward
 from sft import train_language_model
 
+FILES = {"validation": "val", "test": "test"}  # the splits of --eval_split both, and how their files' names begin
+
 
 @torch.no_grad()
 def evaluate_policy(
     policy: PolicyModel, reference: PolicyModel, tokenizer, terms: dict, prompts: list[Prompt], config: Config
 ) -> list[dict]:
-    """One row a prompt: response, reward and its terms, length, whether it ended, KL to the reference (k1), value.
+    """One row a prompt: response, raw reward and its terms, length, whether it ended, KL (k1), value, likelihood.
 
-    Seeded by config.seed alone: two policies draw with the same random numbers. The reward is the raw weighted sum.
+    KL to the reference, and log-likelihood under it (`reference_logprob`), in nats a response at the sampling
+    temperature. Seeded by config.seed alone: two policies draw with the same random numbers.
     """
     generator = torch.Generator().manual_seed(config.seed)
     table = []
@@ -46,18 +47,33 @@ def evaluate_policy(
         total, rewards = total_reward(terms, [p.text for p in batch], texts, [p.row for p in batch], config)
         logprobs, values, _ = score_rows(policy, *query, ids, mask, config.mini_batch_size, config.temperature)
         ref_logprobs = score_rows(reference, *query, ids, mask, config.mini_batch_size, config.temperature).logprobs
-        kl = kl_estimate(logprobs, ref_logprobs, mask).sum(1)
+        numbers = {"reward": total} | {f"reward_{name}": value for name, value in rewards.items()}
+        numbers |= {"value": values[:, 0], "kl": kl_estimate(logprobs, ref_logprobs, mask).sum(1)}
+        numbers |= {"reference_logprob": torch.where(mask, ref_logprobs, 0.0).sum(1)}
         for i, prompt in enumerate(batch):
             real = ids[i][mask[i]].tolist()
             table.append(
                 {"query": prompt.text, "response": texts[i], "text": policy.separator.join([prompt.text, texts[i]])}
-                | {"reward": total[i].item()}
-                | {f"reward_{name}": value[i].item() for name, value in rewards.items()}
-                | {"length": len(real), "ended": tokenizer.eos_token_id in real}
-                | {"kl": kl[i].item(), "value": values[i, 0].item()}
-                | {"query_ids": prompt.ids, "response_ids": real}
+                | {name: own[i].item() for name, own in numbers.items()}
+                | {"length": len(real), "ended": tokenizer.eos_token_id in real, "query_ids": prompt.ids}
+                | {"response_ids": real}
             )
     return table
+
+
+def add_rouge(rows: list[dict], references: list[str]) -> None:
+    """Add each row's reference and ROUGE-1, -2 and -L: F1 in [0, 1] on lower-cased runs of a-z and 0-9, unstemmed."""
+    from rouge_score.rouge_scorer import RougeScorer  # here, as all that has no references can do without it
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    for row, reference in zip(rows, references, strict=True):
+        scores = scorer.score(reference, row["response"])
+        row |= {"reference": reference} | {name: score.fmeasure for name, score in scores.items()}
+
+
+def own_numbers(row: dict) -> list[str]:
+    """The columns that measure a response by itself: reward and its terms, ROUGE, value, length in tokens."""
+    return [name for name in row if name.startswith(("reward", "rouge", "value", "length"))]
 
 
 def bootstrap_interval(differences: list[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
@@ -68,10 +84,34 @@ def bootstrap_interval(differences: list[float], seed: int = 0, draws: int = 200
     return float(low), float(high)
 
 
-def distinct_bigrams(texts: list[str]) -> float:
-    """Share of different pairs of neighbouring words among all such pairs in the texts together."""
-    pairs = [pair for text in texts for words in [text.lower().split()] for pair in itertools.pairwise(words)]
-    return len(set(pairs)) / max(1, len(pairs))
+def paired_differences(first: list[dict], other: list[dict]) -> dict[str, dict[str, float]]:
+    """For each number of a response: the mean of other minus first on the same prompts, and its 95 % interval."""
+    paired = {}
+    for name in own_numbers(first[0]):
+        differences = [b[name] - a[name] for a, b in zip(first, other, strict=True)]
+        low, high = bootstrap_interval(differences)
+        paired[name] = {"difference": float(np.mean(differences)), "low": low, "high": high}
+    return paired
+
+
+def diversity(responses: list[str]) -> dict[str, float]:
+    """How varied the words are: a response's whitespace-separated, lower-cased tokens.
+
+    Within a response, as means over responses: `unique_token_ratio`, different words / words in (0, 1], and
+    `repetition`, 1 minus it; without a word 1 and 0. Over all responses together: `vocabulary`, the number of
+    different words, and distinct-1 and -2 in [0, 1], different words or pairs of neighbours / their number.
+    """
+    texts = [response.lower().split() for response in responses]
+    words = [word for text in texts for word in text]
+    pairs = [pair for text in texts for pair in itertools.pairwise(text)]
+    unique = float(np.mean([len(set(text)) / len(text) if text else 1.0 for text in texts]))
+    return {
+        "unique_token_ratio": unique,
+        "repetition": 1 - unique,
+        "vocabulary": len(set(words)),
+        "distinct_words": len(set(words)) / max(1, len(words)),
+        "distinct_bigrams": len(set(pairs)) / max(1, len(pairs)),
+    }
 
 
 def perplexity_under(judge: PolicyModel, rows: list[dict], pad_id: int) -> float:
@@ -134,17 +174,15 @@ def load_text_judge(config: Config) -> Callable | None:
     rows, held_out = load_rows(config, "judge"), load_rows(config, "test", 2000)
     if config.label_column not in rows[0] or {row[config.label_column] for row in rows} != {0, 1}:
         return None
-    texts, labels = (
-        column(rows, name, "prompt_column", object) for name in (config.prompt_column, config.label_column)
-    )
-    judge = bag_of_words_judge(texts, labels)
+
+    def texts_and_labels(some_rows: list[dict]) -> list[list]:
+        return [[row[name] for row in some_rows] for name in (config.prompt_column, config.label_column)]
+
+    judge = bag_of_words_judge(*texts_and_labels(rows))
     tests = {"held-out texts": held_out}
     if not config.dataset_path:
         tests |= {f"{kind} reviews": movie_reviews(1000, len(PARTS), kind) for kind in ("negated", "mixed")}
-    figures = []
-    for name, rows in tests.items():
-        known = [row[config.label_column] for row in rows]
-        figures.append(f"{judge_accuracy(judge, [row[config.prompt_column] for row in rows], known):.1%} on {name}")
+    figures = [f"{judge_accuracy(judge, *texts_and_labels(some)):.1%} on {name}" for name, some in tests.items()]
     print("independent judge (words and word pairs), accuracy: " + ", ".join(figures))
     return judge
 
@@ -153,111 +191,107 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
     """A language model trained on the judge's own rows with the run's tokenizer; kept for the next evaluation."""
     folder = stage_folder(config, "judge")
     if not trained_stage(config, str(folder), "sft"):
-        texts = column(load_rows(config, "judge"), config.prompt_column, "prompt_column")
         torch.manual_seed(config.seed + 1)
-        model = train_language_model(config, texts, tokenizer, "fluency judge")
+        model = train_language_model(config, load_rows(config, "judge"), tokenizer, "fluency judge")
         with whole_folder(folder) as scratch:
             model.save_pretrained(scratch)
             write_whole(scratch / "run_config.json", to_json(config))
-    return load_policy(str(folder), "float32", pick_device(config.device)).eval()
+    return PolicyModel(load_language_model(str(folder), "float32", pick_device(config.device))).eval()
 
 
 def summarise(rows: list[dict], text_judge: Callable | None, fluency_judge: PolicyModel | None, pad_id: int) -> dict:
-    """The figures of one policy; see `BOUNDS` for what each should stay within."""
-    texts = [row["text"] for row in rows]
-    summary = {
-        "reward": float(np.mean([row["reward"] for row in rows])),
-        "length": float(np.mean([row["length"] for row in rows])),
-        "distinct_bigrams": distinct_bigrams([row["response"] for row in rows]),
-        "ended": float(np.mean([row["ended"] for row in rows])),
-        "kl": float(np.mean([row["kl"] for row in rows])),
-    }
+    """A policy's figures: means under the plain name; of `own_numbers` also `_std` (population), `_min` and `_max`."""
+    summary = {}
+    for name in own_numbers(rows[0]):
+        values = [row[name] for row in rows]
+        for suffix, figure in (("", np.mean), ("_std", np.std), ("_min", np.min), ("_max", np.max)):
+            summary[name + suffix] = float(figure(values))
+    summary |= diversity([row["response"] for row in rows])
+    summary |= {name: float(np.mean([row[name] for row in rows])) for name in ("ended", "kl")}
+    nats = -sum(row["reference_logprob"] for row in rows) / sum(row["length"] for row in rows)
+    summary["reference_perplexity"] = math.exp(nats)
     if text_judge:
-        summary["positive"] = float((text_judge(texts) > 0.5).mean())
+        summary["positive"] = float((text_judge([row["text"] for row in rows]) > 0.5).mean())
     if fluency_judge:
         summary["perplexity"] = perplexity_under(fluency_judge, rows, pad_id)
     return summary
 
 
-# What training may do to a text and no more: a rising reward with broken text is a failure.
-BOUNDS = {
-    "positive": ("at least 90 %", lambda before, after: after >= 0.9),
-    "length": ("70 to 130 % of before", lambda before, after: 0.7 <= after / before <= 1.3),
-    "distinct_bigrams": ("at least 60 % of before", lambda before, after: after >= 0.6 * before),
-    "ended": ("at most 10 points under before", lambda before, after: after >= before - 0.1),
-    "kl": ("at most 15 nats", lambda before, after: after <= 15),
-    "perplexity": ("at most 1.5 x before", lambda before, after: after <= 1.5 * before),
-}
+def compare(tables: dict[str, list[dict]], text_judge=None, fluency_judge=None, pad_id: int = 0) -> dict:
+    """A split's part of comparison.json: each policy's figures, differences from the first one, five samples."""
+    first, *others = tables
+    return {
+        "n_prompts": len(tables[first]),
+        "figures": {name: summarise(rows, text_judge, fluency_judge, pad_id) for name, rows in tables.items()},
+        "differences": {name: paired_differences(tables[first], tables[name]) for name in others},
+        "samples": side_by_side(tables)[:5],
+    }
 
 
-def comparison_table(before: dict, after: dict) -> str:
-    """The figures side by side, with the bound that each should keep and whether it does."""
-    lines = [f"{'':18}{'before':>10}{'after':>10}   should be"]
-    for name, value in after.items():
-        bound, holds = BOUNDS.get(name, ("higher", lambda b, a: a > b))
-        verdict = "yes" if holds(before[name], value) else "NO"
-        lines.append(f"{name:18}{before[name]:10.3f}{value:10.3f}   {bound}: {verdict}")
-    return "\n".join(lines)
+def side_by_side(tables: dict[str, list[dict]]) -> list[dict]:
+    """A row a prompt: query, reference if there is one, `<column>_<policy>` for all, reward_diff from first to last."""
+    table = []
+    for rows in zip(*tables.values(), strict=True):
+        row = {name: rows[0][name] for name in ("query", "reference") if name in rows[0]}
+        for name in ["response", *own_numbers(rows[0])]:
+            row |= {f"{name}_{policy}": own[name] for policy, own in zip(tables, rows, strict=True)}
+        table.append(row | {"reward_diff": rows[-1]["reward"] - rows[0]["reward"]})
+    return table
 
 
-def reward_difference(before: list[dict], after: list[dict]) -> str:
-    """Mean reward before and after on the same prompts, and the interval of the difference."""
-    means = [np.mean([row["reward"] for row in rows]) for rows in (before, after)]
-    low, high = bootstrap_interval([b["reward"] - a["reward"] for a, b in zip(before, after, strict=True)])
-    return (
-        f"reward on {len(after)} held-out prompts: {means[0]:.3f} before, {means[1]:.3f} after; "
-        f"difference {means[1] - means[0]:+.3f}, 95 % interval [{low:+.3f}, {high:+.3f}]"
-    )
+def policy_paths(config: Config, base_model: str) -> dict[str, str]:
+    """Folder or id of each policy by name: those of --policies, else `before` and `after`, the run's start and end."""
+    if not config.policies:
+        return {"before": base_model, "after": config.output_dir}
+    paths = {}
+    for entry in config.policies:
+        name, _, path = entry.partition("=")
+        if not name or not path or name in paths:
+            raise UsageError(f"--policies {entry!r}: expected NAME=FOLDER_OR_ID, with a name of its own")
+        paths[name] = path
+    return paths
 
 
-def sample_pairs(before: list[dict], after: list[dict], count: int = 3) -> str:
-    """A few prompts with the response before and after, and their rewards."""
-    blocks = []
-    for old, new in list(zip(before, after, strict=True))[:count]:
-        blocks.append(
-            f"prompt  {old['query']!r}\n  before ({old['reward']:+.2f}) {old['response'].strip()}\n"
-            f"  after  ({new['reward']:+.2f}) {new['response'].strip()}"
-        )
-    return "\n".join(blocks)
-
-
-def save_comparison(folder: Path, before: list[dict], after: list[dict], figures: dict) -> None:
-    """results/comparison.json with the figures, and results/samples.csv with a row a prompt, best difference first."""
-    results = folder / "results"
-    results.mkdir(exist_ok=True)
-    write_whole(results / "comparison.json", json.dumps(figures, indent=2))
-    pairs = sorted(zip(before, after, strict=True), key=lambda pair: pair[0]["reward"] - pair[1]["reward"])
-    buffer = io.StringIO()
-    writer = csv.writer(buffer)
-    writer.writerow(["query", "response_before", "response_after", "reward_before", "reward_after", "reward_diff"])
-    for a, b in pairs:
-        writer.writerow([a["query"], a["response"], b["response"], a["reward"], b["reward"], b["reward"] - a["reward"]])
-    write_whole(results / "samples.csv", buffer.getvalue())
+def load_policies(config: Config, paths: dict[str, str], device: torch.device):
+    """The first one's tokenizer, and each policy by name. Raises UsageError for a vocabulary other than the first's."""
+    flags = ["policies"] * len(paths) if config.policies else ["base_model_name", "output_dir"]
+    policies, tokenizers = {}, []
+    for flag, (name, path) in zip(flags, paths.items(), strict=True):
+        tokenizers.append(load_tokenizer(path, flag))
+        if tokenizers[-1].get_vocab() != tokenizers[0].get_vocab():
+            raise UsageError(f"--{flag} {path} has another vocabulary than the first policy, which scores its tokens")
+        policies[name] = load_policy(config, path, device).eval()
+        check_context(config, policies[name])
+    return tokenizers[0], policies
 
 
 def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
-    """The `evaluate` task: the run's policy beside the model it started from, on held-out prompts, by every judge."""
-    device = pick_device(config.device)
-    folder = Path(config.output_dir)
-    tokenizer = load_tokenizer(str(folder), "output_dir")
-    policy, reference = (load_policy(path, config.dtype, device).eval() for path in (str(folder), base_model))
-    check_context(config, policy)
-    prompts = load_prompts(config, tokenizer, config.eval_split, config.eval_samples)
-    if len(prompts) < 2:
-        raise UsageError(f"{config.eval_split} has {len(prompts)} prompts, expected at least 2")
-    terms = load_reward_terms(config, reward_model_path, device, policy.separator)
-    text_judge = load_text_judge(config)
+    """The `evaluate` task: every policy on the same held-out prompts, by every judge, written into results/."""
+    device, results = pick_device(config.device), Path(config.output_dir) / "results"
+    paths = policy_paths(config, base_model)
+    tokenizer, policies = load_policies(config, paths, device)
+    splits = FILES if config.eval_split == "both" else [config.eval_split]
+    prompts = {split: load_prompts(config, tokenizer, split, config.eval_samples) for split in splits}
+    references = {}
+    for split, some in prompts.items():
+        if len(some) < 2:
+            raise UsageError(f"{split} has {len(some)} prompts, expected at least 2")
+        if config.reference_column:
+            references[split] = column([prompt.row for prompt in some], config.reference_column, "reference_column")
+    reference = next(iter(policies.values()))
+    terms = load_reward_terms(config, reward_model_path, device, reference.separator)
+    text_judge = load_text_judge(config) if config.trains_from_scratch else None
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
-    before, after = (
-        evaluate_policy(model, reference, tokenizer, terms, prompts, config) for model in (reference, policy)
-    )
-    figures = {
-        name: summarise(rows, text_judge, fluency_judge, tokenizer.pad_token_id)
-        for name, rows in (("before", before), ("after", after))
-    }
-    print(f"{folder} on {len(prompts)} {config.eval_split} prompts")
-    print(comparison_table(figures["before"], figures["after"]))
-    print(reward_difference(before, after))
-    print(sample_pairs(before, after))
-    save_comparison(folder, before, after, figures)
-    print(f"figures and every sample: {folder / 'results'}")
+    results.mkdir(exist_ok=True)
+    comparison, samples = {"policies": paths, "splits": {}}, []
+    for split, some in prompts.items():
+        tables = {n: evaluate_policy(p, reference, tokenizer, terms, some, config) for n, p in policies.items()}
+        for table in tables.values() if references else ():
+            add_rouge(table, references[split])
+        comparison["splits"][split] = compare(tables, text_judge, fluency_judge, tokenizer.pad_token_id)
+        rows = side_by_side(tables)
+        write_table(results / f"{FILES[split]}_results_{Path(config.dataset_path).stem or 'reviews'}.csv", rows)
+        samples += rows
+    write_whole(results / "comparison.json", json.dumps(comparison, indent=2))
+    columns = ["query", *(f"{kind}_{name}" for kind in ("response", "reward") for name in paths), "reward_diff"]
+    write_table(results / "samples.csv", sorted(samples, key=lambda row: -row["reward_diff"]), columns)

@@ -72,7 +72,7 @@ def sample_tokens(
     ended = torch.zeros_like(query_mask[:, 0])
     inputs = first_inputs(policy.language_model, query_ids, query_mask)
     for t in range(max_new_tokens):
-        with eval_mode(policy):
+        with eval_mode(policy), policy.autocast():
             output = policy.language_model(**inputs, use_cache=True)
         logits = output.logits[:, -1].float()
         if t < min_new_tokens:
@@ -176,7 +176,7 @@ def generate(config: Config, reward_model_path: str) -> None:
         check_writable(Path(config.output).parent)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
-    policy = load_policy(config.output_dir, config.dtype, device).eval()
+    policy = load_policy(config, config.output_dir, device).eval()
     check_context(config, policy)
     generator = torch.Generator().manual_seed(config.seed)
     if not prompts:

@@ -1,6 +1,12 @@
 """Tokenizers and models: from ids, folders or, for the models trained here, from configurations."""
 
+import copy
+import functools
+import hashlib
+import importlib.util
+import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,9 +15,12 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForTextEncoding,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PretrainedConfig,
@@ -21,8 +30,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from checkpoint import write_whole
 from config import Config, UsageError, first_line
-from model import PolicyModel
+from model import PolicyModel, frozen_copy
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -43,12 +53,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def load(factory, flag: str, path: str, **settings):
-    """`factory.from_pretrained(path)`, its many ways to fail told in one sentence that names the flag."""
+def load(from_pretrained: Callable, flag: str, path: str, **settings):
+    """`from_pretrained(path)`, its many ways to fail told in one sentence that names the flag."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return factory.from_pretrained(path, **settings)
+            return from_pretrained(path, **settings)
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         if "memory" in str(error):
             raise
@@ -58,11 +68,11 @@ def load(factory, flag: str, path: str, **settings):
 
 def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokenizerBase:
     """A tokenizer that cuts long texts on the left and can pad: with its EOS where it has no pad token of its own."""
-    tokenizer = load(AutoTokenizer, flag, path)
+    tokenizer = load(AutoTokenizer.from_pretrained, flag, path)
     tokenizer.truncation_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None or (flag == "base_model_name" and tokenizer.eos_token_id is None):
+    if tokenizer.pad_token_id is None or (flag != "reward_model_path" and tokenizer.eos_token_id is None):
         raise UsageError(f"--{flag} {path}: its tokenizer has no end-of-sequence token, so no response could ever end")
     return tokenizer
 
@@ -80,33 +90,123 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def load_language_model(path: str, dtype: str, device: torch.device) -> PreTrainedModel:
+def quantized(in_8bit: bool, in_4bit: bool = False) -> dict:
+    """The settings that load weights in 8 or 4 bits. Raises UsageError if bitsandbytes is not installed."""
+    if not (in_8bit or in_4bit):
+        return {}
+    if not importlib.util.find_spec("bitsandbytes"):
+        raise UsageError("loading in 8 or 4 bits needs bitsandbytes: pip install bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_8bit=in_8bit, load_in_4bit=in_4bit)
+    return {"quantization_config": settings, "device_map": {"": pick_device("auto")}}
+
+
+def load_language_model(path: str, dtype: str, device: torch.device, **settings) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, in the given dtype rather than the one it was stored in."""
-    config = without_dropout(load(AutoConfig, "base_model_name", path))
+    config = without_dropout(load(AutoConfig.from_pretrained, "base_model_name", path))
     factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return load(factory, "base_model_name", path, config=config, dtype=getattr(torch, dtype)).to(device)
+    settings |= {"config": config, "dtype": getattr(torch, dtype)}
+    model = load(factory.from_pretrained, "base_model_name", path, **settings)
+    return model if "device_map" in settings else model.to(device)
 
 
-def load_policy(path: str, dtype: str, device: torch.device, gradient_checkpointing: bool = False) -> PolicyModel:
-    """A policy from a language model, with the value head that a run saved beside it, or a new one that is zero."""
-    policy = PolicyModel(load_language_model(path, dtype, device))
+def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> PreTrainedModel:
+    """The model under LoRA: under the adapter at `path`, or a new one of rank --lora_r, which changes nothing yet.
+
+    The adapter alone is trained, in float32 whatever the base weights are in, and has no dropout.
+    """
+    if not (path or config.lora_r):
+        return language_model
+    try:
+        import peft
+    except ImportError:
+        raise UsageError("--lora_r and --peft_model_path need peft: pip install peft") from None
+    if path:
+        settings = without_dropout(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
+        wrap = functools.partial(peft.PeftModel.from_pretrained, language_model)
+        return load(wrap, "peft_model_path", path, config=settings, is_trainable=True)
+    task = "SEQ_2_SEQ_LM" if language_model.config.is_encoder_decoder else "CAUSAL_LM"
+    return peft.get_peft_model(
+        language_model, peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type=task)
+    )
+
+
+def load_critic(config: Config, run: str, base_model: str, device: torch.device) -> PreTrainedModel | None:
+    """The critic's own trunk: the one that a run saved, or a copy of the base model's; None for a shared one."""
+    if config.critic == "shared":
+        return None
+    saved = Path(run) / "critic"
+    path = str(saved) if saved.exists() else base_model
+    factory = AutoModel if config.critic == "separate" else AutoModelForTextEncoding
+    critic_config = without_dropout(load(AutoConfig.from_pretrained, "base_model_name", path))
+    return load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32).to(device)
+
+
+def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
+    """A policy from a model, or from a run's folder with the adapter, critic and value head that it holds.
+
+    What is not there is new: an adapter that changes nothing, a critic from the base model, a value head of zeros.
+    """
+    adapter = path if (Path(path) / "adapter_config.json").exists() else config.peft_model_path
+    base = path if adapter != path else adapted_model(path)
+    language_model = load_language_model(
+        base, config.dtype, device, **quantized(config.load_in_8bit, config.load_in_4bit)
+    )
+    critic = load_critic(config, path, base, device)
+    policy = PolicyModel(
+        with_adapter(language_model, config, adapter), critic, config.critic, config.mixed_precision == "bf16"
+    )
     value_head = Path(path) / "value_head.safetensors"
     if value_head.exists():
         try:
             policy.value_head.load_state_dict(load_file(value_head, device=str(device)))
         except (SafetensorError, RuntimeError) as error:
             raise UsageError(f"{value_head} is no value head of this model: {first_line(error)}") from None
-    if gradient_checkpointing:
+    if config.gradient_checkpointing:
         policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
 
 
-def save_policy(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """The language model and tokenizer in Hugging Face format, loadable without this project, and the value head."""
-    policy.language_model.save_pretrained(folder)
+def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyModel:
+    """The frozen reference: a copy of the policy as it starts, or with --reference_in_8bit its base model in 8 bits."""
+    if not config.reference_in_8bit:
+        return frozen_copy(policy)
+    device = policy.value_head.weight.device
+    language_model = load_language_model(path, config.dtype, device, **quantized(True))
+    return PolicyModel(with_adapter(language_model, config, config.peft_model_path)).requires_grad_(False).eval()
+
+
+def adapted_model(folder: str) -> str:
+    """The base model that a saved adapter belongs to."""
+    return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+
+
+def save_policy(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False) -> None:
+    """The language model, or its adapter alone, and the tokenizer in the formats of transformers and peft, loadable
+    without this project; value head and critic beside them; and a manifest that says what is there.
+
+    With `merge`, an adapter is folded into a copy of the whole model.
+    """
+    language_model = policy.language_model
+    if merge and hasattr(language_model, "merge_and_unload"):
+        language_model = copy.deepcopy(language_model).merge_and_unload()
+    language_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if policy.critic is not None:
+        policy.critic.save_pretrained(folder / "critic")
     head = {name: tensor.contiguous().cpu() for name, tensor in policy.value_head.state_dict().items()}
     save_file(head, folder / "value_head.safetensors")
+    write_manifest(folder, "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM")
+
+
+def write_manifest(folder: Path, factory: str) -> None:
+    """manifest.json: the line of Python that loads what the folder holds, and every file with its SHA-256."""
+    loads_with = f"transformers.{factory}.from_pretrained(FOLDER)"
+    if (folder / "adapter_config.json").exists():
+        base = f"transformers.{factory}.from_pretrained({adapted_model(str(folder))!r})"
+        loads_with = f"peft.PeftModel.from_pretrained({base}, FOLDER)"
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    hashes = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    write_whole(folder / "manifest.json", json.dumps({"loads_with": loads_with, "sha256": hashes}, indent=2))
 
 
 def context_length(config: PretrainedConfig) -> int:
@@ -132,7 +232,8 @@ def check_context(config: Config, policy: PolicyModel) -> None:
     if not policy.is_encoder_decoder and prompt + response > context:
         raise UsageError(
             f"--max_prompt_length {prompt} plus --max_new_tokens {response} is more than the {context} tokens the "
-            f"model can read; at most {max(context - response, 1)} tokens of prompt are left beside such a response"
+            f"model can read; at most {max(context - response, 1)} tokens of prompt are left beside such a response: "
+            f"--max_prompt_length {max(context - response, 1)}"
         )
 
 

@@ -20,34 +20,45 @@ def run(config: Config) -> None:
     if config.task in USES_A_RUN:
         print(f"using {config.output_dir}")
     if config.task == "plot":
-        from plot import plot_training
+        from plot import plot
 
-        return print(plot_training(Path(config.output_dir), notice(config)))
-    base_model = config.base_model_name or str(stage_folder(config, "sft"))
-    reward_model = config.reward_model_path or str(stage_folder(config, "reward"))
+        return plot(Path(config.output_dir), notice(config))
+    base_model, reward_model = starting_model(config), config.reward_model_path or str(stage_folder(config, "reward"))
     if config.task == "generate":
         from generate import generate
 
         return generate(config, reward_model)
     if config.task == "evaluate":
         from evaluation import evaluate
+        from plot import show_comparison
 
-        return evaluate(config, base_model, reward_model)
+        evaluate(config, base_model, reward_model)
+        return show_comparison(Path(config.output_dir), notice(config))
     run_training(config, base_model, reward_model)
+
+
+def starting_model(config: Config) -> str:
+    """The model that PPO starts from: the sft stage's where there is one or is to be one, else --base_model_name."""
+    stage = stage_folder(config, "sft")
+    from_stage = config.trains_from_scratch or config.sft_first or (stage.exists() and config.task != "sft")
+    return str(stage) if from_stage else config.base_model_name
 
 
 def run_training(config: Config, base_model: str, reward_model: str) -> None:
     """The task sft, reward or train, and before it the stages whose folders are not there yet; each seeds itself."""
     folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
     print(notice(config), describe(config), sep="\n")
+    from classifier import run_reward
+    from report import check_before_training
     from reward import needs_reward_model
-    from sft import check_before_training, run_reward, run_sft
+    from sft import run_sft
     from train import train
 
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
     trains_reward = config.task == "reward" or (wants_reward and not trained_stage(config, reward_model, "reward"))
     check_before_training(config, trains_reward)
-    if config.task == "sft" or (config.trains_from_scratch and not trained_stage(config, base_model, "sft")):
+    from_stage = base_model == str(stage_folder(config, "sft"))
+    if config.task == "sft" or (from_stage and not trained_stage(config, base_model, "sft")):
         run_sft(seeded(config))
     if trains_reward:
         run_reward(seeded(config), base_model)

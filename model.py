@@ -26,24 +26,46 @@ class Scores(NamedTuple):
     entropy: TensorType["batch", "time", is_float] | None
 
 
+CRITICS = ("shared", "separate", "encoder")
+
+
 class PolicyModel(nn.Module):
-    """A language model with a scalar value head on its trunk: the policy and its critic, sharing all but the heads.
+    """A language model, and a scalar value head on one of three `CRITICS`: the policy π and its values V.
+
+    shared    the head reads the policy's own trunk: V(x, y_<t), nearly free, but two losses pull on one trunk
+    separate  it reads a trunk of the critic's own: V(x, y_<t), twice the work
+    encoder   it reads an encoder of the prompt alone: V(x), the same for every token of the response. An encoder that
+              also read the response would see, at token t, the tokens after t, and its baseline would be biased.
+              As no state after the prompt is valued, only λ = 1 leaves the policy gradient unbiased.
 
     The head starts at zero, so V = 0 until it has learned something, and its first loss leaves the trunk alone. It
     lives outside the language model, in float32, so that the latter saves and loads as if it were not there.
     """
 
-    def __init__(self, language_model: PreTrainedModel) -> None:
+    def __init__(
+        self,
+        language_model: nn.Module,  # of transformers, or wrapped by peft
+        critic: PreTrainedModel | None = None,
+        critic_kind: str = "shared",
+        mixed_precision: bool = False,
+    ) -> None:
         super().__init__()
+        self.mixed_precision = mixed_precision
         self.language_model = language_model
-        self.value_head = nn.Linear(language_model.config.hidden_size, 1)
+        self.critic = critic
+        self.critic_kind = critic_kind
+        self.value_head = nn.Linear((critic or language_model).config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.to(language_model.device)
+        self.value_head.to(language_model.device)
 
     @property
     def is_encoder_decoder(self) -> bool:
         return self.language_model.config.is_encoder_decoder
+
+    def autocast(self) -> torch.autocast:
+        """Where forward passes run: with `mixed_precision`, matrix products in bfloat16 on weights in float32."""
+        return torch.autocast(self.value_head.weight.device.type, torch.bfloat16, enabled=self.mixed_precision)
 
     @property
     def separator(self) -> str:
@@ -66,50 +88,62 @@ class PolicyModel(nn.Module):
         """
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        run = self._run_encoder_decoder if self.is_encoder_decoder else self._run_causal
-        logits, hidden = run(query_ids, query_mask, response_ids, response_mask)
-        logits = logits.float() / temperature
+        to_inputs = encoder_decoder_inputs if self.is_encoder_decoder else causal_inputs
+        inputs, predicting = to_inputs(query_ids, query_mask, response_ids, response_mask, self.language_model.config)
+        keep = {} if self.is_encoder_decoder else {"logits_to_keep": predicting}
+        with self.autocast():
+            output = self.language_model(**inputs, **keep, output_hidden_states=True, use_cache=False)
+            states = self.critic_states(output, inputs, predicting, query_mask)
+        logits = output.logits.float() / temperature
         entropy = token_entropy(logits) if with_entropy else None
-        values = self.value_head(hidden.float())[..., 0]
+        values = self.value_head(states.float())[..., 0].expand(response_ids.shape)
         return Scores(token_logprobs(logits, response_ids), values, entropy)
+
+    def critic_states(self, output, inputs: dict, predicting, query_mask) -> torch.Tensor:
+        """What the value head reads: (batch, time, width), or (batch, 1, width) where the prompt alone is valued."""
+        if self.critic_kind == "encoder":
+            return prompt_states(self.critic, inputs["input_ids"], query_mask)
+        if self.critic_kind == "separate":
+            return self.critic(**inputs, use_cache=False).last_hidden_state[:, predicting]
+        states = output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states
+        return states[-1][:, predicting]
 
     forward = score  # what a wrapper such as DistributedDataParallel calls
 
-    def _run_causal(self, query_ids, query_mask, response_ids, response_mask):
-        """Logits and hidden states that predict the response: the one place where tokens and outputs are shifted.
 
-        The output at index i has read tokens 0..i and predicts token i + 1, so response token t, which stands at
-        index Q + t, is predicted at Q + t - 1. Left padding needs explicit positions: GPT-2 would count the padding.
-        """
-        ids = torch.cat([query_ids, response_ids], dim=1)
-        mask = torch.cat([query_mask, response_mask], dim=1)
-        first = query_ids.shape[1] - 1
-        predicting = torch.arange(first, first + response_ids.shape[1], device=ids.device)
-        output = self.language_model(
-            input_ids=ids,
-            attention_mask=mask.long(),
-            position_ids=position_ids(mask),
-            logits_to_keep=predicting,
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        return output.logits, output.hidden_states[-1][:, predicting]
+def causal_inputs(query_ids, query_mask, response_ids, response_mask, config) -> tuple[dict, torch.Tensor]:
+    """The one sequence that a causal model reads, and at which of its positions the response is predicted.
 
-    def _run_encoder_decoder(self, query_ids, query_mask, response_ids, response_mask):
-        """Logits and decoder states that predict the response: the decoder reads start, y_0, ..., y_{T-2}.
+    The one place where tokens and outputs are shifted: the output at index i has read tokens 0..i and predicts token
+    i + 1, so response token t, which stands at index Q + t, is predicted at Q + t - 1. Left padding needs explicit
+    positions: GPT-2 would count the padding.
+    """
+    mask = torch.cat([query_mask, response_mask], dim=1)
+    first = query_ids.shape[1] - 1
+    predicting = torch.arange(first, first + response_ids.shape[1], device=mask.device)
+    ids = torch.cat([query_ids, response_ids], dim=1)
+    return {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}, predicting
 
-        No decoder mask: a causal decoder never sees the padding on the right, and the start token, which T5 shares
-        with padding, must not be hidden from it.
-        """
-        start = torch.full_like(response_ids[:, :1], self.language_model.config.decoder_start_token_id)
-        output = self.language_model(
-            input_ids=query_ids,
-            attention_mask=query_mask.long(),
-            decoder_input_ids=torch.cat([start, response_ids[:, :-1]], dim=1),
-            output_hidden_states=True,
-            use_cache=False,
-        )
-        return output.logits, output.decoder_hidden_states[-1]
+
+def encoder_decoder_inputs(query_ids, query_mask, response_ids, response_mask, config) -> tuple[dict, slice]:
+    """What encoder and decoder read; the decoder reads start, y_0, ..., y_{T-2}, so every position predicts.
+
+    No decoder mask: a causal decoder never sees the padding on the right, and the start token, which T5 shares with
+    padding, must not be hidden from it.
+    """
+    start = torch.full_like(response_ids[:, :1], config.decoder_start_token_id)
+    decoder_ids = torch.cat([start, response_ids[:, :-1]], dim=1)
+    inputs = {"input_ids": query_ids, "attention_mask": query_mask.long(), "decoder_input_ids": decoder_ids}
+    return inputs, slice(None)
+
+
+def prompt_states(
+    encoder: PreTrainedModel, query_ids: TensorType["batch", "query"], query_mask: TensorType["batch", "query", bool]
+) -> TensorType["batch", 1, "width", is_float]:
+    """The mean of an encoder's states over the real tokens of the prompt."""
+    states = encoder(input_ids=query_ids, attention_mask=query_mask.long()).last_hidden_state
+    weights = query_mask / query_mask.sum(1, keepdim=True)
+    return weights[:, None].to(states.dtype) @ states
 
 
 @torch.no_grad()
@@ -140,7 +174,7 @@ def position_ids(mask: TensorType["batch", "sequence", bool]) -> TensorType["bat
     return (mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-def first_inputs(language_model: PreTrainedModel, query_ids: torch.Tensor, query_mask: torch.Tensor) -> dict:
+def first_inputs(language_model: nn.Module, query_ids: torch.Tensor, query_mask: torch.Tensor) -> dict:
     """The arguments of the first forward pass: the whole prompt, or the encoded prompt and the start token."""
     attention_mask = query_mask.long()
     if language_model.config.is_encoder_decoder:
@@ -175,5 +209,15 @@ def select_inputs(inputs: dict, keep: TensorType["batch", bool]) -> dict:
 
 
 def frozen_copy(policy: PolicyModel) -> PolicyModel:
-    """The reference ρ: a copy that shares no storage with the policy, without gradients, in eval mode for good."""
-    return copy.deepcopy(policy).requires_grad_(False).eval()
+    """The reference ρ: the language model as it is now, without critic or gradient, in eval mode for good.
+
+    Modules with nothing to train are shared, not copied: under LoRA the reference is a copy of the adapter on the very
+    same base weights. Everything that trains is copied, so that no update can reach it.
+    """
+    shared = {}
+    for module in policy.language_model.modules():
+        trains = [parameter.requires_grad for parameter in module.parameters()]
+        if trains and not any(trains):
+            shared[id(module)] = module
+    reference = PolicyModel(copy.deepcopy(policy.language_model, shared), mixed_precision=policy.mixed_precision)
+    return reference.requires_grad_(False).eval()

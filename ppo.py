@@ -144,18 +144,34 @@ def kl_estimate(
     raise ValueError(f"kl estimator is {estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
 
 
+def update_moments(moments: tuple[int, float, float], scores: TensorType["batch"]) -> tuple[int, float, float]:
+    """(n, μ, S) of all scores so far, S = Σ (s - μ)², with a batch of m scores added to them; (0, 0.0, 0.0) is none.
+
+    μ ← μ + d m / (n + m) and S ← S + S_b + d² n m / (n + m), with d = μ_b - μ: exact, whatever the batches' sizes.
+    """
+    n, mean, squares = moments
+    m, batch_mean = len(scores), scores.double().mean().item()
+    squares += ((scores.double() - batch_mean) ** 2).sum().item() + (batch_mean - mean) ** 2 * n * m / (n + m)
+    return n + m, mean + (batch_mean - mean) * m / (n + m), squares
+
+
 def shape_scores(
     scores: TensorType["batch", is_float],
     has_eos: TensorType["batch", bool],
     missing_eos_penalty: float = 0.0,
     whiten: bool = False,
     clip: float | None = None,
+    moments: tuple[int, float, float] | None = None,
 ) -> TensorType["batch", is_float]:
-    """Turn raw scores into the ones that are trained on: penalise missing EOS, then whiten, then clip to ±clip.
+    """Turn raw scores into those trained on: penalise missing EOS, normalise or whiten, then clip to ±clip.
 
-    The penalty is subtracted from responses that were cut at the length cap; whitening is over the batch.
+    The penalty is subtracted from responses that were cut at the length cap. Whitening is over the batch; `moments`
+    normalise by those of the run so far, (s - μ) / sqrt(S / (n - 1) + 1e-8).
     """
     scores = torch.where(has_eos, scores, scores - missing_eos_penalty)
+    if moments is not None:
+        n, mean, squares = moments
+        scores = (scores - mean) / (squares / max(n - 1, 1) + 1e-8) ** 0.5
     if whiten:
         scores = masked_whiten(scores[:, None], torch.ones_like(scores, dtype=torch.bool)[:, None])[:, 0]
     return scores if clip is None else scores.clamp(-clip, clip)

@@ -1,19 +1,57 @@
-"""What a run says about itself: arithmetic and memory before it starts, its invariants, its log rows."""
+"""What a run says about itself: arithmetic and memory before it starts, its invariants, its log rows, its alarms."""
 
 import csv
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
 
 from checkpoint import write_whole
-from config import Config, RunError
+from classifier import class_names
+from config import Config, RunError, UsageError
+from dataset import column, load_rows
+from evaluation import diversity
 from generate import Sample
 from model import PolicyModel
 from ppo import Rollout, explained_variance, importance_ratio, kl_estimate, masked_mean, select_rows
+from reward import check_weights, load_reward_function
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5}  # nats, between sampling token by token and scoring at once
+# nats, between sampling token by token and scoring at once
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+START = 2  # rollouts: alarms compare with their mean
+
+# What a higher reward must not be bought with. Statistic: its name and its bounds in words, and whether it keeps them.
+LIMITS = {
+    "response_length": ("mean length in tokens", "50 to 200 % of", lambda start, now: 0.5 * start <= now <= 2 * start),
+    "distinct_bigrams": ("share of distinct word pairs", "at least 60 % of", lambda start, now: now >= 0.6 * start),
+    "ended": ("share of responses with EOS", "at most 20 points under", lambda start, now: now >= start - 0.2),
+    "ref_perplexity": ("perplexity to the reference", "50 to 200 % of", lambda start, now: 0.5 <= now / start <= 2),
+}
+
+
+def check_before_training(config: Config, trains_reward: bool) -> None:
+    """Refuse, before minutes of training, what would be refused after them: data, columns, weights, lengths."""
+    check_weights(config)
+    if config.reward_fn:
+        load_reward_function(config.reward_fn)
+    rows = load_rows(config, "train", None if config.dataset_path or trains_reward else 1)
+    column(rows, config.prompt_column, "prompt_column", (str, list))
+    load_rows(config, "validation", 1)
+    if config.task == "sft" and config.completion_column:
+        column(rows, config.completion_column, "completion_column")
+    if trains_reward and config.chosen_column:
+        column(rows, config.chosen_column, "chosen_column")
+        column(rows, config.rejected_column, "rejected_column")
+    elif trains_reward:
+        class_names(rows, config)
+    longest = config.max_prompt_length + config.max_new_tokens
+    if config.task == "train" and config.trains_from_scratch and longest > config.context_length:
+        raise UsageError(
+            f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} "
+            f"is more than the {config.context_length} tokens of --context_length"
+        )
 
 
 def batch_arithmetic(config: Config, n_prompts: int) -> str:
@@ -29,6 +67,13 @@ def batch_arithmetic(config: Config, n_prompts: int) -> str:
     )
 
 
+def count_parameters(policy: PolicyModel) -> str:
+    """How many parameters there are, and how many of them are trained where an adapter freezes the rest."""
+    whole = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    return f"{whole:,} parameters" + (f", of which {trained:,} are trained" if trained < whole else "")
+
+
 def memory_estimate(config: Config, policy: PolicyModel) -> str:
     """Bytes that the update needs, roughly: weights, reference, gradients and Adam's two moments, activations, logits.
 
@@ -36,7 +81,7 @@ def memory_estimate(config: Config, policy: PolicyModel) -> str:
     checkpointing), logits as three (rows, response, vocab) tensors.
     """
     parameters = sum(p.numel() for p in policy.parameters())
-    weight = {"float32": 4, "bfloat16": 2}[config.dtype]
+    weight = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
     settings = policy.language_model.config
     tokens = config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens)
     floats = 2 if config.gradient_checkpointing else 18
@@ -60,7 +105,8 @@ def check_invariants(policy: PolicyModel, rollout: Rollout, sampled: Sample, con
     Sampling and scoring agree on every log-probability, scoring twice gives the same (the ratio is 1), the policy is
     its reference (KL is 0), and no dropout is on.
     """
-    tolerance = TOLERANCE[config.dtype]
+    exact = config.mixed_precision == "no" and not (config.load_in_8bit or config.load_in_4bit)
+    tolerance = TOLERANCE[config.dtype] if exact else 0.5
     on = [n for n, m in policy.named_modules() if isinstance(m, torch.nn.Dropout) and m.training and m.p > 0]
     if on:
         raise RunError(f"dropout is on in {on[0]}: the same tokens would score differently every time")
@@ -79,14 +125,22 @@ def check_invariants(policy: PolicyModel, rollout: Rollout, sampled: Sample, con
             f"the importance ratio is {ratio.max().item():.4f} before any update, expected 1: scoring is random"
         )
     kl = torch.where(rollout.mask, (rollout.logprobs - rollout.ref_logprobs).abs(), 0.0).max().item()
-    if not kl <= tolerance:
+    if config.reference_in_8bit:
+        print(f"policy and 8-bit reference differ by at most {kl:.3g} nats on a token before any update")
+    elif not kl <= tolerance:
         raise RunError(
             f"policy and reference differ by {kl:.3g} nats on a token before any update: not the same weights"
         )
 
 
-def rollout_stats(rollout: Rollout, terms: dict[str, torch.Tensor], raw_scores: torch.Tensor) -> dict[str, float]:
-    """A rollout's log row: rewards in reward units, KL and entropy in nats, lengths in tokens, all over real tokens."""
+def rollout_stats(
+    rollout: Rollout, terms: dict[str, torch.Tensor], raw_scores: torch.Tensor, responses: list[str]
+) -> dict[str, float]:
+    """A rollout's log row: rewards in reward units, KL and entropy in nats, lengths in tokens, all over real tokens.
+
+    `ref_perplexity` = exp(-mean log ρ(y_t)), at the sampling temperature: it rises as responses become unlike text, and
+    falls as they repeat what is likely anyway.
+    """
     kl = {name: kl_estimate(rollout.logprobs, rollout.ref_logprobs, rollout.mask, name) for name in ("k1", "k3")}
     return {
         "reward": raw_scores.mean().item(),
@@ -99,6 +153,28 @@ def rollout_stats(rollout: Rollout, terms: dict[str, torch.Tensor], raw_scores: 
         "return": masked_mean(rollout.returns, rollout.mask).item(),
         "explained_variance": explained_variance(rollout.values, rollout.returns, rollout.mask).item(),
         "response_length": rollout.mask.sum(1).float().mean().item(),
+        "distinct_bigrams": diversity(responses)["distinct_bigrams"],
+        "ref_perplexity": math.exp(-masked_mean(rollout.ref_logprobs, rollout.mask).item()),
+    }
+
+
+def alarms(history: list[dict]) -> dict[str, str]:
+    """What is wrong with the latest rollout, in words, by statistic: empty as long as the reward is not higher.
+
+    `history` holds the rows of training_stats.json; the start is the mean of the first `START` rollouts.
+    """
+
+    def start(name: str) -> float:
+        return sum(row[name] for row in history[:START]) / START
+
+    now = history[-1]
+    if len(history) <= START or now["reward"] <= start("reward"):
+        return {}
+    return {
+        name: f"the reward rose from {start('reward'):.3g} to {now['reward']:.3g} while the {words} went from "
+        f"{start(name):.3g} to {now[name]:.3g}; expected {bounds} the start"
+        for name, (words, bounds, keeps) in LIMITS.items()
+        if not keeps(start(name), now[name])
     }
 
 

@@ -1,7 +1,7 @@
 """Rewards: named terms, each a function of prompts, responses and rows, and their weighted sum.
 
-A term is the sequence classifier of `--reward_model_path` (`reward_model`) or a user's own function (`reward_fn`).
-This module only scores; what the score is worth beside the KL is decided in ppo.py.
+A term is a sequence classifier (`reward_model`), a user's own function (`reward_fn`), the share of words that repeat
+(`repetition`) or a penalty for a length out of range (`length`). What the score is worth beside the KL is for ppo.py.
 """
 
 import importlib.util
@@ -15,14 +15,19 @@ from torchtyping import TensorType, is_float
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from config import Config, RunError, UsageError, nearest
-from loading import context_length, load, load_tokenizer, without_dropout
+from loading import context_length, load, load_tokenizer, quantized, without_dropout
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
+TERMS = ("reward_model", "reward_fn", "repetition", "length")  # the names that --reward_weights may hold
+
+
+def term_names(config: Config) -> list[str]:
+    """The terms that --reward_weights names; without it the function if there is one, else the classifier."""
+    return list(parse_weights(config.reward_weights)) or ["reward_fn" if config.reward_fn else "reward_model"]
 
 
 def needs_reward_model(config: Config) -> bool:
-    """A reward function replaces the classifier, unless --reward_weights names both."""
-    return not config.reward_fn or "reward_model" in parse_weights(config.reward_weights)
+    return "reward_model" in term_names(config)
 
 
 def load_reward_terms(config: Config, path: str, device: torch.device, separator: str = "") -> dict[str, RewardTerm]:
@@ -32,21 +37,26 @@ def load_reward_terms(config: Config, path: str, device: torch.device, separator
     response goes on in mid-sentence, a line break for an encoder-decoder's.
     """
     check_weights(config)
-    terms: dict[str, RewardTerm] = {}
-    if config.reward_fn:
-        terms["reward_fn"] = load_reward_function(config.reward_fn)
-    if needs_reward_model(config):
-        terms["reward_model"] = classifier_term(config, path, device, separator)
-    return terms
+    makers = {
+        "reward_model": lambda: classifier_term(config, path, device, separator),
+        "reward_fn": lambda: load_reward_function(config.reward_fn),
+        "repetition": lambda: repetition,
+        "length": lambda: length_term(*parse_range(config.length_range)),
+    }
+    return {name: makers[name]() for name in term_names(config)}
 
 
 def check_weights(config: Config) -> None:
-    """Raise UsageError if --reward_weights names a term that this run does not have."""
-    terms = ["reward_fn"] * bool(config.reward_fn) + ["reward_model"] * needs_reward_model(config)
-    for name in parse_weights(config.reward_weights):
-        if name not in terms:
-            known = f"{', '.join(terms)}{nearest(name, terms)}"
-            raise UsageError(f"--reward_weights names {name!r}; the terms here are {known}")
+    """Raise UsageError if --reward_weights names no term of ours, or leaves out what a term needs, or the function."""
+    names = parse_weights(config.reward_weights)
+    for name in names:
+        if name not in TERMS:
+            raise UsageError(f"--reward_weights names {name!r}; the terms are {', '.join(TERMS)}{nearest(name, TERMS)}")
+    if names and ("reward_fn" in names) != bool(config.reward_fn):
+        missing = "a weight for reward_fn" if config.reward_fn else "--reward_fn FILE.py:NAME"
+        raise UsageError(f"--reward_weights {config.reward_weights!r} needs {missing}: neither counts alone")
+    if "length" in names or config.length_range:
+        parse_range(config.length_range)
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -63,13 +73,46 @@ def parse_weights(text: str) -> dict[str, float]:
     return weights
 
 
+def parse_range(text: str) -> tuple[int, int]:
+    """`LOW,HIGH` as two numbers. Raises UsageError if it is not that, or if no length lies between them."""
+    try:
+        low, high = (int(bound) for bound in text.split(","))
+        if not 0 <= low <= high:
+            raise ValueError(text)
+    except ValueError:
+        raise UsageError(f"--length_range is {text!r}, expected LOW,HIGH in words, 0 <= LOW <= HIGH") from None
+    return low, high
+
+
 def total_reward(
     terms: dict[str, RewardTerm], prompts: list[str], responses: list[str], rows: list[dict], config: Config
 ) -> tuple[TensorType["batch"], dict[str, TensorType["batch"]]]:
-    """Σ_i w_i term_i for each response, with weight 1 for a term that is given none; and the terms by name."""
+    """Σ_i w_i term_i for each response, with weight 1 for a term that is given none; and the terms by name.
+
+    The sum is one to be raised, so a term's weight has the sign of what is wanted: above 0 for `reward_model`,
+    `reward_fn` and `length` (at most 0: a penalty already), below 0 for `repetition` (at least 0, and worse if higher).
+    """
     weights = parse_weights(config.reward_weights)
     values = {name: term(prompts, responses, rows) for name, term in terms.items()}
     return sum(weights.get(name, 1.0) * value for name, value in values.items()), values
+
+
+def repetition(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch", is_float]:
+    """1 - unique / all words of each response, in [0, 1); words are lower-cased and split at white space.
+
+    0 for an empty response as for a single word: nothing is said twice. That more is said is for `length` to ask.
+    """
+    words = [response.lower().split() for response in responses]
+    return torch.tensor([1 - len(set(row)) / len(row) if row else 0.0 for row in words])
+
+
+def length_term(low: int, high: int) -> RewardTerm:
+    """A term that is 0 for a response of `low` to `high` words, both included, and -1 for a shorter or longer one."""
+
+    def score(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
+        return torch.tensor([0.0 if low <= len(response.split()) <= high else -1.0 for response in responses])
+
+    return score
 
 
 def classifier_term(config: Config, path: str, device: torch.device, separator: str) -> RewardTerm:
@@ -188,12 +231,14 @@ def reward_from_logits(
 def load_reward_model(config: Config, path: str, device: torch.device) -> RewardModel:
     """The classifier at `path` as a reward. Raises UsageError naming its labels if --reward_label is none of them."""
     tokenizer = load_tokenizer(path, "reward_model_path")
-    model_config = without_dropout(load(AutoConfig, "reward_model_path", path))
+    model_config = without_dropout(load(AutoConfig.from_pretrained, "reward_model_path", path))
     if model_config.pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(model_config))
-    classifier = load(AutoModelForSequenceClassification, "reward_model_path", path, config=model_config)
+    settings = {"config": model_config, "dtype": torch.float32} | quantized(config.reward_in_8bit)
+    classifier = load(AutoModelForSequenceClassification.from_pretrained, "reward_model_path", path, **settings)
+    classifier = classifier if config.reward_in_8bit else classifier.to(device)
     try:
-        return RewardModel(classifier.float().to(device), tokenizer, config.reward_label, config.reward_output)
+        return RewardModel(classifier, tokenizer, config.reward_label, config.reward_output)
     except ValueError as error:
         raise UsageError(f"--reward_label: {error}") from None

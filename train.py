@@ -3,9 +3,11 @@
 Read `train` first, then `collect_rollout` and `update`. The equations are in ppo.py, the models in model.py.
 """
 
+import math
 import shlex
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,15 +19,17 @@ import ppo
 from checkpoint import claim_folder, move_into, notice, whole_folder, write_whole
 from config import Config, RunError, to_json
 from dataset import Prompt, load_prompts, prompt_batches
-from evaluation import evaluate_policy, reward_difference, sample_pairs
+from evaluation import compare, evaluate_policy
 from generate import Sample, eval_mode, respond
-from loading import check_context, load_policy, load_tokenizer, pick_device, save_policy
-from model import PolicyModel, frozen_copy, score_rows
-from plot import plot_training
+from loading import check_context, load_policy, load_reference, load_tokenizer, pick_device, save_policy
+from model import PolicyModel, score_rows
+from plot import plot_training, reward_difference, sample_pairs
 from report import (
+    alarms,
     bar_numbers,
     batch_arithmetic,
     check_invariants,
+    count_parameters,
     memory_estimate,
     rollout_stats,
     timing,
@@ -52,11 +56,17 @@ class Collected(NamedTuple):
     terms: dict[str, torch.Tensor]
     rewards: torch.Tensor  # raw weighted sum of the terms, before `shape_scores`
     stats: dict[str, float]
+    moments: tuple[int, float, float]  # of all scores so far, these included: what the next rollout goes on from
 
 
 @torch.no_grad()
 def collect_rollout(
-    models: Models, prompts: list[Prompt], config: Config, kl_coef: float, generator: torch.Generator
+    models: Models,
+    prompts: list[Prompt],
+    config: Config,
+    kl_coef: float,
+    generator: torch.Generator,
+    moments: tuple[int, float, float] = (0, 0.0, 0.0),
 ) -> Collected:
     """Sample a response to every prompt and work out, without gradient, all that the update will need."""
     policy, reference, tokenizer, terms = models
@@ -74,9 +84,10 @@ def collect_rollout(
     # 3. Score the text, then spread the score and the KL over the tokens.
     rewards, term_rewards = total_reward(terms, [p.text for p in prompts], responses, [p.row for p in prompts], config)
     has_eos = ((response_ids == tokenizer.eos_token_id) & mask).any(1)
-    scores = ppo.shape_scores(
-        rewards.to(mask.device), has_eos, config.missing_eos_penalty, config.whiten_scores, config.score_clip or None
-    )
+    raw = (rewards.to(mask.device), has_eos, config.missing_eos_penalty)
+    moments = ppo.update_moments(moments, ppo.shape_scores(*raw))  # before their use, so that a first rollout has some
+    running = moments if config.normalize_scores else None
+    scores = ppo.shape_scores(*raw, config.whiten_scores, config.score_clip or None, running)
     kl = ppo.kl_estimate(logprobs, ref_logprobs, mask, config.kl_estimator)
     token_rewards = ppo.shape_rewards(scores, kl, mask, kl_coef)
 
@@ -88,9 +99,9 @@ def collect_rollout(
     behaviour = (logprobs, ref_logprobs, values)
     learned_from = (scores, kl, token_rewards, advantages, returns)
     rollout = ppo.Rollout(*batch, *behaviour, *learned_from)
-    stats = rollout_stats(rollout, term_rewards, rewards)
+    stats = rollout_stats(rollout, term_rewards, rewards, responses)
     stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
-    return Collected(rollout, sampled, responses, term_rewards, rewards, stats)
+    return Collected(rollout, sampled, responses, term_rewards, rewards, stats, moments)
 
 
 def minibatch_loss(
@@ -183,13 +194,18 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * (1 - step / config.n_updates)
 
 
+def n_updates(config: Config, n_prompts: int) -> int:
+    """As many rollouts as `epochs` passes over the prompts take, or as --n_updates says where epochs is 0."""
+    return math.ceil(config.epochs * n_prompts / config.batch_size) or config.n_updates
+
+
 def train(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
     models, prompts = load_models(config, base_model, reward_model_path)
-    n_parameters = sum(p.numel() for p in models.policy.parameters())
+    config = replace(config, n_updates=n_updates(config, len(prompts)))
     held_out = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
     check_context(config, models.policy)
-    print(f"{base_model}: {n_parameters:,} parameters, on {models.policy.value_head.weight.device}")
+    print(f"{base_model}: {count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
     print(f"{batch_arithmetic(config, len(prompts))}\n{memory_estimate(config, models.policy)}")
 
     generator = torch.Generator().manual_seed(config.seed)
@@ -199,15 +215,19 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     run_updates(models, batches, config, generator, folder)
 
     with whole_folder(folder / "policy") as scratch:
-        save_policy(models.policy, models.tokenizer, scratch)
+        save_policy(models.policy, models.tokenizer, scratch, config.merge)
     move_into(folder / "policy", folder)
     (folder / "policy").rmdir()
-    before, after = (
-        evaluate_policy(policy, models.reference, models.tokenizer, models.terms, held_out, config)
-        for policy in (models.reference, models.policy.eval())
-    )
+    if config.final_dir:
+        with whole_folder(Path(config.final_dir), replaces="manifest.json") as scratch:
+            save_policy(models.policy, models.tokenizer, scratch, config.merge)
+    tables = {
+        name: evaluate_policy(policy, models.reference, models.tokenizer, models.terms, held_out, config)
+        for name, policy in (("before", models.reference), ("after", models.policy.eval()))
+    }
+    comparison = compare(tables)
     figure = plot_training(folder, notice(config))
-    print(f"\n{reward_difference(before, after)}\n\n{sample_pairs(before, after)}\n")
+    print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     print(f"policy, tokenizer, logs: {folder}\ntraining curves: {figure}")
     print(f"now try: python main.py --task generate --output_dir {folder} --prompt {shlex.quote(held_out[0].text)}")
     print(notice(config))
@@ -217,14 +237,16 @@ def run_updates(
     models: Models, batches: Iterator[list[Prompt]], config: Config, generator: torch.Generator, folder: Path
 ) -> None:
     """n_updates of rollout and update, each logged as it ends."""
-    policy, kl_coef = models.policy, config.kl_coef
-    optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate, eps=1e-5, fused=True)
-    log, timings = [], []
+    policy, kl_coef, moments = models.policy, config.kl_coef, (0, 0.0, 0.0)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, config.learning_rate, eps=1e-5, fused=True)
+    log, timings, announced = [], [], set()
     bar = tqdm(range(config.n_updates), desc="PPO", unit="update")
     for step in bar:
         started = time.perf_counter()
         batch = next(batches)
-        collected = collect_rollout(models, batch, config, kl_coef, generator)
+        collected = collect_rollout(models, batch, config, kl_coef, generator, moments)
+        moments = collected.moments
         if step == 0:
             check_invariants(policy, collected.rollout, collected.sampled, config)
             claim_folder(folder)
@@ -236,6 +258,11 @@ def run_updates(
         if not torch.isfinite(torch.tensor(stats["loss"])):
             raise RunError(f"the loss is {stats['loss']} at update {step}; try a lower --learning_rate")
         log.append({"step": step, **collected.stats, **stats, "kl_coef": kl_coef, "learning_rate": rate})
+        raised = alarms(log)
+        log[-1]["alarms"] = list(raised.values())
+        for name in [name for name in raised if name not in announced]:
+            bar.write(f"alarm at update {step}: {raised[name]}")
+        announced |= raised.keys()
         if config.kl_target:
             kl_coef = ppo.adapt_kl_coef(
                 kl_coef, collected.stats["kl_k3"], config.kl_target, config.kl_horizon, config.batch_size
@@ -258,10 +285,10 @@ def load_models(config: Config, base_model: str, reward_model_path: str) -> tupl
     """Policy, frozen reference, tokenizer and reward terms, and the prompts to train on."""
     device = pick_device(config.device)
     tokenizer = load_tokenizer(base_model)
-    prompts = load_prompts(config, tokenizer, "train", config.n_updates * config.batch_size)
-    policy = load_policy(base_model, config.dtype, device, config.gradient_checkpointing)
+    prompts = load_prompts(config, tokenizer, "train", None if config.epochs else config.n_updates * config.batch_size)
+    policy = load_policy(config, base_model, device)
     terms = load_reward_terms(config, reward_model_path, device, policy.separator)
-    return Models(policy, frozen_copy(policy), tokenizer, terms), prompts
+    return Models(policy, load_reference(config, base_model, policy), tokenizer, terms), prompts
 
 
 def dry_run(models: Models, prompts: list[Prompt], config: Config, generator: torch.Generator) -> None:

@@ -1,5 +1,6 @@
 """Files and folders appear whole or not at all, and every stage finds its place."""
 
+import csv
 import os
 import time
 
@@ -15,6 +16,7 @@ from checkpoint import (
     stage_folder,
     trained_stage,
     whole_folder,
+    write_table,
     write_whole,
 )
 from config import RunError, UsageError, newest_run, to_json
@@ -24,6 +26,18 @@ pytest_plugins = ["micro"]
 
 def names(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def test_a_table_is_written_with_all_its_columns_or_those_asked_for(tmp_path):
+    rows = [{"a": 1, "b": 'x, "y",\nz', "c": "é"}, {"a": 2, "b": "", "c": "w"}]
+    read = {}
+    for name, columns in (("all.csv", None), ("some.csv", ["c", "a"])):
+        write_table(tmp_path / name, rows, columns)
+        with (tmp_path / name).open(newline="", encoding="utf-8") as file:
+            read[name] = list(csv.reader(file))
+    assert read["all.csv"] == [["a", "b", "c"], ["1", 'x, "y",\nz', "é"], ["2", "", "w"]]
+    assert read["some.csv"] == [["c", "a"], ["é", "1"], ["w", "2"]]
+    assert names(tmp_path) == {"all.csv", "some.csv"}
 
 
 def test_whole_folder_appears_with_its_files_when_the_block_ends(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from micro import SETTINGS, flags, micro_config, review_texts
 
+import classifier
 import config as config_module
 import evaluation
 import main
@@ -164,7 +165,7 @@ def test_values_outside_a_fields_interval_are_refused_and_its_ends_are_not(name)
 def test_choices_are_kept_to(name):
     choices = FIELDS[name].metadata["choices"]
     for choice in choices:
-        assert getattr(Config(**{"task": "generate", name: choice}), name) == choice
+        assert getattr(Config(**{"task": "generate", "lam": 1.0, name: choice}), name) == choice
     with pytest.raises(UsageError, match=f"--{name} '{choices[0]}x' is not one of .*; did you mean "):
         Config(**{name: choices[0] + "x"})
 
@@ -182,6 +183,13 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
     with pytest.raises(UsageError, match="the nearest that does is 4 rows in all"):
         Config(batch_size=8, mini_batch_size=5)
     assert Config(batch_size=12, mini_batch_size=3, gradient_accumulation_steps=4).batch_size == 12
+
+
+def test_scores_are_whitened_or_normalised_and_not_both():
+    """Whitening gives the same whatever shift and scale came before it."""
+    with pytest.raises(UsageError, match="--whiten_scores undoes --normalize_scores"):
+        Config(whiten_scores=True, normalize_scores=True)
+    assert Config(whiten_scores=True).whiten_scores and Config(normalize_scores=True).normalize_scores
 
 
 def test_training_samples_from_the_distribution_that_it_scores():
@@ -289,7 +297,12 @@ class Bench:
     def policy(self, config: Config) -> list:
         models, _ = train.load_models(config, self.base(config), self.reward)
         first = next(models.policy.parameters())
-        return [first.dtype, models.policy.language_model.is_gradient_checkpointing]
+        kinds = [parameter.dtype for parameter in models.policy.parameters()]
+        return [first.dtype, models.policy.language_model.is_gradient_checkpointing, kinds]
+
+    def reference(self, config: Config) -> list:
+        models, _ = train.load_models(config, self.base(config), self.reward)
+        return [parameter.dtype for parameter in models.reference.parameters()]
 
     def prompts(self, config: Config) -> list:
         """The held-out prompts, and those of training."""
@@ -330,7 +343,7 @@ class Bench:
         return (run(config) / "model.safetensors").read_bytes()
 
     def trained_reward(self, config: Config) -> bytes:
-        return self.stage(partial(sft.run_reward, language_model_path=self.sft), "reward", config)
+        return self.stage(partial(classifier.run_reward, base_model=self.sft), "reward", config)
 
     def trained_language_model(self, config: Config) -> bytes:
         return self.stage(sft.run_sft, "sft", config)
@@ -346,7 +359,8 @@ def quick_measures(request, monkeypatch):
     """The stages' measures on held-out reviews are tested elsewhere."""
     if "bench" in request.fixturenames:
         monkeypatch.setattr(sft, "perplexity", lambda *_: 1.0)
-        monkeypatch.setattr(sft, "held_out_accuracies", lambda *_: (1.0, 1.0))
+        nothing = torch.ones(2)
+        monkeypatch.setattr(classifier, "held_out_predictions", lambda *_: ((nothing, nothing), ""))
         monkeypatch.setattr(train, "write_logs", lambda *_: None)
 
 
@@ -365,6 +379,21 @@ TWO_TERMS = {"reward_fn": "FUNCTION", "reward_weights": "reward_fn=1,reward_mode
 EFFECTS = {
     "dtype": ("bfloat16", POLICY, {"task": "generate"}),
     "gradient_checkpointing": (True, POLICY, {}),
+    "mixed_precision": ("bf16", WEIGHTS, {}),
+    "lora_r": (4, POLICY, {}),
+    "lora_alpha": (99.0, WEIGHTS, {"lora_r": 4, "learning_rate": 0.01}),
+    "load_in_8bit": (True, POLICY, {"lora_r": 4}),
+    "reference_in_8bit": (True, lambda bench, config: bench.reference(config), {}),
+    "reward_in_8bit": (True, REWARDS, {}),
+    "critic": ("separate", WEIGHTS, {}),
+    "prompt_template": ("See {text}", PROMPTS, {}),
+    "min_prompt_chars": (120, PROMPTS, {}),
+    "max_prompt_chars": (200, PROMPTS, {}),
+    "epochs": (0.5, lambda bench, config: train.n_updates(config, 100), {}),
+    "sft_epochs": (0.5, SFT, {}),
+    "completion_column": ("other", SFT, DATA),
+    "chosen_column": ("other", REWARD, DATA | {"rejected_column": "text"}),
+    "rejected_column": ("other", REWARD, DATA | {"rejected_column": "text", "chosen_column": "text"}),
     "seed": (1, WEIGHTS, {}),
     "base_model_name": ("REWARD", lambda bench, config: bench.base(config), {}),
     "dataset_path": ("DATA", PROMPTS, {}),
@@ -382,8 +411,10 @@ EFFECTS = {
     "reward_input": ("response", REWARDS, {}),
     "reward_fn": ("FUNCTION", REWARDS, {}),
     "reward_weights": ("reward_fn=1,reward_model=-3", WEIGHTS, TWO_TERMS),
+    "length_range": ("3,9", REWARDS, {"reward_weights": "length=1", "length_range": "2,9"}),  # texts of two words
     "missing_eos_penalty": (7.0, WEIGHTS, {}),
     "whiten_scores": (True, WEIGHTS, {}),
+    "normalize_scores": (True, WEIGHTS, {}),
     "score_clip": (0.01, WEIGHTS, {}),
     "max_new_tokens": (5, WEIGHTS, {}),
     "temperature": (0.5, WEIGHTS, {}),
@@ -427,12 +458,19 @@ EFFECTS = {
 }
 # Tested where they do their work: each of these decides what a whole command does.
 ELSEWHERE = {
+    "peft_model_path": "test_adapters.py: test_the_reference_is_a_frozen_adapter_on_the_same_weights",
+    "merge": "test_adapters.py: test_a_merged_policy_needs_no_peft",
+    "load_in_4bit": "test_adapters.py: test_8_bits_without_an_adapter_are_refused",
+    "final_dir": "test_main.py: test_the_newest_policy_is_also_put_where_final_dir_says",
+    "sft_first": "test_main.py: test_the_sft_stage_comes_first_where_that_is_asked_for",
     "task": "test_main.py",
     "dry_run": "test_main.py: test_a_dry_run_samples_and_leaves_nothing",
     "prompt": "test_main.py: test_generate_answers_each_prompt_and_repeats_itself",
     "prompts": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
     "num_samples": "test_main.py: test_generate_draws_several_samples",
     "output": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
+    "policies": "test_main.py: test_evaluate_compares_any_number_of_policies",
+    "reference_column": "test_main.py: test_evaluate_reports_rouge_and_values_on_both_splits",
 }
 
 
@@ -486,10 +524,10 @@ def test_evaluation_reads_the_split_that_is_asked_for(monkeypatch, tokenizer):
         return []
 
     monkeypatch.setattr(evaluation, "load_prompts", load_prompts)
-    for split in ("validation", "test"):
-        with pytest.raises(UsageError, match=f"{split} has 0 prompts"):
+    for split in ("validation", "test", "both"):
+        with pytest.raises(UsageError, match=f"{'validation' if split == 'both' else split} has 0 prompts"):
             evaluation.evaluate(micro_config(task="evaluate", output_dir="x", eval_split=split), "base", "reward")
-    assert parts == [("validation", 4), ("test", 4)]
+    assert parts == [("validation", 4), ("test", 4), ("validation", 4), ("test", 4)]
 
 
 def test_flags_of_the_tests_are_the_settings_of_the_tests():

@@ -58,7 +58,7 @@ def texts_of(rows: list[dict]) -> list[str]:
 def test_a_file_is_divided_into_parts_that_share_no_row(name, tmp_path):
     """A quarter to judge, a twentieth to choose by, a tenth to report on, the rest to train on; nothing is lost."""
     parts = parts_of(write(tmp_path, name))
-    assert {part: len(rows) for part, rows in parts.items()} == {"train": 60, "judge": 25, "validation": 5, "test": 10}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 55, "judge": 25, "validation": 10, "test": 10}
     rows = [row for part in parts.values() for row in part]
     assert sorted(rows, key=lambda row: int(row["text"].split()[-1][:-1])) == ROWS
 
@@ -83,7 +83,7 @@ def test_a_folder_with_a_test_file_keeps_it_for_reporting(tmp_path):
     write(tmp_path, "data/test.csv", [{"text": f"Held out {number}.", "label": 1} for number in range(7)])
     parts = parts_of(str(tmp_path / "data"))
     assert sorted(texts_of(parts["test"])) == [f"Held out {number}." for number in range(7)]
-    assert {part: len(rows) for part, rows in parts.items()} == {"train": 70, "judge": 25, "validation": 5, "test": 7}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 65, "judge": 25, "validation": 10, "test": 7}
     others = [text for part in ("train", "judge", "validation") for text in texts_of(parts[part])]
     assert sorted(others) == sorted(texts_of(ROWS))
     rows = load_rows(micro_config(dataset_path=str(tmp_path / "data"), dataset_split="test"), "train")

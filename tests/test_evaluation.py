@@ -1,7 +1,6 @@
-"""What a policy is judged by: paired intervals, judges that had no part in training, and the bounds."""
+"""What policies are judged by: figures of their responses, paired intervals, judges that had no part in training."""
 
-import csv
-import json
+import copy
 import math
 from types import SimpleNamespace
 
@@ -10,20 +9,21 @@ import pytest
 import torch
 from micro import micro_config, review_texts
 
+from config import UsageError
 from dataset import Prompt
 from evaluation import (
-    BOUNDS,
+    add_rouge,
     bag_of_words_judge,
     bootstrap_interval,
-    comparison_table,
-    distinct_bigrams,
+    compare,
+    diversity,
     evaluate_policy,
     judge_accuracy,
     load_text_judge,
+    paired_differences,
     perplexity_under,
-    reward_difference,
-    sample_pairs,
-    save_comparison,
+    policy_paths,
+    side_by_side,
     summarise,
     words_and_pairs,
 )
@@ -94,7 +94,58 @@ def test_the_bootstrap_interval_repeats_and_moves_with_the_values():
     ],
 )
 def test_distinct_bigrams_by_hand(texts, share):
-    assert distinct_bigrams(texts) == pytest.approx(share, abs=1e-9)
+    assert diversity(texts)["distinct_bigrams"] == pytest.approx(share, abs=1e-9)
+
+
+def test_diversity_and_repetition_by_hand():
+    """Different words in a response: 2 of 5, 2 of 2, and none to repeat. In all: a b a b a, a c."""
+    assert diversity(["a b a b a", " A  c\n", ""]) == pytest.approx(
+        {
+            "unique_token_ratio": (0.4 + 1 + 1) / 3,
+            "repetition": 0.6 / 3,
+            "vocabulary": 3,
+            "distinct_words": 3 / 7,
+            "distinct_bigrams": 3 / 5,  # ab ba ab ba, ac
+        },
+        abs=1e-9,
+    )
+    nothing = {"unique_token_ratio": 1, "repetition": 0, "vocabulary": 0, "distinct_words": 0, "distinct_bigrams": 0}
+    assert diversity(["", " "]) == nothing
+
+
+@pytest.mark.parametrize(
+    ("reference", "response", "scores"),
+    [
+        # the cat on mat: 4 words of 6 and 6, also as a subsequence; the cat: 1 pair of 5 and 5
+        ("the cat sat on the mat", " The cat lay on a mat.", (2 / 3, 1 / 5, 2 / 3)),
+        # P 4/5, R 4/4; ab: P 1/4, R 1/3; the subsequence ab: P 2/5, R 2/4
+        ("a b c d", "d c b a b", (8 / 9, 2 / 7, 4 / 9)),
+        ("a film", "films", (0, 0, 0)),  # not stemmed
+        ("a film", "", (0, 0, 0)),
+        ("a film", "A film!", (1, 1, 1)),
+    ],
+)
+def test_rouge_by_hand(reference, response, scores):
+    rows = [{"response": "else", "length": 1}, {"response": response, "length": 2}]
+    add_rouge(rows, ["something", reference])
+    names = ("rouge1", "rouge2", "rougeL")
+    assert [rows[1][name] for name in names] == pytest.approx(scores, abs=1e-9)
+    assert {name: rows[1][name] for name in rows[1] if name not in names} == {
+        "response": response,
+        "length": 2,
+        "reference": reference,
+    }
+    assert rows[0]["rouge1"] == 0
+
+
+def test_paired_differences_are_those_of_the_same_prompts():
+    """Other minus first, of the numbers that describe a response by itself."""
+    first = [{"query": "A", "reward": 1.0, "length": 2, "kl": 0.0}, {"query": "B", "reward": 3.0, "length": 4, "kl": 0}]
+    other = [{"query": "A", "reward": 0.5, "length": 2, "kl": 1.0}, {"query": "B", "reward": 2.5, "length": 5, "kl": 1}]
+    paired = paired_differences(first, other)
+    assert set(paired) == {"reward", "length"}
+    assert paired["reward"] == pytest.approx({"difference": -0.5, "low": -0.5, "high": -0.5}, abs=1e-9)
+    assert paired["length"] == pytest.approx({"difference": 0.5, "low": 0.0, "high": 1.0}, abs=1e-9)
 
 
 def test_perplexity_under_another_model_equals_brute_force(tokenizer):
@@ -166,67 +217,8 @@ def test_data_without_classes_has_no_judge(tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Before and after
+# Policies side by side
 # ----------------------------------------------------------------------------------------------------------------
-
-VERDICTS = [
-    ("positive", 0.5, 0.9, "yes"),
-    ("positive", 0.95, 0.89, "NO"),
-    ("length", 10.0, 7.0, "yes"),
-    ("length", 10.0, 6.9, "NO"),
-    ("length", 10.0, 13.0, "yes"),
-    ("length", 10.0, 13.1, "NO"),
-    ("distinct_bigrams", 0.5, 0.3, "yes"),
-    ("distinct_bigrams", 0.5, 0.29, "NO"),
-    ("ended", 0.75, 0.66, "yes"),
-    ("ended", 0.75, 0.64, "NO"),
-    ("kl", 0.0, 15.0, "yes"),
-    ("kl", 0.0, 15.1, "NO"),
-    ("perplexity", 4.0, 6.0, "yes"),
-    ("perplexity", 4.0, 6.1, "NO"),
-    ("reward", 0.1, 0.2, "yes"),
-    ("reward", 0.2, 0.2, "NO"),
-]
-
-
-@pytest.mark.parametrize(("name", "before", "after", "verdict"), VERDICTS)
-def test_the_table_says_whether_each_bound_holds(name, before, after, verdict):
-    heading, line = comparison_table({name: before}, {name: after}).splitlines()
-    assert heading.split() == ["before", "after", "should", "be"]
-    assert line.split()[:3] == [name, f"{before:.3f}", f"{after:.3f}"]
-    assert line.endswith(f": {verdict}")
-
-
-def test_every_bound_is_tested_on_both_sides():
-    for name in BOUNDS:
-        assert {verdict for other, *_, verdict in VERDICTS if other == name} == {"yes", "NO"}
-
-
-def rows(rewards: list[float], response: str = " is good.") -> list[dict]:
-    return [{"query": f"Film {n}", "response": response, "reward": value} for n, value in enumerate(rewards)]
-
-
-def test_the_difference_is_printed_with_its_means_and_interval():
-    assert reward_difference(rows([1.0, 2.0]), rows([1.5, 2.5])) == (
-        "reward on 2 held-out prompts: 1.500 before, 2.000 after; difference +0.500, 95 % interval [+0.500, +0.500]"
-    )
-
-
-def test_sample_pairs_stand_one_below_the_other():
-    text = sample_pairs(rows([1.0] * 5), rows([-2.0] * 5, " is bad."))
-    assert text.count("prompt  ") == 3
-    assert text.splitlines()[:3] == ["prompt  'Film 0'", "  before (+1.00) is good.", "  after  (-2.00) is bad."]
-
-
-def test_the_comparison_is_saved_best_difference_first(tmp_path):
-    before, after = rows([1.0, 2.0, 3.0]), rows([1.5, 5.0, 2.0], ' is, "well",\nbad.')
-    save_comparison(tmp_path, before, after, {"before": {"reward": 2.0}, "after": {"reward": 2.5}})
-    assert json.loads((tmp_path / "results/comparison.json").read_text())["after"] == {"reward": 2.5}
-    with (tmp_path / "results/samples.csv").open(newline="", encoding="utf-8") as file:
-        saved = list(csv.DictReader(file))
-    assert [row["query"] for row in saved] == ["Film 1", "Film 0", "Film 2"]
-    assert [float(row["reward_diff"]) for row in saved] == [3.0, 0.5, -1.0]
-    assert {row["response_after"] for row in saved} == {' is, "well",\nbad.'}
 
 
 def evaluated(policy, reference, tokenizer, **settings) -> list[dict]:
@@ -240,11 +232,19 @@ def evaluated(policy, reference, tokenizer, **settings) -> list[dict]:
     return evaluate_policy(policy, reference, tokenizer, terms, prompts, config)
 
 
-def test_a_policy_is_evaluated_row_by_row(tokenizer):
-    """Against `score` on each row alone: KL summed over the response, the value before its first token."""
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_policy_is_evaluated_row_by_row(temperature, tokenizer):
+    """Against `score` on each row alone: KL and likelihood of the whole response, the value before its first token.
+
+    A token that the first response has in its middle is made the end, so that some rows are padded and some are not.
+    """
     policy, reference = new_policy(tokenizer), new_policy(tokenizer, seed=1)
     torch.nn.init.normal_(policy.value_head.weight)
-    table = evaluated(policy, reference, tokenizer)
+    middle = evaluated(policy, reference, tokenizer, temperature=temperature)[0]["response_ids"][5]
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(middle)
+    table = evaluated(policy, reference, tokenizer, temperature=temperature)
+    assert {row["ended"] for row in table} == {True, False} and table[0]["length"] <= 6
     assert [row["query"] for row in table] == [text[:9] for text in review_texts(10)]
     for row in table:
         assert row["reward_two"] == 2.0 and row["reward_length"] == len(row["response"])
@@ -254,8 +254,11 @@ def test_a_policy_is_evaluated_row_by_row(tokenizer):
         query, response = torch.tensor([row["query_ids"]]), torch.tensor([row["response_ids"]])
         masks = [torch.ones_like(ids, dtype=torch.bool) for ids in (query, response)]
         with torch.no_grad():
-            scores, others = (model.score(query, masks[0], response, masks[1]) for model in (policy, reference))
+            scores, others = (
+                model.score(query, masks[0], response, masks[1], temperature) for model in (policy, reference)
+            )
         assert row["kl"] == pytest.approx((scores.logprobs - others.logprobs).sum().item(), abs=1e-4)
+        assert row["reference_logprob"] == pytest.approx(others.logprobs.sum().item(), abs=1e-4)
         assert row["value"] == pytest.approx(scores.values[0, 0].item(), abs=1e-4)
 
 
@@ -270,19 +273,18 @@ def test_two_policies_draw_with_the_same_random_numbers(tokenizer):
     ]
 
 
-def test_the_summary_is_made_of_means():
-    """Worked by hand; the judge reads prompt and response."""
+def row(query: str, response: str, reward: float, length: int, **changes) -> dict:
+    """A row as `evaluate_policy` makes it: two terms, value half the reward, likelihood 1/2 a token."""
+    numbers = {"reward": reward, "reward_fn": reward + 1, "value": reward / 2, "length": length, "ended": True}
+    logprobs = {"kl": 0.5, "reference_logprob": -length * math.log(2)}
+    return {"query": query, "response": response, "text": query + response} | numbers | logprobs | changes
+
+
+def test_the_summary_of_a_policy_by_hand():
+    """Perplexity is of all tokens together, (5 log 2 + 9 log 2) / 7; the judge reads prompt and response."""
     table = [
-        {
-            "query": "A",
-            "response": " b c b c",
-            "text": "A b c b c",
-            "reward": 1.0,
-            "length": 4,
-            "ended": True,
-            "kl": 0.5,
-        },
-        {"query": "D", "response": " b c", "text": "D b c", "reward": 2.0, "length": 3, "ended": False, "kl": -0.1},
+        row("A", " b c b c", 1.0, 4, reference_logprob=-5 * math.log(2)),
+        row("D", " b c", 2.0, 3, reference_logprob=-9 * math.log(2), kl=-0.1, ended=False, reward_fn=6.0),
     ]
     read = []
 
@@ -290,15 +292,64 @@ def test_the_summary_is_made_of_means():
         read.extend(texts)
         return np.array([0.7, 0.5])
 
-    summary = summarise(table, judge, None, 0)
-    assert summary == pytest.approx(
-        {"reward": 1.5, "length": 3.5, "distinct_bigrams": 0.5, "ended": 0.5, "kl": 0.2, "positive": 0.5}, abs=1e-9
-    )
+    figures = {
+        **{"reward": 1.5, "reward_std": 0.5, "reward_min": 1, "reward_max": 2},
+        **{"reward_fn": 4, "reward_fn_std": 2, "reward_fn_min": 2, "reward_fn_max": 6},
+        **{"value": 0.75, "value_std": 0.25, "value_min": 0.5, "value_max": 1},
+        **{"length": 3.5, "length_std": 0.5, "length_min": 3, "length_max": 4},
+        **{"unique_token_ratio": 0.75, "repetition": 0.25, "vocabulary": 2},
+        **{"distinct_words": 1 / 3, "distinct_bigrams": 0.5, "ended": 0.5, "kl": 0.2, "reference_perplexity": 4},
+    }
+    assert summarise(table, judge, None, 0) == pytest.approx(figures | {"positive": 0.5}, abs=1e-9)
     assert read == ["A b c b c", "D b c"]
-    assert set(summarise(table, None, None, 0)) == {"reward", "length", "distinct_bigrams", "ended", "kl"}
+    assert summarise(table, None, None, 0) == pytest.approx(figures, abs=1e-9)
 
 
 def test_the_summary_asks_the_fluency_judge(monkeypatch):
     monkeypatch.setattr("evaluation.perplexity_under", lambda judge, rows, pad_id: judge.answer + pad_id)
-    table = [{"query": "A", "response": " b c", "text": "A b c", "reward": 1.0, "length": 4, "ended": True, "kl": 0.5}]
-    assert summarise(table, None, SimpleNamespace(answer=6.0), 1)["perplexity"] == 7.0
+    assert summarise([row("A", " b c", 1.0, 4)], None, SimpleNamespace(answer=6.0), 1)["perplexity"] == 7.0
+
+
+def test_policies_stand_side_by_side_and_the_difference_is_last_minus_first():
+    tables = {
+        name: [row("A", f" {name}.", reward, 3), row("B", f" {name}!", reward + shift, 4)]
+        for name, reward, shift in (("base", 1.0, 1.0), ("sft", 7.0, 1.0), ("ppo", 1.5, 3.0))
+    }
+    table = side_by_side(tables)
+    names = ("response", "reward", "reward_fn", "value", "length")
+    columns = [f"{name}_{policy}" for name in names for policy in ("base", "sft", "ppo")]
+    assert [list(line) for line in table] == [["query", *columns, "reward_diff"]] * 2
+    assert [line["response_sft"] for line in table] == [" sft.", " sft!"]
+    assert [line["value_ppo"] for line in table] == [0.75, 2.25]
+    assert [line["reward_diff"] for line in table] == [0.5, 2.5]
+    for rows in tables.values():
+        add_rouge(rows, ["base", "ppo"])
+    line = side_by_side(tables)[1]
+    assert list(line)[:2] == ["query", "reference"] and (line["reference"], line["rougeL_ppo"]) == ("ppo", 1)
+
+
+def test_a_comparison_holds_every_policy_its_difference_from_the_first_and_samples():
+    tables = {
+        name: [row(str(number), f" {name}", reward + number, 3) for number in range(7)]
+        for name, reward in (("base", 1.0), ("sft", 3.0), ("ppo", 0.5))
+    }
+    comparison = compare(tables)
+    assert (set(comparison), comparison["n_prompts"]) == ({"n_prompts", "figures", "differences", "samples"}, 7)
+    assert [own["reward"] for own in comparison["figures"].values()] == pytest.approx([4.0, 6.0, 3.5])
+    shifts = {name: paired["reward_fn"]["difference"] for name, paired in comparison["differences"].items()}
+    assert shifts == pytest.approx({"sft": 2.0, "ppo": -0.5})
+    assert [line["query"] for line in comparison["samples"]] == list("01234")
+    assert comparison["samples"] == side_by_side(tables)[:5]
+
+
+def test_policies_are_named_by_flags_or_are_the_runs_start_and_end():
+    config = micro_config(task="evaluate", output_dir="run")
+    assert list(policy_paths(config, "start").items()) == [("before", "start"), ("after", "run")]
+    named = micro_config(policies=("base=gpt2", "b=a=c/d"))
+    assert list(policy_paths(named, "start").items()) == [("base", "gpt2"), ("b", "a=c/d")]
+
+
+@pytest.mark.parametrize("entries", [("gpt2",), ("=gpt2",), ("base=",), ("base=gpt2", "base=run")])
+def test_policies_without_a_name_or_a_folder_or_with_the_same_name_are_refused(entries):
+    with pytest.raises(UsageError, match=f"--policies {entries[-1]!r}: expected NAME=FOLDER_OR_ID"):
+        policy_paths(micro_config(policies=entries), "start")

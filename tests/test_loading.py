@@ -118,8 +118,9 @@ def test_an_own_pad_token_is_kept(tmp_path):
 def test_a_policys_tokenizer_needs_an_eos_token_and_a_reward_models_does_not(tmp_path):
     PreTrainedTokenizerFast(tokenizer_object=letter_tokenizer()._tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path), "reward_model_path").pad_token_id == PAD
-    with pytest.raises(UsageError, match=f"--base_model_name {tmp_path}: its tokenizer has no end-of-sequence token"):
-        load_tokenizer(str(tmp_path))
+    for flag in ("base_model_name", "policies"):
+        with pytest.raises(UsageError, match=f"--{flag} {tmp_path}: its tokenizer has no end-of-sequence token"):
+            load_tokenizer(str(tmp_path), flag)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def test_a_folder_without_a_usable_model_is_a_usage_error_naming_the_flag(conten
 def test_a_folder_with_a_configuration_and_no_weights_is_a_usage_error(tmp_path):
     tiny_gpt2().config.save_pretrained(tmp_path)
     with pytest.raises(UsageError) as caught:
-        load_policy(str(tmp_path), "float32", CPU)
+        load_policy(Config(), str(tmp_path), CPU)
     assert_one_sentence(caught.value, f"--base_model_name {tmp_path}")
 
 
@@ -167,7 +168,7 @@ def test_a_broken_weights_file_is_a_usage_error(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(UsageError) as caught:
-        load_policy(str(tmp_path), "float32", CPU)
+        load_policy(Config(), str(tmp_path), CPU)
     assert_one_sentence(caught.value, f"--base_model_name {tmp_path}")
 
 
@@ -252,7 +253,7 @@ def test_an_encoder_decoder_with_counted_positions_must_fit_prompt_and_response_
 def test_load_policy_brings_the_value_head_back(family, tmp_path):
     policy = tiny_policy(family)
     save_policy(policy, letter_tokenizer(), tmp_path)
-    loaded = load_policy(str(tmp_path), "float32", CPU)
+    loaded = load_policy(Config(), str(tmp_path), CPU)
     for (name, saved), (other, restored) in zip(policy.state_dict().items(), loaded.state_dict().items(), strict=True):
         assert name == other
         assert torch.equal(saved, restored)
@@ -262,7 +263,7 @@ def test_load_policy_brings_the_value_head_back(family, tmp_path):
 
 def test_a_model_without_a_saved_value_head_starts_with_a_zero_one(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path)
-    loaded = load_policy(str(tmp_path), "float32", CPU)
+    loaded = load_policy(Config(), str(tmp_path), CPU)
     assert torch.equal(loaded.value_head.weight, torch.zeros(1, 32))
     assert torch.equal(loaded.value_head.bias, torch.zeros(1))
 
@@ -280,7 +281,7 @@ def test_the_value_head_is_a_file_beside_the_model_not_a_part_of_it(tmp_path):
 
 def test_loaded_weights_can_be_trained(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path)
-    policy = load_policy(str(tmp_path), "float32", CPU)
+    policy = load_policy(Config(), str(tmp_path), CPU)
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
 
 
@@ -329,5 +330,5 @@ def test_a_damaged_value_head_is_refused_in_one_sentence(tmp_path):
     save_policy(policy, letter_tokenizer(), tmp_path)
     (tmp_path / "value_head.safetensors").write_bytes(b"no weights")
     with pytest.raises(UsageError, match=r"value_head\.safetensors is no value head of this model") as refusal:
-        load_policy(str(tmp_path), "float32", torch.device("cpu"))
+        load_policy(Config(), str(tmp_path), CPU)
     assert "\n" not in str(refusal.value)

@@ -7,6 +7,8 @@ import math
 import os
 import re
 import shlex
+import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,10 @@ MISTAKES = {
         ["--task", "train", "--batch_size", "8", "--mini_batch_size", "2", "--gradient_accumulation_steps", "3"],
         "--gradient_accumulation_steps 3",
     ),
+    "whitened and normalised": (
+        ["--task", "train", "--whiten_scores", "--normalize_scores"],
+        "--whiten_scores undoes --normalize_scores",
+    ),
     "heads": (["--task", "train", "--n_embd", "16", "--n_head", "3"], "--n_head 3 does not divide --n_embd 16"),
     "top_k": (["--task", "train", "--top_k", "50"], "--top_k"),
     "top_p": (["--task", "train", "--top_p", "0.9"], "--top_p"),
@@ -91,6 +97,9 @@ MISTAKES = {
     "greedy": (["--task", "train", "--temperature", "0"], "--temperature 0"),
     "weights": (["--task", "train", "--reward_weights", "reward_model=much"], "reward_model=much"),
     "weight of no term": (["--task", "train", "--reward_weights", "reward_modle=1"], "did you mean reward_model?"),
+    "weight of no function": (["--task", "train", "--reward_weights", "reward_fn=1"], "needs --reward_fn FILE.py:NAME"),
+    "no length range": (["--task", "train", "--reward_weights", "length=1"], "--length_range is ''"),
+    "length range": (["--task", "train", "--length_range", "9,4"], "--length_range is '9,4', expected LOW,HIGH"),
     "device": (["--task", "train", "--device", "abacus"], "--device abacus"),
     "no file of a function": (["--task", "train", "--reward_fn", "nowhere.py:reward"], "nowhere.py:reward"),
     "no name of a function": (["--task", "train", "--reward_fn", "reward"], "FILE.py:NAME"),
@@ -177,7 +186,7 @@ DATA = {
         ("broken.parquet", "broken.parquet cannot be loaded"),
         ("empty.csv", "empty.csv"),
         ("header.csv", "header.csv"),
-        ("few.csv", "few.csv has no rows for validation"),
+        ("few.csv", "few.csv has no rows for train"),
         ("columns.csv", "--prompt_column 'text' is no column of the data; it has review, stars"),
         ("numbers.csv", "--prompt_column 'text' holds a int in row 0, expected a str"),
         ("gaps.jsonl", "--prompt_column 'text' holds a NoneType"),
@@ -328,6 +337,52 @@ def test_a_reward_function_that_misbehaves_ends_the_run(function, words, workpla
     assert listing(workplace) == before
 
 
+COMPOSITE = ["--reward_weights", "reward_model=1.0,repetition=-0.5,length=0.1", "--length_range", "2,6"]
+
+
+def test_a_composite_reward_is_logged_term_by_term(workplace):
+    """The terms of every logged response, worked out anew from its text, and their weighted sum."""
+    assert run("--task", "train", *COMPOSITE, *flags(batch_size=8)) == 0
+    folder = workplace / "saved_models/tiny/ppo-2"
+    rows = log(folder)
+    names = ["reward_reward_model", "reward_repetition", "reward_length"]
+    assert list(rows[0]) == ["step", "query", "response", "reward", *names]
+    for row in rows:
+        words = row["response"].lower().split()
+        again = sum(word in words[:i] for i, word in enumerate(words))
+        assert float(row["reward_repetition"]) == pytest.approx(again / max(1, len(words)), abs=1e-6)
+        assert float(row["reward_length"]) == (0 if len(words) in (2, 3, 4, 5, 6) else -1)
+        model, repeated, length = (float(row[name]) for name in names)
+        assert float(row["reward"]) == pytest.approx(model - 0.5 * repeated + 0.1 * length, abs=1e-6)
+    assert {row["reward_length"] for row in rows} == {"0.0", "-1.0"}
+    for row in stats(folder):
+        own = [r for r in rows if int(r["step"]) == row["step"]]
+        for name in names:
+            assert row[name] == pytest.approx(sum(float(r[name]) for r in own) / 8, abs=1e-6)
+
+
+def test_scores_normalised_on_request_have_the_moments_of_the_run(workplace):
+    """The mean score of each step, worked out from the rewards of every response logged up to it."""
+    assert run("--task", "train", "--normalize_scores", "--missing_eos_penalty", "0", *flags()) == 0
+    folder = workplace / "saved_models/tiny/ppo-2"
+    rewards = [float(row["reward"]) for row in log(folder)]
+    for row in stats(folder):
+        so_far = rewards[: 4 * row["step"] + 4]
+        wanted = (statistics.mean(so_far[-4:]) - statistics.mean(so_far)) / statistics.stdev(so_far)
+        assert row["score"] == pytest.approx(wanted, abs=1e-3)
+        assert row["reward"] == pytest.approx(statistics.mean(so_far[-4:]), abs=1e-6)
+    assert rewards[:4] != [0.0] * 4
+
+
+def test_a_composite_without_the_classifier_trains_none(workplace, capsys):
+    shutil.rmtree(workplace / "saved_models/tiny/reward")
+    weights = ["--reward_weights", "length=1,repetition=-1", "--length_range", "2,6"]
+    assert run("--task", "train", "--dry_run", *weights, *flags()) == 0
+    assert not (workplace / "saved_models/tiny/reward").exists()
+    output = capsys.readouterr().out
+    assert len(re.findall(r"^  length -?[01]\.000, repetition 0\.\d{3}$", output, re.MULTILINE)) == 3
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -397,7 +452,10 @@ STATISTICS = {
     "return",
     "explained_variance",
     "response_length",
+    "distinct_bigrams",
+    "ref_perplexity",
     "ended",
+    "alarms",
     "loss",
     "policy_loss",
     "value_loss",
@@ -427,7 +485,7 @@ def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
     assert set(os.listdir(chain.root)) == {"saved_models"}
     assert set(os.listdir(chain.root / "saved_models/tiny")) == set(folders)
     assert folders["sft"] == model | {"generation_config.json"}
-    assert folders["reward"] == model
+    assert folders["reward"] == model | {"plots"}
     assert folders["ppo"] == model | {
         "generation_config.json",
         "value_head.safetensors",
@@ -436,6 +494,7 @@ def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
         "timings.json",
         "plots",
         "NOTICE.txt",
+        "manifest.json",
     }
     assert (chain.root / PPO / "plots/training.png").read_bytes().startswith(b"\x89PNG")
 
@@ -473,6 +532,7 @@ def test_the_statistics_have_a_row_a_step_with_every_figure(chain):
     assert [row["step"] for row in rows] == [0, 1]
     for row in rows:
         assert set(row) >= STATISTICS
+        assert row.pop("alarms") == []
         assert all(math.isfinite(value) for value in row.values())
     assert not any(re.search("second|time", name) for name in rows[0])
 
@@ -554,7 +614,7 @@ def test_stages_run_alone_into_a_folder_of_their_own(workplace, capsys):
     for stage in ("sft", "reward"):
         assert run("--task", stage, "--output_dir", f"my-{stage}", *flags()) == 0
         files = listing(workplace / f"my-{stage}")
-        files.pop("run_config.json")
+        files = {n: b for n, b in files.items() if n != "run_config.json" and not n.startswith("plots")}  # they name it
         assert files == {name: (workplace / "saved_models/tiny" / stage / name).read_bytes() for name in files}
         assert f"in my-{stage}" in capsys.readouterr().out
 
@@ -688,13 +748,16 @@ def test_evaluate_prints_its_figures_and_writes_them(workplace, capsys):
     for name in figures:
         assert re.search(rf"^{name} +-?\d+\.\d{{3}} +-?\d+\.\d{{3}}   .*: (yes|NO)$", output, re.MULTILINE)
     assert "reward on 4 held-out prompts" in output and "independent judge" in output
-    results = {f"{PPO}/results", f"{PPO}/results/comparison.json", f"{PPO}/results/samples.csv"}
+    results = {"comparison.json", "samples.csv", "test_results_reviews.csv"}
+    results = {f"{PPO}/results", f"{PPO}/plots/comparison.png", *(f"{PPO}/results/{name}" for name in results)}
     made = {name for name in after.keys() - before.keys() if not name.startswith("saved_models/tiny/judge")}
     assert made == results and {name: after[name] for name in before} == before
-    comparison = json.loads((workplace / PPO / "results/comparison.json").read_text())
-    assert set(comparison) == {"before", "after"}
-    assert all(set(figures) | {"reward"} == set(comparison[name]) for name in comparison)
-    assert comparison["before"]["kl"] == 0
+    comparison = json.loads(after[f"{PPO}/results/comparison.json"])
+    assert comparison["policies"] == {"before": "saved_models/tiny/sft", "after": str(PPO)}
+    assert list(comparison["splits"]) == ["test"]
+    own = comparison["splits"]["test"]["figures"]
+    assert set(own) == {"before", "after"} and own["before"]["kl"] == 0
+    assert all({*figures, "reward", "reward_reward_model_std", "repetition"} <= set(own[name]) for name in own)
     assert_samples(workplace / PPO / "results/samples.csv")
 
 
@@ -710,6 +773,57 @@ def assert_samples(path: Path) -> None:
     for row in rows:
         difference = float(row["reward_after"]) - float(row["reward_before"])
         assert difference == pytest.approx(float(row["reward_diff"]), abs=1e-9)
+
+
+def read_table(path: Path) -> list[dict]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture
+def no_bars(monkeypatch):
+    """Bars are drawn in the first test of `evaluate`, and in test_plot.py."""
+    monkeypatch.setattr("plot.plot_comparison", lambda folder, notice="": folder / "plots/comparison.png")
+
+
+def test_evaluate_compares_any_number_of_policies(workplace, no_bars, capsys):
+    """The first is the reference; a policy that is it twice differs from it in nothing."""
+    sft = "saved_models/tiny/sft"
+    policies = {"base": sft, "ppo": str(PPO), "again": sft}
+    flag = [part for name, path in policies.items() for part in ("--policies", f"{name}={path}")]
+    assert run("--task", "evaluate", *flag) == 0
+    output = capsys.readouterr().out
+    assert "should be" not in output
+    number, interval = r"-?\d+\.\d{3}", r"[+-]\d+\.\d{3} \[[+-]\d+\.\d{3}, [+-]\d+\.\d{3}\]"
+    line = rf"^reward +({number}) +{number} +({number})   ppo - base {interval}   again - base (.*)$"
+    base, again, difference = re.search(line, output, re.MULTILINE).groups()
+    assert base == again and difference == "+0.000 [+0.000, +0.000]"
+    assert re.search(r"^  base .*\n  ppo .*\n  again .*$", output, re.MULTILINE)
+    comparison = json.loads((workplace / PPO / "results/comparison.json").read_text())
+    assert comparison["policies"] == policies
+    split = comparison["splits"]["test"]
+    figures = split["figures"]
+    assert list(figures) == [*policies] and figures["base"] == figures["again"] != figures["ppo"]
+    assert set(split["differences"]) == {"ppo", "again"}
+    shift = figures["ppo"]["length"] - figures["base"]["length"]
+    assert split["differences"]["ppo"]["length"]["difference"] == pytest.approx(shift)
+    rows = read_table(workplace / PPO / "results/samples.csv")
+    columns = [f"{kind}_{name}" for kind in ("response", "reward") for name in policies]
+    assert list(rows[0]) == ["query", *columns, "reward_diff"]
+    assert [float(row["reward_diff"]) for row in rows] == [0.0] * 4  # from first to last
+
+
+def test_evaluate_refuses_policies_that_it_cannot_compare(workplace, t5_folder, capsys):
+    sft = "saved_models/tiny/sft"
+    for flag, words in {
+        sft: f"--policies '{sft}': expected NAME=FOLDER_OR_ID",
+        "base=nowhere/at/all": "--policies nowhere/at/all is no folder",
+        f"t5={t5_folder}": f"--policies {t5_folder} has another vocabulary than the first policy",
+    }.items():
+        assert_refused(capsys, workplace, ["--task", "evaluate", "--policies", f"a={sft}", "--policies", flag], words)
+    arguments = ["--task", "evaluate", "--reference_column", "summary"]
+    assert_refused(capsys, workplace, arguments, "--reference_column 'summary' is no column of the data")
+    assert_refused(capsys, workplace, ["--task", "evaluate", "--max_new_tokens", "40"], "--max_new_tokens 40")
 
 
 def test_plot_draws_again(workplace, capsys):
@@ -763,6 +877,32 @@ def test_an_encoder_decoder_trains_on_a_plain_function(t5_folder, plain, capsys)
     assert f"\n{PROMPTS[0]['question'][:10]}" in capsys.readouterr().out
 
 
+def test_evaluate_reports_rouge_and_values_on_both_splits(t5_folder, plain, no_bars, monkeypatch, capsys):
+    """No judge is trained where the model was not: their rows are not set apart there."""
+    assert run("--task", "train", *plain_flags(t5_folder)) == 0
+    capsys.readouterr()
+    monkeypatch.setattr("evaluation.load_text_judge", lambda *_: pytest.fail("a judge was trained"))
+    assert run("--task", "evaluate", "--eval_split", "both", "--reference_column", "answer") == 0
+    output = capsys.readouterr().out
+    assert re.search(r"^rougeL +\d\.\d{3} +\d\.\d{3}$", output, re.MULTILINE)
+    (results,) = plain.glob("saved_models/*/ppo/results")
+    splits = json.loads((results / "comparison.json").read_text())["splits"]
+    files = {"validation": ("val_results_prompts.csv", 4), "test": ("test_results_prompts.csv", 4)}
+    assert list(splits) == list(files)
+    answers = {row["question"]: row["answer"] for row in PROMPTS}
+    for split, (name, count) in files.items():
+        rows = read_table(results / name)
+        assert f"on {count} {split} prompts" in output and len(rows) == splits[split]["n_prompts"] == count
+        assert all(row["reference"] == answers[row["query"]] for row in rows)
+        for policy, figures in splits[split]["figures"].items():
+            for column in ("reward", "reward_reward_fn", "rouge1", "rouge2", "rougeL", "value", "length"):
+                values = [float(row[f"{column}_{policy}"]) for row in rows]
+                assert figures[column] == pytest.approx(sum(values) / count, abs=1e-9)
+        assert all({"response_before", "response_after", "reward_diff"} <= set(row) for row in rows)
+    samples = read_table(results / "samples.csv")
+    assert len(samples) == 8 and "reference" not in samples[0]
+
+
 def test_a_causal_model_trains_on_a_plain_function(chain, plain, capsys):
     """The chain's language model as any other: a folder with a model in Hugging Face format."""
     assert run("--task", "train", *plain_flags(chain.root / "saved_models/tiny/sft")) == 0
@@ -773,7 +913,7 @@ def test_a_causal_model_trains_on_a_plain_function(chain, plain, capsys):
 def test_a_reward_model_named_by_the_user_is_never_trained(workplace, monkeypatch):
     """A name that is no folder here is one on the Hub."""
     trained = []
-    monkeypatch.setattr("sft.run_reward", lambda *arguments: trained.append("reward"))
+    monkeypatch.setattr("classifier.run_reward", lambda *arguments: trained.append("reward"))
     monkeypatch.setattr("train.train", lambda config, base, reward, folder: trained.append(reward))
     assert run("--task", "train", "--reward_model_path", "someone/sentiment", *flags()) == 0
     assert trained == ["someone/sentiment"]
@@ -800,3 +940,31 @@ def test_evaluation_refuses_what_training_refuses(workplace, capsys):
         assert_refused(capsys, workplace, ["--task", "evaluate", *flag], "are for --task generate")
     assert_refused(capsys, workplace, ["--task", "evaluate", "--max_new_tokens", "400"], "--max_new_tokens 400")
     assert_refused(capsys, workplace, ["--task", "train", *flags(dtype="bfloat16")], "train in float32")
+
+
+def test_the_newest_policy_is_also_put_where_final_dir_says(workplace, capsys):
+    """In place of the one before it; a folder of something else is left alone, and the run is kept all the same."""
+    for _ in range(2):
+        assert run("--task", "train", *flags(final_dir="final", seed=1)) == 0
+        (newest,) = (json.loads((workplace / "final" / "manifest.json").read_text()),)
+    assert (workplace / "final/model.safetensors").read_bytes() == (
+        workplace / PPO.with_name("ppo-3") / "model.safetensors"
+    ).read_bytes()
+    assert "AutoModelForCausalLM" in newest["loads_with"]
+    (workplace / "other").mkdir()
+    (workplace / "other/thing").write_text("mine")
+    capsys.readouterr()
+    assert run("--task", "train", *flags(final_dir="other")) == 1
+    assert "other cannot be written" in capsys.readouterr().err
+    assert listing(workplace / "other") == {"thing": b"mine"}
+    assert (workplace / PPO.with_name("ppo-4") / "model.safetensors").exists()
+
+
+def test_the_sft_stage_comes_first_where_that_is_asked_for(t5_folder, plain, no_bars, capsys):
+    """An encoder-decoder is taught the answers, then trained by PPO from there; a second run finds the stage done."""
+    arguments = [*plain_flags(t5_folder), "--sft_first", "--completion_column", "answer"]
+    assert run(*["--task", "train", *arguments]) == 0
+    output = capsys.readouterr().out
+    assert "language model: held-out perplexity" in output and "/sft: " in output
+    assert run(*["--task", "train", *arguments]) == 0
+    assert "held-out perplexity" not in capsys.readouterr().out

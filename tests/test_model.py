@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import ppo
+from config import Config
 from dataset import pad
 from generate import sample
 from loading import (
@@ -305,7 +306,7 @@ def test_values_start_at_zero_and_their_first_loss_leaves_the_trunk_alone(family
 def test_save_and_load_changes_neither_values_nor_log_probabilities(family, head, tmp_path):
     policy = tiny_policy(family) if head == "random" else PolicyModel(BUILDERS[family]()).eval()
     save_policy(policy, new_tokenizer(["a"], 300, 64), tmp_path)
-    loaded = load_policy(str(tmp_path), "float32", CPU).eval()
+    loaded = load_policy(Config(), str(tmp_path), CPU).eval()
     with torch.no_grad():
         for before, after in zip(policy.score(*encode(policy))[:2], loaded.score(*encode(loaded))[:2], strict=True):
             assert torch.equal(before, after)
@@ -378,7 +379,7 @@ def test_a_loaded_policy_scores_the_same_twice_in_train_mode(family, tmp_path):
     model.save_pretrained(tmp_path)
     stored = AutoConfig.from_pretrained(tmp_path)
     assert all(getattr(stored, name) == 0.4 for name in rates[family])
-    policy = load_policy(str(tmp_path), "float32", CPU)
+    policy = load_policy(Config(), str(tmp_path), CPU)
     in_eval = policy.eval().score(*encode(policy)).logprobs
     for _ in range(2):
         assert torch.equal(policy.train().score(*encode(policy)).logprobs, in_eval)
@@ -396,7 +397,7 @@ def test_a_checkpoint_in_bfloat16_is_trained_in_float32(tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_bfloat16_policy_scores_in_float32_within_tolerance_of_its_sampler(family, tmp_path):
     BUILDERS[family]().save_pretrained(tmp_path)
-    policy = load_policy(str(tmp_path), "bfloat16", CPU)
+    policy = load_policy(Config(task="generate", dtype="bfloat16"), str(tmp_path), CPU)
     assert policy.language_model.dtype == torch.bfloat16
     assert policy.value_head.weight.dtype == torch.float32
     query_ids, query_mask, _, _ = encode(policy)
@@ -430,7 +431,7 @@ def test_activation_checkpointing_recomputes_in_train_mode_and_changes_no_gradie
     save_policy(tiny_policy(family), new_tokenizer(["a"], 300, 64), tmp_path)
     gradients = []
     for switched_on in (False, True):
-        policy = load_policy(str(tmp_path), "float32", CPU, gradient_checkpointing=switched_on)
+        policy = load_policy(Config(gradient_checkpointing=switched_on), str(tmp_path), CPU)
         policy.eval().score(*encode(policy))
         assert calls == []
         scores = policy.train().score(*encode(policy))

@@ -382,6 +382,58 @@ def test_scores_are_penalised_then_whitened_then_clipped():
     assert_close(shaped, f64(*[1 / math.sqrt(7)] * 7, -2.0))
 
 
+NO_SCORES = (0, 0.0, 0.0)
+
+
+def test_running_moments_by_hand():
+    """(1, 2, 3, 4): μ = 2.5, S = 5. With (10, 20), μ = 40/6 and S = 530 - 40²/6; σ is unbiased (spec.md, O30)."""
+    first = ppo.update_moments(NO_SCORES, f64(1.0, 2.0, 3.0, 4.0))
+    assert first == (4, 2.5, 5.0)
+    n, mean, squares = ppo.update_moments(first, f64(10.0, 20.0))
+    assert n == 6
+    assert_close(mean, 6.6666666667)
+    assert_close((squares / 5) ** 0.5, 7.2571803524)
+
+
+@pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 1, 6], [1, 11]])
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_running_moments_equal_those_of_all_scores_at_once(sizes, offset):
+    """NumPy's mean and unbiased deviation of the whole; far from 0 too, where E[s²] - μ² would lose every digit."""
+    scores = offset + torch.randn(12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    moments = NO_SCORES
+    for part in scores.split(sizes):
+        moments = ppo.update_moments(moments, part)
+    assert moments[0] == 12
+    assert_close(moments[1], np.mean(scores.numpy()))
+    assert_close((moments[2] / 11) ** 0.5, np.std(scores.numpy(), ddof=1))
+
+
+def test_running_moments_are_those_of_doubles():
+    """(2²⁴, 1, 1) in single precision, where 2²⁴ + 1 is 2²⁴: μ = 5592406 and S = 11184810² + 2 · 5592405²."""
+    moments = ppo.update_moments(NO_SCORES, torch.tensor([2.0**24, 1.0, 1.0]))
+    assert moments == (3, 5592406.0, 187649962104150.0)
+
+
+def test_scores_are_normalised_by_the_moments_of_the_run():
+    """Worked by hand: (10 - 40/6) / 7.2571803524 and (20 - 40/6) / 7.2571803524; whitened they would be -1 and 1."""
+    moments = (6, 40 / 6, 530 - 1600 / 6)
+    shaped = ppo.shape_scores(f64(10.0, 20.0), HAS_EOS[:2], moments=moments)
+    assert_close(shaped, f64(0.4593152121, 1.8372608484), atol=1e-8)
+
+
+def test_normalising_a_single_or_a_constant_score_gives_0():
+    for scores in (f64(5.0), f64(5.0, 5.0, 5.0)):
+        has_eos = torch.ones_like(scores, dtype=torch.bool)
+        moments = ppo.update_moments(NO_SCORES, scores)
+        assert_close(ppo.shape_scores(scores, has_eos, moments=moments), torch.zeros_like(scores))
+
+
+def test_scores_are_penalised_then_normalised_then_clipped():
+    """Worked by hand: minus the penalty (1, 5, 5, -1); μ = 1 and σ = 2 give (0, 2, 2, -1), of which 2 is clipped."""
+    shaped = ppo.shape_scores(f64(1.0, 9.0, 5.0, 3.0), HAS_EOS, 4.0, clip=1.5, moments=(5, 1.0, 16.0))
+    assert_close(shaped, f64(0.0, 1.5, 1.5, -1.0), atol=1e-8)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # r_t = -β k_t, plus s on the last real token
 # ----------------------------------------------------------------------------------------------------------------

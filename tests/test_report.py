@@ -4,6 +4,8 @@ import csv
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -17,7 +19,7 @@ from generate import Sample
 from loading import new_language_model
 from model import PolicyModel, frozen_copy
 from ppo import Rollout
-from report import bar_numbers, batch_arithmetic, check_invariants, memory_estimate, rollout_stats
+from report import LIMITS, alarms, bar_numbers, batch_arithmetic, check_invariants, memory_estimate, rollout_stats
 from train import Models, collect_rollout, load_prompts
 
 pytest_plugins = ["micro"]
@@ -201,10 +203,12 @@ def test_the_statistics_of_a_rollout_by_hand():
         advantages=torch.zeros(2, 3),
         returns=torch.tensor([[2.0, 2.0, 4.0], [0.0, x, x]]),
     )
-    stats = rollout_stats(rollout, {"fn": torch.tensor([3.0, 5.0])}, torch.tensor([1.0, 2.0]))
+    responses = ["good  film good\nFilm", " bad"]
+    stats = rollout_stats(rollout, {"fn": torch.tensor([3.0, 5.0])}, torch.tensor([1.0, 2.0]), responses)
     k3 = (math.exp(-0.5) - 0.5) + (math.exp(1.0) - 2.0) + (math.exp(-0.5) - 0.5)
     expected = {"reward": 1.5, "reward_fn": 4.0, "score": 1.0, "kl": 0.4, "kl_k1": 0.0, "kl_k3": k3 / 2}
     expected |= {"value": 2.0, "return": 2.0, "response_length": 2.0}
+    expected |= {"distinct_bigrams": 2 / 3, "ref_perplexity": math.exp(4.5 / 4)}  # good film, film good, good film
     # returns 2 2 4 0 have variance 2, and returns - values 1 0 1 -2 have 1.5
     assert stats == pytest.approx(expected | {"explained_variance": 0.25}, abs=1e-5)
 
@@ -213,6 +217,122 @@ def test_the_progress_bar_shows_five_numbers():
     stats = {"reward": 1.234, "kl_k1": -0.01, "entropy": 2.5, "response_length": 11.6, "ended": 0.25, "loss": 1.0}
     expected = {"reward": "1.23", "kl": "-0.01", "entropy": "2.50", "length": "12", "eos": "25%"}
     assert bar_numbers(stats) == expected
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Alarms
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def log_row(**changes) -> dict[str, float]:
+    healthy = {"reward": 0.5, "response_length": 20.0, "distinct_bigrams": 0.5, "ended": 0.75, "ref_perplexity": 8.0}
+    return healthy | changes
+
+
+# Two rollouts whose mean is the healthy row, so that neither of them alone is the start.
+BEGINNING = [
+    log_row(reward=0.4, response_length=22.0, distinct_bigrams=0.75, ended=1.0, ref_perplexity=12.0),
+    log_row(reward=0.6, response_length=18.0, distinct_bigrams=0.25, ended=0.5, ref_perplexity=4.0),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "inside", "outside"),
+    [
+        ("response_length", [10.0, 20.0, 40.0], [9.9, 1.0, 40.1]),  # 50 and 200 % of 20 tokens
+        ("distinct_bigrams", [0.31, 1.0], [0.29, 0.0]),  # 60 % of .5
+        ("ended", [0.56, 1.0], [0.54, 0.0]),  # .75 less 20 points
+        ("ref_perplexity", [4.0, 8.0, 16.0], [3.9, 16.1]),  # 50 and 200 % of 8
+    ],
+)
+def test_an_alarm_is_raised_just_outside_its_bounds(name, inside, outside):
+    for value in inside:
+        assert alarms([*BEGINNING, log_row(reward=0.51, **{name: value})]) == {}
+    for value in outside:
+        assert list(alarms([*BEGINNING, log_row(reward=0.51, **{name: value})])) == [name]
+
+
+def test_an_alarm_says_in_words_what_happened():
+    history = [*BEGINNING, log_row(reward=0.9, response_length=1.0, ended=0.25)]
+    assert alarms(history) == {
+        "response_length": "the reward rose from 0.5 to 0.9 while the mean length in tokens went from 20 to 1; "
+        "expected 50 to 200 % of the start",
+        "ended": "the reward rose from 0.5 to 0.9 while the share of responses with EOS went from 0.75 to 0.25; "
+        "expected at most 20 points under the start",
+    }
+
+
+COLLAPSED = {"response_length": 1.0, "distinct_bigrams": 0.0, "ended": 0.0, "ref_perplexity": 1.0}
+
+
+def test_everything_may_go_wrong_at_once():
+    assert set(alarms([*BEGINNING, log_row(reward=0.9, **COLLAPSED)])) == set(COLLAPSED) == set(LIMITS)
+
+
+@pytest.mark.parametrize("reward", [0.5, 0.45, -1.0])
+def test_there_is_no_alarm_while_the_reward_is_not_higher(reward):
+    """A collapse that nothing rewards shows in the reward itself."""
+    assert alarms([*BEGINNING, log_row(reward=reward, **COLLAPSED)]) == {}
+
+
+def test_an_alarm_is_about_the_latest_rollout():
+    bad = log_row(reward=0.9, **COLLAPSED)
+    assert alarms([*BEGINNING, bad, log_row(reward=0.9)]) == {}
+    assert set(alarms([*BEGINNING, log_row(reward=0.6), bad])) == set(LIMITS)
+    assert set(alarms([*BEGINNING, bad, bad])) == set(LIMITS)
+
+
+def test_the_first_rollouts_are_what_is_compared_with():
+    assert alarms(BEGINNING[:1]) == alarms(BEGINNING) == {}
+    assert alarms([log_row(reward=0.1), log_row(reward=0.9, **COLLAPSED)]) == {}
+
+
+def test_responses_without_two_words_raise_no_alarm_of_their_own():
+    """A share of no word pairs is 0 from the start on."""
+    start = [row | {"distinct_bigrams": 0.0} for row in BEGINNING]
+    assert alarms([*start, log_row(reward=0.9, distinct_bigrams=0.0)]) == {}
+
+
+SHORT = "def short(prompts, responses, rows):\n    return [-len(response.split()) for response in responses]\n"
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    """`--task train` of the tiny preset itself, with more flags, as a command of its own; its stages are made once."""
+    root = tmp_path_factory.mktemp("tiny")
+    (root / "rewards.py").write_text(SHORT)
+
+    def run(name: str, *arguments: str) -> tuple[str, list[dict]]:
+        command = [sys.executable, report.__file__.replace("report.py", "main.py"), "--task", "train"]
+        done = subprocess.run(
+            [*command, "--output_dir", name, *arguments], cwd=root, capture_output=True, text=True, check=True
+        )
+        return done.stdout, json.loads((root / name / "training_stats.json").read_text())
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_collapse_provoked_on_purpose_raises_the_alarm(tiny_run):
+    """A reward for saying little at no price of KL: the policy learns to say next to nothing, and is told on once."""
+    output, rows = tiny_run("collapse", "--reward_fn", "rewards.py:short", "--kl_coef", "0")
+    lengths = [row["response_length"] for row in rows]
+    assert lengths[0] > 15 and lengths[-1] < 5
+    first = next(row["step"] for row in rows if any("mean length in tokens" in text for text in row["alarms"]))
+    halved = next(step for step, n in enumerate(lengths) if step > 1 and n < (lengths[0] + lengths[1]) / 4)
+    assert first == halved
+    assert output.count("while the mean length in tokens went from") == 1
+    assert f"alarm at update {first}: the reward rose from" in output
+    assert rows[-1]["alarms"] != []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["0", "1", "2"])
+def test_a_good_run_raises_no_alarm(seed, tiny_run):
+    output, rows = tiny_run(f"good-{seed}", "--seed", seed)
+    assert rows[-1]["reward"] > rows[0]["reward"] + 0.3
+    assert [row["alarms"] for row in rows] == [[]] * 24
+    assert "alarm" not in output
 
 
 def test_logs_grow_by_a_rollout_and_keep_every_character(tmp_path):

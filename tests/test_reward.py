@@ -24,11 +24,14 @@ from reward import (
     check_scores,
     classifier_term,
     label_index,
+    length_term,
     load_reward_function,
     load_reward_model,
     load_reward_terms,
     needs_reward_model,
+    parse_range,
     parse_weights,
+    repetition,
     reward_from_logits,
     total_reward,
 )
@@ -92,9 +95,15 @@ def test_a_weight_of_zero_reports_a_term_without_counting_it():
         ({"reward_fn": True}, ["reward_fn"]),
         ({"reward_fn": True, "reward_weights": "reward_fn=2"}, ["reward_fn"]),
         ({"reward_fn": True, "reward_weights": "reward_fn=2,reward_model=1"}, ["reward_fn", "reward_model"]),
+        ({"reward_weights": "reward_model=-1"}, ["reward_model"]),
+        ({"reward_weights": "repetition=-1"}, ["repetition"]),
+        ({"reward_weights": "length=1,reward_model=0", "length_range": "1,2"}, ["length", "reward_model"]),
+        ({"length_range": "1,2"}, ["reward_model"]),
     ],
 )
-def test_a_function_replaces_the_classifier_unless_both_are_weighted(settings, expected, function, monkeypatch):
+def test_the_weights_choose_the_terms_and_without_them_a_function_replaces_the_classifier(
+    settings, expected, function, monkeypatch
+):
     monkeypatch.setattr(reward, "classifier_term", lambda *_: constant(1.0))
     config = micro_config(**settings | ({"reward_fn": function} if "reward_fn" in settings else {}))
     assert list(load_reward_terms(config, "classifier", CPU)) == expected
@@ -103,8 +112,64 @@ def test_a_function_replaces_the_classifier_unless_both_are_weighted(settings, e
 
 def test_a_weight_for_a_term_that_is_not_there_is_refused(function):
     config = micro_config(reward_fn=function, reward_weights="reward_fm=1")
-    with pytest.raises(UsageError, match=r"'reward_fm'; the terms here are reward_fn; did you mean reward_fn\?"):
+    known = "reward_model, reward_fn, repetition, length"
+    with pytest.raises(UsageError, match=rf"'reward_fm'; the terms are {known}; did you mean reward_fn\?"):
         load_reward_terms(config, "classifier", CPU)
+
+
+def test_a_function_and_its_weight_need_each_other(function):
+    """Neither may be left out silently where the weights choose the terms."""
+    with pytest.raises(UsageError, match=r"--reward_weights 'reward_fn=1' needs --reward_fn FILE\.py:NAME"):
+        load_reward_terms(micro_config(reward_weights="reward_fn=1"), "classifier", CPU)
+    with pytest.raises(UsageError, match="--reward_weights 'repetition=-1' needs a weight for reward_fn"):
+        load_reward_terms(micro_config(reward_fn=function, reward_weights="repetition=-1"), "classifier", CPU)
+
+
+@pytest.mark.parametrize("text", ["", "5", "5,4", "-1,4", "1,2,3", "low,high", "1.5,4", "4,"])
+def test_a_length_range_that_is_none_is_refused(text):
+    with pytest.raises(UsageError, match=f"--length_range is '{text}', expected LOW,HIGH in words, 0 <= LOW <= HIGH"):
+        load_reward_terms(micro_config(reward_weights="length=1", length_range=text), "classifier", CPU)
+    assert parse_range("5, 40") == (5, 40) and parse_range("0,0") == (0, 0)
+
+
+def test_a_length_range_is_checked_where_nothing_reads_it(function):
+    with pytest.raises(UsageError, match="--length_range is '9,1'"):
+        load_reward_terms(micro_config(reward_fn=function, length_range="9,1"), "classifier", CPU)
+
+
+def test_repetition_by_hand():
+    """4 words of which 2 differ; 3 of which 2, whatever their case; none twice, as a full stop belongs to its word."""
+    texts = ["the film the\nfilm", "A  a b ", "A good film, good.", "film", "", " \n"]
+    expected = [0.5, 1 / 3, 0.0, 0.0, 0.0, 0.0]
+    assert_close(repetition(texts, texts, [{}] * 6), expected, atol=1e-7)
+    assert_close(repetition([""], ["a " * 100], [{}]), [0.99], atol=1e-7)
+
+
+def test_repetition_reads_the_response_alone():
+    assert repetition(["a a a a"], ["a b"], [{}]).tolist() == [0.0]
+
+
+def test_length_by_hand():
+    """In words, from 2 to 4, both included; the prompt's do not count."""
+    responses = ["", "one", "one two", "one,  two\nthree ", "1 2 3 4", "1 2 3 4 5", "a" * 50]
+    term = length_term(2, 4)
+    assert term(["a b c"] * 7, responses, [{}] * 7).tolist() == [-1.0, -1.0, 0.0, 0.0, 0.0, -1.0, -1.0]
+    assert length_term(0, 0)(["a"] * 2, ["", "a"], [{}] * 2).tolist() == [0.0, -1.0]
+
+
+def test_weights_are_signed_so_that_a_higher_total_is_better(monkeypatch):
+    """By hand, as positive as each other by the classifier: .8, less .5 x 3/4 for a loop of four, less .1 for too few
+    words, and less .5 x 5/6 and .1 for a loop that is too long; so the best text has the highest total."""
+    monkeypatch.setattr(reward, "classifier_term", lambda *_: constant(0.8))
+    config = micro_config(reward_weights="reward_model=1.0,repetition=-0.5,length=0.1", length_range="3,5")
+    terms = load_reward_terms(config, "classifier", CPU)
+    responses = [" a fine film indeed", " fine", " fine fine fine fine", " fine" * 6]
+    total, values = total_reward(terms, ["I saw it:"] * 4, responses, [{}] * 4, config)
+    assert_close(total, [0.8, 0.7, 0.425, 0.8 - 2.5 / 6 - 0.1], atol=1e-6)
+    assert total.tolist() == sorted(total.tolist(), reverse=True)
+    assert list(values) == ["reward_model", "repetition", "length"]
+    assert_close(values["repetition"], [0.0, 0.0, 0.75, 5 / 6], atol=1e-6)
+    assert values["length"].tolist() == [0.0, -1.0, 0.0, -1.0]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +354,7 @@ def classifier_folder(tmp_path_factory):
 
 
 def settings(**overrides):
-    return type("Settings", (), {"reward_label": "", "reward_output": "logit"} | overrides)
+    return type("Settings", (), {"reward_label": "", "reward_output": "logit", "reward_in_8bit": False} | overrides)
 
 
 def test_reward_model_reads_the_label_that_is_asked_for(classifier_folder):
@@ -329,6 +394,23 @@ def test_a_text_beyond_the_classifiers_length_loses_its_beginning(classifier_fol
     long, other, short = (reward_model([text])[0] for text in ("beginning, then " + end, "x" * 90 + end, end))
     assert long == other == short
     assert abs(reward_model(["another end !!!!"])[0] - short) > 0.1
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_a_classifier_of_a_single_label_is_loaded_as_a_regression(output, tmp_path):
+    """Its logit is the reward whatever `output` says; its one label has the library's name, and there is no second."""
+    tokenizer = new_tokenizer(["zz"], 300, 1000)
+    size = GPT2_SIZE | {"vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id}
+    model = randomise(GPT2ForSequenceClassification(GPT2Config(**size, **NO_DROPOUT, num_labels=1)))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with torch.no_grad():
+        logit = model(torch.tensor([tokenizer("a film").input_ids])).logits[0]
+    for label in ("", "0", "label_0"):
+        reward_model = load_reward_model(settings(reward_label=label, reward_output=output), str(tmp_path), CPU)
+        assert_close(reward_model(["a film"]), logit)
+    with pytest.raises(UsageError, match=r"--reward_label: .*no label '1'; it has 0 \(LABEL_0\)$"):
+        load_reward_model(settings(reward_label="1", reward_output=output), str(tmp_path), CPU)
 
 
 def test_a_reward_model_is_frozen(classifier_folder):

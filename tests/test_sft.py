@@ -1,6 +1,7 @@
 """The stages before PPO: their batches, their loss, and what they measure."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,21 +9,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 from micro import micro_config, review_texts
+from tiny_models import tiny_policy
 from torch import nn
 from transformers import AutoTokenizer
 
 import sft
 from config import RunError, UsageError
+from dataset import pad
 from loading import load_language_model, new_language_model
 from sft import (
     IGNORED,
-    accuracy,
-    classifier_batch,
-    cut_short,
+    Example,
     fit,
-    held_out_accuracies,
     language_batch,
     length_grouped,
+    n_steps,
+    own_loss,
     perplexity,
     run_sft,
     token_pieces,
@@ -39,6 +41,16 @@ def language_model(tokenizer):
     return new_language_model(micro_config(), tokenizer).eval()
 
 
+def pieces_of(texts: list[str], tokenizer, length: int) -> list[list[int]]:
+    examples = token_pieces(texts, tokenizer, length)
+    assert all(example.prompt == [] for example in examples)
+    return [example.completion for example in examples]
+
+
+def without_prompt(pieces: list[list[int]]) -> list[Example]:
+    return [Example([], piece) for piece in pieces]
+
+
 def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -51,8 +63,8 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_pieces_are_the_texts_with_eos_cut_at_the_length(tokenizer):
     texts, end = review_texts(20), tokenizer.eos_token_id
     whole = [[*tokenizer(text).input_ids, end] for text in texts]
-    assert token_pieces(texts, tokenizer, 10_000) == whole
-    pieces = token_pieces(texts, tokenizer, 7)
+    assert pieces_of(texts, tokenizer, 10_000) == whole
+    pieces = pieces_of(texts, tokenizer, 7)
     expected = []
     for ids in whole:
         starts = [start for start in range(0, len(ids), 7) if start + 7 <= len(ids)]
@@ -64,14 +76,14 @@ def test_pieces_are_the_texts_with_eos_cut_at_the_length(tokenizer):
 
 
 def test_a_text_without_tokens_is_left_out(tokenizer):
-    (ids,) = token_pieces(["The film"], tokenizer, 100)
-    assert token_pieces(["The film", ""], tokenizer, 100) == [ids]
-    assert token_pieces(["The film"], tokenizer, len(ids) - 1) == [ids[:-1], ids[1:]]
+    (ids,) = pieces_of(["The film"], tokenizer, 100)
+    assert pieces_of(["The film", ""], tokenizer, 100) == [ids]
+    assert pieces_of(["The film"], tokenizer, len(ids) - 1) == [ids[:-1], ids[1:]]
 
 
 def test_language_batches_ignore_padding_and_nothing_else(tokenizer):
     """Worked by hand, with a pad id that is also a real token."""
-    batch = language_batch([[5, 6, 7], [8, 0]], 0, CPU)
+    batch = language_batch(without_prompt([[5, 6, 7], [8, 0]]), 0, False, CPU)
     assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
     assert batch["labels"].tolist() == [[5, 6, 7], [8, 0, IGNORED]]
@@ -80,8 +92,8 @@ def test_language_batches_ignore_padding_and_nothing_else(tokenizer):
 def test_padding_leaves_the_loss_alone(language_model):
     """A short piece beside a long one: their token mean is that of the two computed alone."""
     pieces = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14]]
-    alone = [language_model(**language_batch([piece], 1, CPU)).loss.item() for piece in pieces]
-    both = language_model(**language_batch(pieces, 1, CPU)).loss.item()
+    alone = [language_model(**language_batch(without_prompt([piece]), 1, False, CPU)).loss.item() for piece in pieces]
+    both = language_model(**language_batch(without_prompt(pieces), 1, False, CPU)).loss.item()
     assert both == pytest.approx((6 * alone[0] + 2 * alone[1]) / 8, abs=1e-5)
 
 
@@ -105,22 +117,6 @@ def test_length_grouped_changes_the_order_and_repeats_with_its_seed():
 
     assert draw(0) == draw(0) != draw(1)
     assert draw(0)[:10] != draw(0)[10:] and draw(0)[:10] != sorted(draw(0)[:10])
-
-
-def test_half_of_the_texts_are_cut_short_at_any_length():
-    """Of ten tokens, all are kept with probability 1/2 + 1/2 x 1/10, and any other number with 1/20."""
-    ids, seed = list(range(10)), generator()
-    cuts = [cut_short(ids, 100, seed) for _ in range(4000)]
-    assert all(cut == ids[: len(cut)] and cut for cut in cuts)
-    counts = [sum(len(cut) == kept for cut in cuts) / 4000 for kept in range(1, 11)]
-    assert counts[-1] == pytest.approx(0.55, abs=0.03)
-    assert counts[:-1] == pytest.approx([0.05] * 9, abs=0.015)
-
-
-def test_a_long_text_keeps_its_last_tokens():
-    ids, seed = list(range(10)), generator()
-    cuts = [cut_short(ids, 3, seed) for _ in range(200)]
-    assert {tuple(cut) for cut in cuts} == {(0,), (0, 1), *((i, i + 1, i + 2) for i in range(8))}
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -151,11 +147,11 @@ def test_fit_warms_up_for_a_tenth_and_falls_to_zero():
 
 
 def test_the_loss_falls_on_a_text_that_is_memorised(language_model, tokenizer):
-    pieces = token_pieces(["The film is about a lonely librarian.", "I left the cinema early."], tokenizer, 48)
-    before = perplexity(language_model, pieces, tokenizer.pad_token_id)
-    batch = language_batch(pieces, tokenizer.pad_token_id, CPU)
+    pieces = pieces_of(["The film is about a lonely librarian.", "I left the cinema early."], tokenizer, 48)
+    before = perplexity(language_model, without_prompt(pieces), tokenizer.pad_token_id)
+    batch = language_batch(without_prompt(pieces), tokenizer.pad_token_id, False, CPU)
     recent = fit(language_model, iter([batch] * 150), 150, 3e-2, "memory")
-    after = perplexity(language_model, pieces, tokenizer.pad_token_id)
+    after = perplexity(language_model, without_prompt(pieces), tokenizer.pad_token_id)
     assert before > 100 and after < 1.5
     assert recent < math.log(before) / 2
 
@@ -164,7 +160,7 @@ def test_a_corpus_without_any_text_is_refused(tokenizer, monkeypatch):
     """Rather than waited for: there is no batch to draw."""
     monkeypatch.setattr(sft, "fit", lambda *_: 0.0)
     with pytest.raises(UsageError, match="text"):
-        train_language_model(micro_config(), ["", ""], tokenizer, "language model")
+        train_language_model(micro_config(), [{"text": ""}] * 2, tokenizer, "language model")
 
 
 def test_a_model_from_elsewhere_is_fine_tuned(chain, tmp_path):
@@ -189,7 +185,7 @@ def test_a_model_from_elsewhere_is_fine_tuned(chain, tmp_path):
 def test_perplexity_equals_brute_force(language_model, tokenizer):
     """One token at a time, without padding, over more pieces than a batch holds."""
     texts = [text[: 4 + number % 7] for number, text in enumerate(review_texts(70))]
-    pieces = token_pieces(texts, tokenizer, 12)
+    pieces = pieces_of(texts, tokenizer, 12)
     assert len(pieces) > 64 and len({len(piece) for piece in pieces}) > 3
     total, count = 0.0, 0
     for piece in pieces:
@@ -198,44 +194,9 @@ def test_perplexity_equals_brute_force(language_model, tokenizer):
             total -= logits.log_softmax(-1)[piece[t]].item()
             count += 1
     expected = math.exp(total / count)
-    assert perplexity(language_model, pieces, tokenizer.pad_token_id) == pytest.approx(expected, rel=1e-5)
-
-
-class ContainsSeven:
-    """Predicts label 1 for a text with a 7 in it."""
-
-    device = CPU
-
-    def __call__(self, input_ids, attention_mask, labels):
-        positive = ((input_ids == 7) & attention_mask.bool()).any(1)
-        return SimpleNamespace(logits=torch.stack([~positive, positive], dim=1).float())
-
-
-def test_accuracy_is_the_share_of_right_labels_over_all_batches():
-    texts = [[7, 1], [1], [1, 2, 3]] * 30 + [[7]]
-    labels = [1, 1, 0] * 30 + [1]
-    assert accuracy(ContainsSeven(), texts, labels, 7) == pytest.approx(61 / 91, abs=1e-9)
-
-
-def test_classifier_batches_keep_texts_and_labels_together():
-    batch = classifier_batch([[5, 6], [7]], [1, 0], 9, CPU)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 6], [7, 9]],
-        "attention_mask": [[1, 1], [1, 0]],
-        "labels": [1, 0],
-    }
-
-
-def test_held_out_accuracy_is_measured_on_whole_texts_and_on_first_halves():
-    """The sevens stand at the end: seen in whole texts, of which the last two tokens are read, not in first halves."""
-
-    def tokenizer(texts, add_special_tokens):
-        assert not add_special_tokens
-        return SimpleNamespace(input_ids=[[int(digit) for digit in text] for text in texts])
-
-    tokenizer.pad_token_id = 0
-    rows = [{"text": text, "label": label} for text, label in [("1117", 1), ("71111", 0), ("11", 0), ("1171", 1)]]
-    assert held_out_accuracies(micro_config(), ContainsSeven(), tokenizer, rows, 2) == (1.0, 0.5)
+    assert perplexity(language_model, without_prompt(pieces), tokenizer.pad_token_id) == pytest.approx(
+        expected, rel=1e-5
+    )
 
 
 def test_a_stage_that_diverges_is_told_and_not_saved(workplace):
@@ -246,10 +207,71 @@ def test_a_stage_that_diverges_is_told_and_not_saved(workplace):
 
 def test_an_encoder_decoder_is_not_trained_to_copy(t5_folder, workplace):
     config = micro_config(task="sft", base_model_name=str(t5_folder), output_dir="copy")
-    with pytest.raises(UsageError, match="is an encoder-decoder"):
+    with pytest.raises(UsageError, match="name the --completion_column"):
         sft.run_sft(config)
 
 
-def test_labels_that_are_true_and_false_are_refused():
-    with pytest.raises(UsageError, match=r"--label_column 'label' holds \[False, True\], expected 0, 1"):
-        sft.class_names([{"label": True}, {"label": False}], micro_config())
+COMPLETIONS = [Example([5, 6, 7], [8, 1]), Example([5], [9, 9, 9, 1])]
+
+
+def test_completions_are_learned_and_prompts_are_not():
+    """Worked by hand; a causal model reads one sequence, an encoder-decoder two."""
+    causal = language_batch(COMPLETIONS, 0, False, CPU)
+    assert causal["input_ids"].tolist() == [[5, 6, 7, 8, 1], [5, 9, 9, 9, 1]]
+    assert causal["labels"].tolist() == [[IGNORED] * 3 + [8, 1], [IGNORED, 9, 9, 9, 1]]
+    both = language_batch(COMPLETIONS, 0, True, CPU)
+    assert both["input_ids"].tolist() == [[5, 6, 7], [5, 0, 0]]
+    assert both["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert both["labels"].tolist() == [[8, 1, IGNORED, IGNORED], [9, 9, 9, 1]]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+@torch.no_grad()
+def test_the_loss_is_minus_the_log_probability_that_ppo_scores(family):
+    """The sft loss of completions, against `PolicyModel.score` of the same responses, which knows nothing of it."""
+    policy = tiny_policy(family)
+    model = policy.language_model
+    batch = language_batch(COMPLETIONS, 0, policy.is_encoder_decoder, CPU)
+    query = pad([e.prompt for e in COMPLETIONS], 0, "right" if policy.is_encoder_decoder else "left")
+    response_ids, mask = pad([e.completion for e in COMPLETIONS], 0, "right")
+    logprobs = policy.score(*query, response_ids, mask).logprobs[mask]
+    assert own_loss(model, batch).item() == pytest.approx(-logprobs.mean().item(), abs=1e-5)
+    assert perplexity(model, COMPLETIONS, 0) == pytest.approx(math.exp(-logprobs.mean().item()), rel=1e-5)
+
+
+def test_uniform_logits_cost_the_log_of_the_vocabulary():
+    """ln 11, whatever is to be written."""
+    model = tiny_policy("gpt2").language_model
+    torch.nn.init.zeros_(model.lm_head.weight)
+    loss = own_loss(model, language_batch(COMPLETIONS, 0, False, CPU))
+    assert loss.item() == pytest.approx(2.397895, abs=1e-6)
+
+
+def test_epochs_are_counted_in_steps():
+    assert [n_steps(7, 0.0, 100, 8), n_steps(7, 3.0, 100, 8), n_steps(7, 0.5, 100, 8)] == [7, 38, 7]
+
+
+def test_an_encoder_decoder_learns_to_answer(t5_folder, tmp_path):
+    """From prompts of a template and a column of completions; the loss on them falls."""
+    words = ["good film", "bad story"]
+    rows = [{"question": f"the {words[n % 2]}", "answer": f"a {words[1 - n % 2]}"} for n in range(40)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    config = micro_config(
+        task="sft",
+        preset="",
+        base_model_name=str(t5_folder),
+        dataset_path=str(tmp_path / "rows.json"),
+        prompt_column="question",
+        prompt_template="see {question}",
+        completion_column="answer",
+        sft_steps=60,
+        sft_learning_rate=1e-2,
+        output_dir=str(tmp_path / "tuned"),
+    )
+    run_sft(config)
+    tokenizer = AutoTokenizer.from_pretrained(t5_folder)
+    before, after = (load_language_model(str(path), "float32", CPU) for path in (t5_folder, tmp_path / "tuned"))
+    examples = sft.completions(rows, config, tokenizer)
+    assert tokenizer.decode(examples[0].prompt, skip_special_tokens=True) == "see the good film"
+    assert examples[0].completion[-1] == tokenizer.eos_token_id
+    assert perplexity(after, examples, 0) < perplexity(before, examples, 0) / 3

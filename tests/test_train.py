@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import statistics
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -187,6 +189,26 @@ def test_a_reward_sees_prompts_responses_and_the_rows_of_the_data():
     assert_close(collected.stats["reward_second"], counts.float().mean().item(), atol=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_a_rollout_adds_its_penalised_scores_to_the_moments_and_is_scored_by_them(normalize):
+    """Sixteen scores, less .7 without an EOS, to two of 2 and 6 (μ = 4, S = 8); statistics in plain Python."""
+    config = settings(missing_eos_penalty=0.7, normalize_scores=normalize)
+    prompts = prompts_of(QUERIES * 4)
+    collected = train.collect_rollout(models_of(other_policy("gpt2")), prompts, config, 0.1, seeded(), (2, 4.0, 8.0))
+    rollout = collected.rollout
+    ended = ((rollout.response_ids == EOS) & rollout.mask).any(1).tolist()
+    scores = [x - 0.7 * (not end) for x, end in zip(collected.rewards.tolist(), ended, strict=True)]
+    assert {True, False} == set(ended) and len(set(scores)) > 2
+    every = [2.0, 6.0, *scores]
+    n, mean, squares = collected.moments
+    assert n == 18
+    assert_close(mean, statistics.mean(every))
+    assert_close((squares / 17) ** 0.5, statistics.stdev(every))
+    wanted = [(x - statistics.mean(every)) / statistics.stdev(every) for x in scores] if normalize else scores
+    assert_close(rollout.scores, torch.tensor(wanted))
+    assert_close(rollout.rewards.sum(1), torch.tensor(wanted))  # the KL to the policy's own copy is 0
+
+
 def test_statistics_of_a_rollout_by_brute_force():
     """Means over real tokens, sums over a response averaged over rows, shares of rows."""
     policy, reference = other_policy("gpt2"), frozen_copy(tiny_policy("gpt2"))
@@ -209,6 +231,9 @@ def test_statistics_of_a_rollout_by_brute_force():
         batch = (rollout.query_ids, rollout.query_mask, rollout.response_ids, rollout.mask)
         entropy = policy.score(*batch, with_entropy=True).entropy
     assert_close(stats["entropy"], entropy[rollout.mask].mean().item())
+    nll = -sum(rollout.ref_logprobs[i, real].sum().item() for i, real in enumerate(rows)) / n_tokens
+    assert_close(stats["ref_perplexity"], math.exp(nll), atol=1e-4)
+    assert nll > 1
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -467,11 +492,12 @@ def test_statistics_do_not_see_padding():
     """Three more columns of anything behind the responses leave every number of the log as it was."""
     collected = collect(other_policy("gpt2"), settings(), frozen_copy(tiny_policy("gpt2")))
     rollout, wide = collected.rollout, widened(collected.rollout)
-    before, after = (rollout_stats(r, collected.terms, collected.rewards) for r in (rollout, wide))
+    texts = (collected.terms, collected.rewards, collected.responses)
+    before, after = (rollout_stats(r, *texts) for r in (rollout, wide))
     assert before.keys() == after.keys()
     for name, value in before.items():
-        assert abs(after[name] - value) < 1e-6, name
-    assert "explained_variance" in before
+        assert after[name] == pytest.approx(value, rel=1e-6, abs=1e-6), name
+    assert {"explained_variance", "ref_perplexity"} <= before.keys()
 
 
 def test_statistics_of_an_update_are_means_over_its_minibatches():
@@ -528,6 +554,66 @@ def test_a_run_logs_every_response(tmp_path):
     timings = json.loads((tmp_path / "timings.json").read_text())
     assert [timing["step"] for timing in timings] == [0, 1]
     assert all(timing["tokens_per_second"] > 0 for timing in timings)
+
+
+def test_a_run_normalises_by_all_scores_so_far(tmp_path):
+    """The mean score of a step, from every raw reward logged up to it; the first rollout's own mean is therefore 0."""
+    config = settings(n_updates=3, batch_size=4, mini_batch_size=4, learning_rate=3e-3, normalize_scores=True)
+    rows = run(tmp_path, config)
+    logged = [line.split(",") for line in (tmp_path / "training_log.csv").read_text().splitlines()[1:]]
+    rewards = [float(cells[3]) for cells in logged]
+    for step, row in enumerate(rows):
+        so_far = rewards[: 4 * step + 4]
+        wanted = (statistics.mean(so_far[-4:]) - statistics.mean(so_far)) / statistics.stdev(so_far)
+        assert_close(row["score"], wanted)
+        assert_close(row["reward"], statistics.mean(so_far[-4:]))
+    assert abs(rows[0]["score"]) < 1e-6 < abs(rows[1]["score"]) + abs(rows[2]["score"])
+
+
+def test_an_alarm_is_logged_at_every_step_and_printed_at_its_first(tmp_path, monkeypatch, capsys):
+    """Two kinds, of which one comes and goes: the log has both wherever they are, and the bar says each once."""
+    script = [{}, {"length": "too short"}, {}, {"length": "shorter", "ended": "cut"}, {"ended": "cut off"}]
+    seen = []
+
+    def alarms(history: list[dict]) -> dict[str, str]:
+        seen.append([row["step"] for row in history])
+        assert {"reward", "response_length", "distinct_bigrams", "ended", "ref_perplexity"} <= history[-1].keys()
+        return script[len(history) - 1]
+
+    monkeypatch.setattr(train, "alarms", alarms)
+    rows = run(tmp_path, settings(n_updates=5, batch_size=4, mini_batch_size=4))
+    assert [row["alarms"] for row in rows] == [[], ["too short"], [], ["shorter", "cut"], ["cut off"]]
+    assert seen == [list(range(n)) for n in (1, 2, 3, 4, 5)]
+    said = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert said == ["alarm at update 1: too short", "alarm at update 3: cut"]
+
+
+def few_letters(prompts, responses, rows) -> torch.Tensor:
+    return -torch.tensor([float(len(response)) for response in responses])
+
+
+def test_a_policy_that_falls_silent_for_its_reward_is_told_on(tmp_path, monkeypatch, capsys):
+    """A point lost for every letter and no price of KL: a letter or none is left of five, and the alarm says so."""
+    without_shape_checks(monkeypatch)
+    options = {"learning_rate": 3e-3, "ppo_epochs": 4, "batch_size": 32, "mini_batch_size": 16, "max_grad_norm": 1}
+    config = settings(n_updates=8, kl_coef=0.0, **options)
+    rows = run(tmp_path, config, n_prompts=32, term=few_letters)
+    start = (rows[0]["response_length"] + rows[1]["response_length"]) / 2
+    alarmed = [row["step"] for row in rows if any("mean length in tokens" in text for text in row["alarms"])]
+    assert alarmed == [row["step"] for row in rows[2:] if row["response_length"] < start / 2] != []
+    said = capsys.readouterr().out
+    assert said.count("the mean length in tokens went from") == 1
+    assert f"alarm at update {alarmed[0]}: the reward rose from" in said
+
+
+def test_the_same_reward_at_a_price_of_kl_raises_no_alarm(tmp_path, monkeypatch, capsys):
+    without_shape_checks(monkeypatch)
+    options = {"learning_rate": 3e-3, "ppo_epochs": 4, "batch_size": 32, "mini_batch_size": 16, "max_grad_norm": 1}
+    config = settings(n_updates=8, kl_coef=5.0, **options)
+    rows = run(tmp_path, config, n_prompts=32, term=few_letters)
+    assert [row["alarms"] for row in rows] == [[]] * 8
+    assert rows[-1]["reward"] > rows[0]["reward"]
+    assert "alarm" not in capsys.readouterr().out
 
 
 def test_two_equal_runs_are_equal(tmp_path):

@@ -1,0 +1,194 @@
+"""The reward stage: labelled texts, pairs of answers, and how certain the result is."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from micro import micro_config, review_texts
+from tiny_models import letter_tokenizer
+
+import classifier
+from classifier import (
+    bradley_terry_loss,
+    class_predictions,
+    classifier_batch,
+    cut_short,
+    held_out_predictions,
+    pair_ids,
+    pair_loss,
+    pair_predictions,
+    run_reward,
+    special_ends,
+)
+from config import UsageError
+from plot import reliability
+
+pytest_plugins = ["micro"]
+CPU = torch.device("cpu")
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_half_of_the_texts_are_cut_short_at_any_length():
+    """Of ten tokens, all are kept with probability 1/2 + 1/2 x 1/10, and any other number with 1/20."""
+    ids, seed = list(range(10)), generator()
+    cuts = [cut_short(ids, 100, seed) for _ in range(4000)]
+    assert all(cut == ids[: len(cut)] and cut for cut in cuts)
+    counts = [sum(len(cut) == kept for cut in cuts) / 4000 for kept in range(1, 11)]
+    assert counts[-1] == pytest.approx(0.55, abs=0.03)
+    assert counts[:-1] == pytest.approx([0.05] * 9, abs=0.015)
+
+
+def test_a_long_text_keeps_its_last_tokens():
+    ids, seed = list(range(10)), generator()
+    cuts = [cut_short(ids, 3, seed) for _ in range(200)]
+    assert {tuple(cut) for cut in cuts} == {(0,), (0, 1), *((i, i + 1, i + 2) for i in range(8))}
+
+
+class ContainsSeven:
+    """Predicts label 1 for a text with a 7 in it."""
+
+    device = CPU
+
+    def __call__(self, input_ids, attention_mask):
+        positive = ((input_ids == 7) & attention_mask.bool()).any(1)
+        return SimpleNamespace(logits=torch.stack([~positive, positive], dim=1).float())
+
+
+class Letters:
+    """One token a letter, with a special token, 90, before every text and 91 behind it where they are asked for."""
+
+    pad_token_id = 0
+
+    def __call__(self, texts, add_special_tokens=True):
+        texts = [texts] if isinstance(texts, str) else texts
+        ends = ([90], [91]) if add_special_tokens else ([], [])
+        ids = [ends[0] + [int(letter, 36) for letter in text] + ends[1] for text in texts]
+        return SimpleNamespace(input_ids=ids if len(ids) > 1 else ids[0])
+
+
+def test_special_tokens_at_both_ends_are_found():
+    assert special_ends(Letters()) == ([90], [91])
+    assert special_ends(letter_tokenizer()) == ([], [])
+
+
+def test_predictions_of_labels_by_hand():
+    """Over more texts than a batch holds; the logits are 0 and 1, so the certainty is e / (1 + e)."""
+    texts = [[7, 1], [1], [1, 2, 3]] * 30 + [[7]]
+    labels = [1, 1, 0] * 30 + [1]
+    probability, right = class_predictions(ContainsSeven(), texts, labels, letter_tokenizer())
+    assert right.float().mean().item() == pytest.approx(61 / 91, abs=1e-6)
+    assert probability.tolist() == pytest.approx([0.7310586] * 91, abs=1e-6)
+
+
+def test_classifier_batches_keep_texts_and_labels_together():
+    batch = classifier_batch([[5, 6], [7]], [1, 0], 9, CPU)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6], [7, 9]],
+        "attention_mask": [[1, 1], [1, 0]],
+        "labels": [1, 0],
+    }
+
+
+def test_held_out_accuracy_is_measured_on_whole_texts_and_on_first_halves():
+    """The sevens stand at the end: seen in whole texts, of which the last two tokens are read, not in first halves."""
+
+    def tokenizer(texts, add_special_tokens=True):
+        texts = [texts] if isinstance(texts, str) else texts
+        ids = [[int(digit, 36) for digit in text] for text in texts]
+        return SimpleNamespace(input_ids=ids if len(ids) > 1 else ids[0])
+
+    tokenizer.pad_token_id = 0
+    rows = [{"text": text, "label": label} for text, label in [("1117", 1), ("71111", 0), ("11", 0), ("1171", 1)]]
+    (_, right), figures = held_out_predictions(micro_config(), ContainsSeven(), tokenizer, rows, 2)
+    assert right.tolist() == [True] * 4
+    assert figures == "100.0% on whole texts, 50.0% on their first halves"
+
+
+def test_labels_that_are_true_and_false_are_refused():
+    with pytest.raises(UsageError, match=r"--label_column 'label' holds \[False, True\], expected 0, 1"):
+        classifier.class_names([{"label": True}, {"label": False}], micro_config())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Pairs
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("difference", "loss", "gradient"),
+    [(0.0, 0.693147, -0.5), (1.0, 0.313262, -0.268941), (2.0, 0.126928, -0.119203), (-2.0, 2.126928, -0.880797)],
+)
+def test_the_bradley_terry_loss_in_closed_form(difference, loss, gradient):
+    """-log σ(Δ), and its derivative by the chosen reward, -σ(-Δ); a constant added to both changes nothing."""
+    chosen = torch.tensor([difference + 3.0], requires_grad=True)
+    value = bradley_terry_loss(chosen, torch.tensor([3.0]))
+    value.backward()
+    assert value.item() == pytest.approx(loss, abs=1e-6)
+    assert chosen.grad.item() == pytest.approx(gradient, abs=1e-6)
+
+
+def test_the_bradley_terry_loss_stays_finite_far_out():
+    assert bradley_terry_loss(torch.tensor([-1000.0]), torch.tensor([0.0])).item() == pytest.approx(1000.0, abs=1e-3)
+
+
+class CountsSevens:
+    """A reward of 1 for every 7 in a text."""
+
+    device = CPU
+
+    def __call__(self, input_ids, attention_mask, labels=None):
+        return SimpleNamespace(logits=((input_ids == 7) & attention_mask.bool()).sum(1, keepdim=True).float())
+
+
+def test_the_first_half_of_a_batch_of_pairs_is_the_chosen_one():
+    """Two pairs with Δ = 2 and Δ = -1: (log(1 + exp(-2)) + log(1 + e)) / 2."""
+    batch = classifier_batch([[7, 7], [1], [1], [7]], [0] * 4, 0, CPU)
+    assert pair_loss(CountsSevens(), batch).item() == pytest.approx((0.126928 + 1.313262) / 2, abs=1e-6)
+
+
+def test_predictions_of_pairs_by_hand():
+    probability, right = pair_predictions(CountsSevens(), [([7, 7], [1]), ([1], [7])], letter_tokenizer())
+    assert right.tolist() == [True, False]
+    assert probability.tolist() == pytest.approx([0.880797, 0.731059], abs=1e-6)
+
+
+def test_pairs_share_their_prompt(tokenizer):
+    row = {"text": "Which film?", "good": "This one.", "bad": "None."}
+    config = micro_config(chosen_column="good", rejected_column="bad")
+    [(chosen, rejected)] = pair_ids([row], config, tokenizer, 100)
+    assert [tokenizer.decode(ids) for ids in (chosen, rejected)] == ["Which film?\nThis one.", "Which film?\nNone."]
+    [(short, _)] = pair_ids([row], config, tokenizer, 3)
+    assert short == chosen[-3:]
+
+
+def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):
+    """The chosen answers call the film good; on held-out pairs, the model knows."""
+    rows = [{"text": text[:20], "chosen": " It is good.", "rejected": " It is bad."} for text in review_texts()]
+    (tmp_path / "pairs.json").write_text(json.dumps(rows))
+    config = micro_config(
+        task="reward",
+        dataset_path=str(tmp_path / "pairs.json"),
+        chosen_column="chosen",
+        reward_steps=40,
+        reward_learning_rate=1e-2,
+        output_dir=str(tmp_path / "reward"),
+    )
+    folder = run_reward(config, str(chain.root / "saved_models/tiny/sft"))
+    assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "REWARD"}
+    assert (folder / "plots/reliability.png").exists()
+    model = classifier.AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = classifier.load_tokenizer(str(folder))
+    _, right = pair_predictions(model, pair_ids(rows[:20], config, tokenizer, 48), tokenizer)
+    assert right.float().mean() > 0.9
+
+
+def test_reliability_by_hand():
+    """Certainties 0.55 and 0.58 share a bin, 1.0 belongs to the last one."""
+    points = reliability([0.55, 0.58, 1.0, 0.99], [True, False, True, True], 10)
+    assert [point[2] for point in points] == [2, 2]
+    assert points[0][:2] == pytest.approx((0.565, 0.5), abs=1e-9)
+    assert points[1][:2] == pytest.approx((0.995, 1.0), abs=1e-9)
