@@ -169,9 +169,7 @@ class Config:
     # task
     task: str = option("task", "train", "what to do", choices=TASKS)
     preset: str = option("task", "", "the system to start from: " + ", ".join(PRESETS))
-    output_dir: str = option(
-        "task", "", "folder to write, or for generate, evaluate and plot to read; see README"
-    )
+    output_dir: str = option("task", "", "folder to write, or for generate, evaluate and plot to read; see README")
     final_dir: str = option("task", "", "where the newest trained policy is also put, in place of the one before it")
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
