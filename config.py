@@ -192,7 +192,7 @@ class Config:
     # data
     dataset_path: str = option("data", "", "Hub id, folder or file; none: the built-in generated movie reviews")
     dataset_split: str = option("data", "train", "split that prompts and training text are taken from")
-    prompt_column: str = option("data", "text", "column of the prompt, or of the text or chat messages it comes from")
+    prompt_column: str = option("data", "text", "column of the prompt, text or messages; text stands for query, too")
     prompt_template: str = option("data", "", "the prompt, with column names in braces: 'Summarize: {dialogue}'")
     min_prompt_chars: int = option(
         "data", 0, "rows with fewer characters in the prompt column are left out", "[0, inf)"

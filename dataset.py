@@ -4,6 +4,7 @@ Every source is divided into four parts that share no row: `train` (the models, 
 PPO), `judge` (the independent judges of an evaluation), `validation` (to choose by) and `test` (to report on).
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -99,6 +100,15 @@ def column(rows: list[dict], name: str, flag: str, kind: type | tuple[type, ...]
                 + " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
             )
     return values
+
+
+def with_prompt_column(config: Config) -> Config:
+    """The config with `query`, `prompt` or `question` as its prompt column, where `text` is asked for and not there."""
+    if config.prompt_column != "text" or not config.dataset_path:
+        return config
+    names = load_rows(config, "train", 1)[0]
+    found = next((name for name in ("text", "query", "prompt", "question") if name in names), "text")
+    return dataclasses.replace(config, prompt_column=found)
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:

@@ -49,11 +49,13 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
     print(notice(config), describe(config), sep="\n")
     from classifier import run_reward
+    from dataset import with_prompt_column
     from report import check_before_training
     from reward import needs_reward_model
     from sft import run_sft
     from train import train
 
+    config = with_prompt_column(config)
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
     trains_reward = config.task == "reward" or (wants_reward and not trained_stage(config, reward_model, "reward"))
     check_before_training(config, trains_reward)

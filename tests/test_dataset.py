@@ -22,6 +22,7 @@ from dataset import (
     pad,
     prompt_batches,
     read_prompts,
+    with_prompt_column,
 )
 
 pytest_plugins = ["micro"]
@@ -311,3 +312,14 @@ def test_a_prompts_first_words_are_the_texts_own_characters(t5_folder):
     text = "The  {film}  and the story"
     [opening] = first_words([text], tokenizer, len(tokenizer(text, add_special_tokens=False).input_ids) - 1)
     assert text.startswith(opening) and "{film}" in opening
+
+
+@pytest.mark.parametrize(
+    ("names", "found"), [(["text", "query"], "text"), (["id", "query"], "query"), (["id"], "text")]
+)
+def test_prompts_are_found_under_their_usual_names(names, found, tmp_path):
+    """Only where none is named: a name that is given and not there is a mistake."""
+    path = write(tmp_path, "rows.jsonl", [{name: f"{name} {n}" for name in names} for n in range(30)])
+    assert with_prompt_column(micro_config(dataset_path=path)).prompt_column == found
+    assert with_prompt_column(micro_config(dataset_path=path, prompt_column="title")).prompt_column == "title"
+    assert with_prompt_column(micro_config()).prompt_column == "text"
