@@ -47,7 +47,7 @@ def starting_model(config: Config) -> str:
 def run_training(config: Config, base_model: str, reward_model: str) -> None:
     """The task sft, reward or train, and before it the stages whose folders are not there yet; each seeds itself."""
     folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
-    print(notice(config), describe(config), sep="\n")
+    print(*filter(None, [notice(config), describe(config)]), sep="\n")
     from classifier import run_reward
     from dataset import with_prompt_column
     from report import check_before_training

@@ -251,7 +251,8 @@ def run_updates(
             check_invariants(policy, collected.rollout, collected.sampled, config)
             claim_folder(folder)
             write_whole(folder / "run_config.json", to_json(config))
-            write_whole(folder / "NOTICE.txt", notice(config) + "\n")
+            if config.trains_from_scratch:
+                write_whole(folder / "NOTICE.txt", notice(config) + "\n")
         sampled = time.perf_counter()
         optimizer.param_groups[0]["lr"] = rate = learning_rate(config, step)
         stats = update(policy, optimizer, collected.rollout, config, generator)
