@@ -111,6 +111,8 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         "dataset_path",
         "dataset_split",
         "prompt_column",
+        "prompt_template",
+        "completion_column",
         "vocab_size",
         "context_length",
         "n_layer",
@@ -118,15 +120,16 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         "n_head",
         "n_reviews",
     )
-    for spec in dataclasses.fields(config):
-        own = spec.name == "label_column" if stage == "reward" else False
-        own |= spec.metadata["group"] == "stages" and spec.name.startswith(f"{stage}_") and config.trains_from_scratch
-        if (own or spec.name in shared) and before.get(spec.name, getattr(config, spec.name)) != getattr(
-            config, spec.name
-        ):
+    names = [*shared, "label_column", "chosen_column", "rejected_column"] if stage == "reward" else [*shared]
+    if config.trains_from_scratch:
+        stages = [spec.name for spec in dataclasses.fields(config) if spec.metadata["group"] == "stages"]
+        names += [name for name in stages if name.startswith(f"{stage}_")]
+    for name in names:
+        wanted = getattr(config, name)
+        if before.get(name, wanted) != wanted:
             raise UsageError(
-                f"{path} was trained with --{spec.name} {before[spec.name]!r}, and this run asks for "
-                f"{getattr(config, spec.name)!r}; move that folder away, or leave the flag as it was"
+                f"{path} was trained with --{name} {before[name]!r}, and this run asks for {wanted!r}; move that "
+                "folder away, or leave the flag as it was"
             )
     return True
 

@@ -113,16 +113,23 @@ def with_prompt_column(config: Config) -> Config:
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
     """Prompts from the rows of a part, `limit` at most; see `prompt_texts`."""
-    rows = [row for row in load_rows(config, part, limit) if has_length(row, config)]
+    filters = config.min_prompt_chars or config.max_prompt_chars
+    rows = load_rows(config, part, None if filters else limit)
+    rows = [row for row in rows if has_length(row, config)][:limit]
     texts = prompt_texts(rows, config, tokenizer) if rows else []
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
-    is_chat = bool(rows) and isinstance(rows[0][config.prompt_column], list)  # its template has the special tokens
-    encoded = tokenizer(texts, add_special_tokens=not is_chat).input_ids if texts else []
+    encoded = prompt_ids(texts, rows, config, tokenizer) if rows else []
     prompts = [Prompt(*parts) for parts in zip(texts, encoded, rows, strict=True) if parts[1]]
     if not prompts:
         raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text of the right length in {part}")
     return limit_length(prompts, config)
+
+
+def prompt_ids(texts: list[str], rows: list[dict], config: Config, tokenizer) -> list[list[int]]:
+    """The prompts' ids; a chat template has written the special tokens already."""
+    is_chat = isinstance(rows[0][config.prompt_column], list)
+    return tokenizer(texts, add_special_tokens=not is_chat).input_ids
 
 
 def has_length(row: dict, config: Config) -> bool:

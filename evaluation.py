@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from checkpoint import stage_folder, trained_stage, whole_folder, write_table, write_whole
-from config import Config, UsageError, to_json
+from checkpoint import stage_folder, trained_stage, write_table, write_whole
+from config import Config, UsageError
 from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
 from generate import respond
 from loading import check_context, load_language_model, load_policy, load_tokenizer, pick_device
@@ -25,7 +25,7 @@ from model import PolicyModel, score_rows
 from ppo import kl_estimate, masked_mean
 from reviews import movie_reviews
 from reward import load_reward_terms, total_reward
-from sft import train_language_model
+from sft import save_stage, train_language_model
 
 FILES = {"validation": "val", "test": "test"}  # the splits of --eval_split both, and how their files' names begin
 
@@ -193,9 +193,7 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
     if not trained_stage(config, str(folder), "sft"):
         torch.manual_seed(config.seed + 1)
         model = train_language_model(config, load_rows(config, "judge"), tokenizer, "fluency judge")
-        with whole_folder(folder) as scratch:
-            model.save_pretrained(scratch)
-            write_whole(scratch / "run_config.json", to_json(config))
+        save_stage(folder, model, tokenizer, config)
     return PolicyModel(load_language_model(str(folder), "float32", pick_device(config.device))).eval()
 
 

@@ -90,14 +90,14 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
-def quantized(in_8bit: bool, in_4bit: bool = False) -> dict:
+def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dict:
     """The settings that load weights in 8 or 4 bits. Raises UsageError if bitsandbytes is not installed."""
     if not (in_8bit or in_4bit):
         return {}
     if not importlib.util.find_spec("bitsandbytes"):
         raise UsageError("loading in 8 or 4 bits needs bitsandbytes: pip install bitsandbytes")
     settings = BitsAndBytesConfig(load_in_8bit=in_8bit, load_in_4bit=in_4bit)
-    return {"quantization_config": settings, "device_map": {"": pick_device("auto")}}
+    return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def load_language_model(path: str, dtype: str, device: torch.device, **settings) -> PreTrainedModel:
@@ -148,9 +148,8 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     """
     adapter = path if (Path(path) / "adapter_config.json").exists() else config.peft_model_path
     base = path if adapter != path else adapted_model(path)
-    language_model = load_language_model(
-        base, config.dtype, device, **quantized(config.load_in_8bit, config.load_in_4bit)
-    )
+    settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
+    language_model = load_language_model(base, config.dtype, device, **settings)
     critic = load_critic(config, path, base, device)
     policy = PolicyModel(
         with_adapter(language_model, config, adapter), critic, config.critic, config.mixed_precision == "bf16"
@@ -171,7 +170,7 @@ def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyMode
     if not config.reference_in_8bit:
         return frozen_copy(policy)
     device = policy.value_head.weight.device
-    language_model = load_language_model(path, config.dtype, device, **quantized(True))
+    language_model = load_language_model(path, config.dtype, device, **quantized(device, True))
     return PolicyModel(with_adapter(language_model, config, config.peft_model_path)).requires_grad_(False).eval()
 
 

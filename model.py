@@ -26,11 +26,8 @@ class Scores(NamedTuple):
     entropy: TensorType["batch", "time", is_float] | None
 
 
-CRITICS = ("shared", "separate", "encoder")
-
-
 class PolicyModel(nn.Module):
-    """A language model, and a scalar value head on one of three `CRITICS`: the policy π and its values V.
+    """A language model, and a scalar value head on one of three critics: the policy π and its values V.
 
     shared    the head reads the policy's own trunk: V(x, y_<t), nearly free, but two losses pull on one trunk
     separate  it reads a trunk of the critic's own: V(x, y_<t), twice the work

@@ -80,16 +80,16 @@ def memory_estimate(config: Config, policy: PolicyModel) -> str:
     Activations are taken as 18 floats a token, layer and unit of width (or a layer's inputs alone with activation
     checkpointing), logits as three (rows, response, vocab) tensors.
     """
-    parameters = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)  # have reference, gradient and moments
     weight = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
     settings = policy.language_model.config
     tokens = config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens)
     floats = 2 if config.gradient_checkpointing else 18
     activations = floats * weight * tokens * settings.num_hidden_layers * settings.hidden_size
     logits = 3 * 4 * config.mini_batch_size * config.max_new_tokens * settings.vocab_size
-    static = 5 * weight * parameters
+    static = weight * (sum(p.numel() for p in policy.parameters()) + 4 * trained)
     return (
-        f"memory, estimated: {gigabytes(static)} for {parameters:,} parameters with reference, gradients and Adam, "
+        f"memory, estimated: {gigabytes(static)} for {count_parameters(policy)} with reference, gradients and Adam, "
         f"{gigabytes(activations + logits)} for a forward pass of {config.mini_batch_size} rows "
         "(less with a smaller --mini_batch_size or with --gradient_checkpointing)"
     )

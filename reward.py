@@ -235,7 +235,7 @@ def load_reward_model(config: Config, path: str, device: torch.device) -> Reward
     if model_config.pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(model_config))
-    settings = {"config": model_config, "dtype": torch.float32} | quantized(config.reward_in_8bit)
+    settings = {"config": model_config, "dtype": torch.float32} | quantized(device, config.reward_in_8bit)
     classifier = load(AutoModelForSequenceClassification.from_pretrained, "reward_model_path", path, **settings)
     classifier = classifier if config.reward_in_8bit else classifier.to(device)
     try:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from checkpoint import stage_folder, whole_folder, write_whole
 from config import Config, RunError, UsageError, to_json
-from dataset import column, load_rows, pad, prompt_texts
+from dataset import column, load_rows, pad, prompt_ids, prompt_texts
 from loading import (
     context_length,
     load_language_model,
@@ -103,7 +103,7 @@ def token_pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: i
 
 def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The completion column, ended by EOS, behind the prompt that PPO will use, both cut to PPO's lengths."""
-    prompts = tokenizer(prompt_texts(rows, config, tokenizer)).input_ids
+    prompts = prompt_ids(prompt_texts(rows, config, tokenizer), rows, config, tokenizer)
     texts = column(rows, config.completion_column, "completion_column")
     answers = tokenizer(texts, add_special_tokens=False).input_ids
     end = [tokenizer.eos_token_id]
