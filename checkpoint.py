@@ -57,6 +57,7 @@ def move_into(source: Path, target: Path) -> None:
     """Move a finished folder's files into an existing one, each by a rename, so that none is ever seen half-written."""
     for file in sorted(source.iterdir()):
         file.replace(target / file.name)
+    source.rmdir()
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -88,7 +89,7 @@ def stage_folder(config: Config, stage: str) -> Path:
     """Where the language model (`sft`) or reward model (`reward`) trained here is, or will be."""
     if config.task == stage and config.output_dir:
         return Path(config.output_dir)
-    return Path("saved_models") / config.run_name / stage
+    return config.run_folder / stage
 
 
 def new_stage_folder(config: Config) -> Path:
@@ -144,9 +145,8 @@ def new_ppo_folder(config: Config) -> Path:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UsageError(f"--output_dir {folder} is not empty; name a new folder, so that nothing is overwritten")
     else:
-        root = Path("saved_models") / config.run_name
         names = ["ppo", *(f"ppo-{number}" for number in range(2, 10_000))]
-        folder = next(root / name for name in names if not (root / name).exists())
+        folder = next(config.run_folder / name for name in names if not (config.run_folder / name).exists())
     check_writable(folder)
     return folder
 

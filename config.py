@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
 
+import yaml
+
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message says why in a sentence."""
@@ -35,125 +37,7 @@ CRITICS = ("shared", "separate", "encoder")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-PRESETS = {
-    "tiny": {
-        "prompt_tokens": 8,
-        "max_prompt_length": 12,
-        "max_new_tokens": 64,
-        "temperature": 0.8,
-        "n_updates": 24,
-        "batch_size": 128,
-        "mini_batch_size": 32,
-        "gradient_accumulation_steps": 2,
-        "ppo_epochs": 2,
-        "learning_rate": 7e-4,
-        "lam": 1.0,
-        "kl_coef": 0.07,
-        "missing_eos_penalty": 0.5,
-        "reward_output": "probability",
-        "eval_samples": 256,
-        "sft_learning_rate": 4e-3,
-        "reward_learning_rate": 1e-3,
-    },
-    "gpt2-imdb": {
-        "base_model_name": "lvwerra/gpt2-imdb",
-        "reward_model_path": "siebert/sentiment-roberta-large-english",
-        "reward_label": "POSITIVE",
-        "dataset_path": "stanfordnlp/imdb",
-        "prompt_tokens": 8,
-        "max_prompt_length": 16,
-        "max_new_tokens": 48,
-        "n_updates": 200,
-        "batch_size": 64,
-        "mini_batch_size": 16,
-        "learning_rate": 1.41e-5,
-        "eval_samples": 500,
-    },
-    "flan-t5-flare": {
-        "base_model_name": "google/flan-t5-base",
-        "critic": "encoder",
-        "reward_model_path": "reward_model_final",
-        "dataset_path": "ChanceFocus/flare-fpb",
-        "prompt_column": "query",
-        "completion_column": "answer",
-        "sft_first": True,
-        "sft_epochs": 3.0,
-        "sft_batch_size": 8,
-        "sft_learning_rate": 1e-4,
-        "max_new_tokens": 64,
-        "epochs": 1.0,
-        "batch_size": 32,
-        "mini_batch_size": 8,
-        "lam": 1.0,
-        "kl_coef": 0.1,
-        "value_coef": 0.5,
-        "final_dir": "final_actor_model",
-        "eval_samples": 1000,
-    },
-    "flan-t5-detox": {
-        "base_model_name": "google/flan-t5-base",
-        "lora_r": 32,
-        "lora_alpha": 32.0,
-        "reward_model_path": "facebook/roberta-hate-speech-dynabench-r4-target",
-        "reward_label": "nothate",
-        "dataset_path": "knkarthick/dialogsum",
-        "prompt_column": "dialogue",
-        "prompt_template": "Summarize the following conversation.\n\n{dialogue}\n\nSummary:\n",
-        "min_prompt_chars": 200,
-        "max_prompt_chars": 1000,
-        "max_new_tokens": 100,
-        "epochs": 1.0,
-        "batch_size": 16,
-        "mini_batch_size": 4,
-        "ppo_epochs": 1,
-        "learning_rate": 1.41e-5,
-        "kl_coef": 0.2,
-        "kl_target": 6.0,
-        "eval_samples": 10,
-    },
-    "distilgpt2-imdb": {
-        "base_model_name": "distilgpt2",
-        "reward_model_path": "distilbert/distilbert-base-uncased-finetuned-sst-2-english",
-        "reward_label": "POSITIVE",
-        "reward_output": "probability",
-        "reward_weights": "reward_model=1.0,repetition=-0.5,length=0.1",
-        "length_range": "10,45",
-        "dataset_path": "stanfordnlp/imdb",
-        "sft_first": True,
-        "sft_steps": 2000,
-        "sft_batch_size": 8,
-        "context_length": 64,
-        "prompt_tokens": 16,
-        "max_prompt_length": 16,
-        "max_new_tokens": 48,
-        "n_updates": 500,
-        "batch_size": 16,
-        "mini_batch_size": 8,
-        "kl_coef": 0.1,
-        "value_coef": 0.5,
-        "entropy_coef": 0.01,
-        "gamma": 0.99,
-        "eval_samples": 500,
-    },
-    "peft-causal": {
-        "dtype": "bfloat16",
-        "peft_model_path": "peft_model",
-        "reward_model_path": "reward_model",
-        "reward_label": "1",
-        "dataset_path": "data/sample.json",
-        "prompt_column": "query",
-        "max_prompt_length": 256,
-        "max_new_tokens": 64,
-        "epochs": 1.0,
-        "batch_size": 8,
-        "mini_batch_size": 2,
-        "learning_rate": 1.41e-5,
-        "kl_coef": 0.2,
-        "kl_target": 6.0,
-        "eval_samples": 100,
-        "output_dir": "ppo_finetuned_model",
-    },
-}
+PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
 
 def option(group: str, default, text: str, interval: str = "", choices: tuple[str, ...] = ()):
@@ -169,6 +53,7 @@ class Config:
     # task
     task: str = option("task", "train", "what to do", choices=TASKS)
     preset: str = option("task", "", "the system to start from: " + ", ".join(PRESETS))
+    run_name: str = option("task", "", "folder under saved_models/ of a run's stages, {dataset} being the data's name")
     output_dir: str = option("task", "", "folder to write, or for generate, evaluate and plot to read; see README")
     final_dir: str = option("task", "", "where the newest trained policy is also put, in place of the one before it")
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
@@ -264,6 +149,12 @@ class Config:
     target_kl: float = option(
         "ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 of this; 0: off", "[0, inf)"
     )
+    eval_every: int = option(
+        "ppo",
+        0,
+        "updates between two looks at held-out prompts, to keep the best policy, not the last; 0: off",
+        "[0, inf)",
+    )
 
     # stages
     vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, inf)")
@@ -337,11 +228,12 @@ class Config:
             )
 
     @property
-    def run_name(self) -> str:
-        """The run's folder under saved_models/: the preset or model, and the data where it is not the preset's own."""
-        name = self.preset or Path(self.base_model_name).name
+    def run_folder(self) -> Path:
+        """Where a run's stages are: --run_name, else the preset or model, and the data where it is not the preset's."""
         own_data = PRESETS.get(self.preset, {}).get("dataset_path", "")
-        return name if self.dataset_path == own_data else f"{name}-{Path(self.dataset_path).stem}"
+        data = "" if self.dataset_path == own_data else "-{dataset}"
+        name = self.run_name or (self.preset or Path(self.base_model_name).name) + data
+        return Path("saved_models") / name.replace("{dataset}", Path(self.dataset_path).stem or "reviews")
 
     @property
     def has_adapter(self) -> bool:
@@ -403,10 +295,8 @@ def coerce(spec: dataclasses.Field, value):
 
 def read_config_file(path: str) -> dict:
     """The settings in a .yaml or .json file. Raises UsageError if it is missing, unreadable or no mapping."""
-    import yaml  # JSON is YAML
-
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(settings, dict):
@@ -464,7 +354,7 @@ def newest_run(output_dir: str, preset: str = "", marker: str = "value_head.safe
             raise UsageError(f"--output_dir {output_dir} holds no trained run; run `python main.py --task train` first")
         return Path(output_dir)
     check_preset(preset)
-    runs = [path.parent for path in Path("saved_models").glob(f"{preset}*/ppo*/{marker}")]
+    runs = [path.parent for path in Path("saved_models").glob(f"{preset}*/**/ppo*/{marker}")]
     if not runs:
         wanted = f"--preset {preset}: " if preset else ""
         raise UsageError(f"{wanted}saved_models/ holds no trained run; run `python main.py --task train` first")

@@ -20,7 +20,7 @@ from reward import check_weights, load_reward_function
 
 # nats, between sampling token by token and scoring at once
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
-START = 2  # rollouts: alarms compare with their mean
+WINDOW = 128  # responses, and two rollouts, at least: alarms compare the latest so many with the first
 
 # What a higher reward must not be bought with. Statistic: its name and its bounds in words, and whether it keeps them.
 LIMITS = {
@@ -144,6 +144,7 @@ def rollout_stats(
     kl = {name: kl_estimate(rollout.logprobs, rollout.ref_logprobs, rollout.mask, name) for name in ("k1", "k3")}
     return {
         "reward": raw_scores.mean().item(),
+        "reward_variance": raw_scores.var(correction=0).item(),
         **{f"reward_{name}": values.mean().item() for name, values in terms.items()},
         "score": rollout.scores.mean().item(),
         "kl": rollout.kl.sum(1).mean().item(),
@@ -158,23 +159,24 @@ def rollout_stats(
     }
 
 
-def alarms(history: list[dict]) -> dict[str, str]:
-    """What is wrong with the latest rollout, in words, by statistic: empty as long as the reward is not higher.
+def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
+    """What is wrong with the latest rollouts, in words, by statistic: empty as long as the reward has not risen.
 
-    `history` holds the rows of training_stats.json; the start is the mean of the first `START` rollouts.
+    `history` holds the rows of training_stats.json. A rise is more than two standard errors of the difference.
     """
-
-    def start(name: str) -> float:
-        return sum(row[name] for row in history[:START]) / START
-
-    now = history[-1]
-    if len(history) <= START or now["reward"] <= start("reward"):
+    n = max(2, math.ceil(WINDOW / batch_size))
+    if len(history) < 2 * n:
+        return {}
+    names = ["reward", "reward_variance", *LIMITS]
+    start, now = ({name: sum(row[name] for row in rows) / n for name in names} for rows in (history[:n], history[-n:]))
+    error = math.sqrt((start["reward_variance"] + now["reward_variance"]) / (n * batch_size))
+    if now["reward"] - start["reward"] <= 2 * error:
         return {}
     return {
-        name: f"the reward rose from {start('reward'):.3g} to {now['reward']:.3g} while the {words} went from "
-        f"{start(name):.3g} to {now[name]:.3g}; expected {bounds} the start"
+        name: f"the reward rose from {start['reward']:.3g} to {now['reward']:.3g} while the {words} went from "
+        f"{start[name]:.3g} to {now[name]:.3g}; expected {bounds} the start"
         for name, (words, bounds, keeps) in LIMITS.items()
-        if not keeps(start(name), now[name])
+        if not keeps(start[name], now[name])
     }
 
 

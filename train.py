@@ -5,6 +5,7 @@ Read `train` first, then `collect_rollout` and `update`. The equations are in pp
 
 import math
 import shlex
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 import ppo
 from checkpoint import claim_folder, move_into, notice, whole_folder, write_whole
 from config import Config, RunError, to_json
-from dataset import Prompt, load_prompts, prompt_batches
+from dataset import PARTS, Prompt, load_prompts, prompt_batches
 from evaluation import compare, evaluate_policy
 from generate import Sample, eval_mode, respond
 from loading import check_context, load_policy, load_reference, load_tokenizer, pick_device, save_policy
@@ -203,7 +204,7 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
     models, prompts = load_models(config, base_model, reward_model_path)
     config = replace(config, n_updates=n_updates(config, len(prompts)))
-    held_out = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
+    validation, test = (load_prompts(config, models.tokenizer, part, config.eval_samples) for part in PARTS[2:])
     check_context(config, models.policy)
     print(f"{base_model}: {count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
     print(f"{batch_arithmetic(config, len(prompts))}\n{memory_estimate(config, models.policy)}")
@@ -212,20 +213,16 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     batches = prompt_batches(prompts, config.batch_size, generator)
     if config.dry_run:
         return dry_run(models, next(batches), config, generator)
-    run_updates(models, batches, config, generator, folder)
-
-    with whole_folder(folder / "policy") as scratch:
-        save_policy(models.policy, models.tokenizer, scratch, config.merge)
+    best = run_updates(models, batches, validation, config, generator, folder)
+    if best:
+        models = models._replace(policy=load_policy(config, str(best), models.policy.value_head.weight.device))
+    save(models, config, folder / "policy")
     move_into(folder / "policy", folder)
-    (folder / "policy").rmdir()
     if config.final_dir:
-        with whole_folder(Path(config.final_dir), replaces="manifest.json") as scratch:
-            save_policy(models.policy, models.tokenizer, scratch, config.merge)
-    tables = {
-        name: evaluate_policy(policy, models.reference, models.tokenizer, models.terms, held_out, config)
-        for name, policy in (("before", models.reference), ("after", models.policy.eval()))
-    }
-    comparison = compare(tables)
+        save(models, config, Path(config.final_dir), replaces="manifest.json")
+    held_out = test if best else validation  # what chose the policy cannot judge it
+    before, after = (evaluate_with(models, policy, held_out, config) for policy in (models.reference, models.policy))
+    comparison = compare({"before": before, "after": after})
     figure = plot_training(folder, notice(config))
     print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     print(f"policy, tokenizer, logs: {folder}\ntraining curves: {figure}")
@@ -234,10 +231,15 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
 
 
 def run_updates(
-    models: Models, batches: Iterator[list[Prompt]], config: Config, generator: torch.Generator, folder: Path
-) -> None:
-    """n_updates of rollout and update, each logged as it ends."""
-    policy, kl_coef, moments = models.policy, config.kl_coef, (0, 0.0, 0.0)
+    models: Models,
+    batches: Iterator[list[Prompt]],
+    validation: list[Prompt],
+    config: Config,
+    generator: torch.Generator,
+    folder: Path,
+) -> Path | None:
+    """n_updates of rollout and update, each logged as it ends; with `eval_every`, returns the best policy's folder."""
+    policy, kl_coef, moments, best = models.policy, config.kl_coef, (0, 0.0, 0.0), (-math.inf, None)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, config.learning_rate, eps=1e-5, fused=True)
     log, timings, announced = [], [], set()
@@ -259,11 +261,13 @@ def run_updates(
         if not torch.isfinite(torch.tensor(stats["loss"])):
             raise RunError(f"the loss is {stats['loss']} at update {step}; try a lower --learning_rate")
         log.append({"step": step, **collected.stats, **stats, "kl_coef": kl_coef, "learning_rate": rate})
-        raised = alarms(log)
+        raised = alarms(log, config.batch_size)
         log[-1]["alarms"] = list(raised.values())
         for name in [name for name in raised if name not in announced]:
             bar.write(f"alarm at update {step}: {raised[name]}")
         announced |= raised.keys()
+        if config.eval_every and ((step + 1) % config.eval_every == 0 or step + 1 == config.n_updates):
+            best = keep_best(models, validation, config, folder / f"checkpoints/step_{step + 1}", log[-1], best)
         if config.kl_target:
             kl_coef = ppo.adapt_kl_coef(
                 kl_coef, collected.stats["kl_k3"], config.kl_target, config.kl_horizon, config.batch_size
@@ -271,6 +275,33 @@ def run_updates(
         timings.append(timing(step, started, sampled, collected.rollout))
         write_logs(folder, log, timings, log_rows(step, batch, collected))
         bar.set_postfix(bar_numbers(collected.stats), refresh=False)
+    return best[1]
+
+
+def keep_best(
+    models: Models, prompts: list[Prompt], config: Config, folder: Path, row: dict, best: tuple[float, Path | None]
+) -> tuple[float, Path | None]:
+    """Note the mean reward on held-out prompts in the log row; save a policy that is the best so far as `folder`.
+
+    Takes and returns the best mean reward and its folder; the folder of the one before it is removed.
+    """
+    rows = evaluate_with(models, models.policy, prompts, config)
+    row["eval_reward"] = mean_of(own["reward"] for own in rows)
+    if row["eval_reward"] <= best[0]:
+        return best
+    save(models, replace(config, merge=False), folder)
+    if best[1]:
+        shutil.rmtree(best[1])
+    return row["eval_reward"], folder
+
+
+def evaluate_with(models: Models, policy: PolicyModel, prompts: list[Prompt], config: Config) -> list[dict]:
+    return evaluate_policy(policy.eval(), models.reference, models.tokenizer, models.terms, prompts, config)
+
+
+def save(models: Models, config: Config, folder: Path, replaces: str = "") -> None:
+    with whole_folder(folder, replaces) as scratch:
+        save_policy(models.policy, models.tokenizer, scratch, config.merge)
 
 
 def log_rows(step: int, prompts: list[Prompt], collected: Collected) -> list[dict]:

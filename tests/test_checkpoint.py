@@ -111,7 +111,7 @@ def test_move_into_moves_every_file_over_what_is_there(tmp_path):
             (folder / name).write_text(folder.name)
     move_into(source, target)
     assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "source", "b": "source", "c": "target"}
-    assert list(source.iterdir()) == []
+    assert not source.exists()
 
 
 def test_stages_live_under_the_name_of_the_run(tmp_path, monkeypatch):
@@ -120,6 +120,9 @@ def test_stages_live_under_the_name_of_the_run(tmp_path, monkeypatch):
     assert str(stage_folder(config, "sft")) == "saved_models/tiny/sft"
     assert str(stage_folder(micro_config(dataset_path="data/mine.csv"), "sft")) == "saved_models/tiny-mine/sft"
     assert str(stage_folder(micro_config(preset="", base_model_name="org/gpt"), "reward")) == "saved_models/gpt/reward"
+    flare = micro_config(preset="flan-t5-flare", dataset_path="ChanceFocus/flare-ner", run_name="a/{dataset}")
+    assert str(stage_folder(flare, "sft")) == "saved_models/a/flare-ner/sft"
+    assert str(stage_folder(micro_config(run_name="x-{dataset}"), "sft")) == "saved_models/x-reviews/sft"
     own = micro_config(task="sft", output_dir="elsewhere")
     assert [str(stage_folder(own, stage)) for stage in ("sft", "reward")] == ["elsewhere", "saved_models/tiny/reward"]
 

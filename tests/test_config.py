@@ -291,7 +291,7 @@ class Bench:
         generator = torch.Generator().manual_seed(config.seed)
         batches = train.prompt_batches(prompts, config.batch_size, generator)
         folder = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
-        train.run_updates(models, batches, config, generator, folder)
+        train.run_updates(models, batches, [], config, generator, folder)
         return [parameter.tolist() for parameter in models.policy.parameters()]
 
     def policy(self, config: Config) -> list:
@@ -453,6 +453,7 @@ EFFECTS = {
     "reward_batch_size": (5, REWARD, {}),
     "reward_learning_rate": (1e-4, REWARD, {}),
     "device": ("meta", lambda bench, config: bench.refusal(lambda c: pick_device(c.device), config), {}),
+    "run_name": ("x", lambda bench, config: stage_folder(config, "sft"), {}),
     "output_dir": ("mine", lambda bench, config: new_ppo_folder(config), {}),
     "preset": ("mine", lambda bench, config: stage_folder(config, "sft"), {}),
 }
@@ -461,6 +462,7 @@ ELSEWHERE = {
     "peft_model_path": "test_adapters.py: test_the_reference_is_a_frozen_adapter_on_the_same_weights",
     "merge": "test_adapters.py: test_a_merged_policy_needs_no_peft",
     "load_in_4bit": "test_adapters.py: test_8_bits_without_an_adapter_are_refused",
+    "eval_every": "test_main.py: test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts",
     "final_dir": "test_main.py: test_the_newest_policy_is_also_put_where_final_dir_says",
     "sft_first": "test_main.py: test_the_sft_stage_comes_first_where_that_is_asked_for",
     "task": "test_main.py",
@@ -510,7 +512,7 @@ def test_no_field_is_without_a_reader():
     folder = Path(config_module.__file__).parent
     code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py") if path.name != "config.py")
     unread = [name for name in FIELDS if f"config.{name}" not in code and f'"{name}"' not in code]
-    assert unread == ["preset"]  # it is read by `Config.run_name`
+    assert unread == ["preset", "run_name"]  # they are read by `Config.run_folder`
 
 
 def test_evaluation_reads_the_split_that_is_asked_for(monkeypatch, tokenizer):

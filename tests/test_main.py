@@ -21,7 +21,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 import main
 import train
-from config import PRESETS
+from config import PRESETS, parse_args
+from dataset import load_prompts
+from loading import load_policy, load_tokenizer
 
 pytest_plugins = ["micro"]
 MAIN = Path(main.__file__)
@@ -441,6 +443,7 @@ PPO = Path("saved_models/tiny/ppo")
 STATISTICS = {
     "step",
     "reward",
+    "reward_variance",
     "reward_reward_model",
     "score",
     "kl",
@@ -940,6 +943,38 @@ def test_evaluation_refuses_what_training_refuses(workplace, capsys):
         assert_refused(capsys, workplace, ["--task", "evaluate", *flag], "are for --task generate")
     assert_refused(capsys, workplace, ["--task", "evaluate", "--max_new_tokens", "400"], "--max_new_tokens 400")
     assert_refused(capsys, workplace, ["--task", "train", *flags(dtype="bfloat16")], "train in float32")
+
+
+def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(workplace, monkeypatch, capsys):
+    """Rewards .2, .5 and .3 on the validation prompts: the second policy is saved, and reported on test prompts."""
+    script, asked, weights, real = iter([0.2, 0.5, 0.3]), [], [], train.evaluate_policy
+
+    def scripted(policy, reference, tokenizer, terms, prompts, config):
+        asked.append([prompt.text for prompt in prompts])
+        weights.append(policy.language_model.transformer.wte.weight.detach().clone())
+        reward = next(script, None)
+        return [
+            row if reward is None else row | {"reward": reward}
+            for row in real(policy, reference, tokenizer, terms, prompts, config)
+        ]
+
+    monkeypatch.setattr(train, "evaluate_policy", scripted)
+    assert run("--task", "train", *flags(n_updates=5, eval_every=2, output_dir="best")) == 0
+    folder = workplace / "best"
+    assert [row.get("eval_reward") for row in stats(folder)] == [
+        None,
+        pytest.approx(0.2),
+        None,
+        0.5,
+        pytest.approx(0.3),
+    ]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_4"]
+    config = parse_args(["--task", "train", *flags()])
+    tokenizer = load_tokenizer(str(folder))
+    validation, test = ([p.text for p in load_prompts(config, tokenizer, part, 4)] for part in ("validation", "test"))
+    assert asked == [validation] * 3 + [test] * 2 and not set(validation) & set(test)
+    saved = load_policy(config, str(folder), torch.device("cpu")).language_model.transformer.wte.weight
+    assert torch.equal(saved, weights[1]) and torch.equal(saved, weights[4]) and not torch.equal(saved, weights[2])
 
 
 def test_the_newest_policy_is_also_put_where_final_dir_says(workplace, capsys):

@@ -1,6 +1,7 @@
 """What a run says before it starts, the invariants that it checks on its own data, and its log rows."""
 
 import csv
+import itertools
 import json
 import math
 import re
@@ -206,7 +207,15 @@ def test_the_statistics_of_a_rollout_by_hand():
     responses = ["good  film good\nFilm", " bad"]
     stats = rollout_stats(rollout, {"fn": torch.tensor([3.0, 5.0])}, torch.tensor([1.0, 2.0]), responses)
     k3 = (math.exp(-0.5) - 0.5) + (math.exp(1.0) - 2.0) + (math.exp(-0.5) - 0.5)
-    expected = {"reward": 1.5, "reward_fn": 4.0, "score": 1.0, "kl": 0.4, "kl_k1": 0.0, "kl_k3": k3 / 2}
+    expected = {
+        "reward": 1.5,
+        "reward_variance": 0.25,
+        "reward_fn": 4.0,
+        "score": 1.0,
+        "kl": 0.4,
+        "kl_k1": 0.0,
+        "kl_k3": k3 / 2,
+    }
     expected |= {"value": 2.0, "return": 2.0, "response_length": 2.0}
     expected |= {"distinct_bigrams": 2 / 3, "ref_perplexity": math.exp(4.5 / 4)}  # good film, film good, good film
     # returns 2 2 4 0 have variance 2, and returns - values 1 0 1 -2 have 1.5
@@ -225,7 +234,14 @@ def test_the_progress_bar_shows_five_numbers():
 
 
 def log_row(**changes) -> dict[str, float]:
-    healthy = {"reward": 0.5, "response_length": 20.0, "distinct_bigrams": 0.5, "ended": 0.75, "ref_perplexity": 8.0}
+    healthy = {
+        "reward": 0.5,
+        "reward_variance": 0.0,
+        "response_length": 20.0,
+        "distinct_bigrams": 0.5,
+        "ended": 0.75,
+        "ref_perplexity": 8.0,
+    }
     return healthy | changes
 
 
@@ -234,6 +250,11 @@ BEGINNING = [
     log_row(reward=0.4, response_length=22.0, distinct_bigrams=0.75, ended=1.0, ref_perplexity=12.0),
     log_row(reward=0.6, response_length=18.0, distinct_bigrams=0.25, ended=0.5, ref_perplexity=4.0),
 ]
+
+
+def raised(*latest: dict) -> dict[str, str]:
+    """The alarms when two rollouts of 64 responses are compared with the beginning's two."""
+    return alarms([*BEGINNING, *latest], 64)
 
 
 @pytest.mark.parametrize(
@@ -247,14 +268,14 @@ BEGINNING = [
 )
 def test_an_alarm_is_raised_just_outside_its_bounds(name, inside, outside):
     for value in inside:
-        assert alarms([*BEGINNING, log_row(reward=0.51, **{name: value})]) == {}
+        assert raised(*[log_row(reward=0.51, **{name: value})] * 2) == {}
     for value in outside:
-        assert list(alarms([*BEGINNING, log_row(reward=0.51, **{name: value})])) == [name]
+        assert list(raised(*[log_row(reward=0.51, **{name: value})] * 2)) == [name]
 
 
 def test_an_alarm_says_in_words_what_happened():
-    history = [*BEGINNING, log_row(reward=0.9, response_length=1.0, ended=0.25)]
-    assert alarms(history) == {
+    latest = log_row(reward=0.7, response_length=2.0, ended=0.5), log_row(reward=1.1, response_length=0.0, ended=0.0)
+    assert raised(*latest) == {
         "response_length": "the reward rose from 0.5 to 0.9 while the mean length in tokens went from 20 to 1; "
         "expected 50 to 200 % of the start",
         "ended": "the reward rose from 0.5 to 0.9 while the share of responses with EOS went from 0.75 to 0.25; "
@@ -266,31 +287,43 @@ COLLAPSED = {"response_length": 1.0, "distinct_bigrams": 0.0, "ended": 0.0, "ref
 
 
 def test_everything_may_go_wrong_at_once():
-    assert set(alarms([*BEGINNING, log_row(reward=0.9, **COLLAPSED)])) == set(COLLAPSED) == set(LIMITS)
+    assert set(raised(*[log_row(reward=0.9, **COLLAPSED)] * 2)) == set(COLLAPSED) == set(LIMITS)
 
 
 @pytest.mark.parametrize("reward", [0.5, 0.45, -1.0])
 def test_there_is_no_alarm_while_the_reward_is_not_higher(reward):
     """A collapse that nothing rewards shows in the reward itself."""
-    assert alarms([*BEGINNING, log_row(reward=reward, **COLLAPSED)]) == {}
+    assert raised(*[log_row(reward=reward, **COLLAPSED)] * 2) == {}
 
 
-def test_an_alarm_is_about_the_latest_rollout():
-    bad = log_row(reward=0.9, **COLLAPSED)
-    assert alarms([*BEGINNING, bad, log_row(reward=0.9)]) == {}
-    assert set(alarms([*BEGINNING, log_row(reward=0.6), bad])) == set(LIMITS)
-    assert set(alarms([*BEGINNING, bad, bad])) == set(LIMITS)
+def test_a_rise_that_chance_explains_is_none():
+    """Variances .25 and .15 in 128 responses each: two standard errors are 2 sqrt(.4 / 128) = .1118."""
+    start = [row | {"reward_variance": 0.25} for row in BEGINNING]
+    for rise, expected in ((0.111, set()), (0.113, set(LIMITS))):
+        latest = [log_row(reward=0.5 + rise, reward_variance=0.15, **COLLAPSED)] * 2
+        assert set(alarms([*start, *latest], 64)) == expected
+
+
+def test_an_alarm_is_about_the_latest_rollouts():
+    bad, good = log_row(reward=0.9, **COLLAPSED), log_row(reward=0.9)
+    assert raised(bad, good, good) == {}
+    assert set(raised(good, bad, bad)) == set(LIMITS)
 
 
 def test_the_first_rollouts_are_what_is_compared_with():
-    assert alarms(BEGINNING[:1]) == alarms(BEGINNING) == {}
-    assert alarms([log_row(reward=0.1), log_row(reward=0.9, **COLLAPSED)]) == {}
+    bad = log_row(reward=0.9, **COLLAPSED)
+    assert raised() == raised(bad) == {}  # too few to tell
+    assert alarms([*BEGINNING, bad, bad, bad], 128) != {}
+    for batch_size, n in ((128, 2), (64, 2), (63, 3), (16, 8), (1000, 2)):
+        history = [log_row()] * n + [bad] * n
+        assert alarms(history[:-1], batch_size) == {}
+        assert set(alarms(history, batch_size)) == set(LIMITS)
 
 
 def test_responses_without_two_words_raise_no_alarm_of_their_own():
     """A share of no word pairs is 0 from the start on."""
     start = [row | {"distinct_bigrams": 0.0} for row in BEGINNING]
-    assert alarms([*start, log_row(reward=0.9, distinct_bigrams=0.0)]) == {}
+    assert alarms([*start, *[log_row(reward=0.9, distinct_bigrams=0.0)] * 2], 64) == {}
 
 
 SHORT = "def short(prompts, responses, rows):\n    return [-len(response.split()) for response in responses]\n"
@@ -319,7 +352,8 @@ def test_a_collapse_provoked_on_purpose_raises_the_alarm(tiny_run):
     lengths = [row["response_length"] for row in rows]
     assert lengths[0] > 15 and lengths[-1] < 5
     first = next(row["step"] for row in rows if any("mean length in tokens" in text for text in row["alarms"]))
-    halved = next(step for step, n in enumerate(lengths) if step > 1 and n < (lengths[0] + lengths[1]) / 4)
+    latest = [(a + b) / 2 for a, b in itertools.pairwise(lengths)]
+    halved = next(step for step in range(3, 24) if latest[step - 1] < latest[0] / 2)
     assert first == halved
     assert output.count("while the mean length in tokens went from") == 1
     assert f"alarm at update {first}: the reward rose from" in output

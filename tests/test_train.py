@@ -14,6 +14,7 @@ from tiny_models import BUILDERS, EOS, FAMILIES, PAD, letter_tokenizer, tiny_gpt
 import generate
 import model
 import ppo
+import report
 import train
 from config import Config, RunError
 from dataset import Prompt, pad
@@ -521,7 +522,7 @@ def run(tmp_path, config: Config, policy: PolicyModel | None = None, n_prompts: 
     policy = policy or PolicyModel(tiny_gpt2())
     prompts = prompts_of((QUERIES * n_prompts)[:n_prompts])
     batches = train.prompt_batches(prompts, config.batch_size, seeded())
-    train.run_updates(models_of(policy, letter=term), batches, config, seeded(), tmp_path)
+    train.run_updates(models_of(policy, letter=term), batches, [], config, seeded(), tmp_path)
     return json.loads((tmp_path / "training_stats.json").read_text())
 
 
@@ -575,9 +576,17 @@ def test_an_alarm_is_logged_at_every_step_and_printed_at_its_first(tmp_path, mon
     script = [{}, {"length": "too short"}, {}, {"length": "shorter", "ended": "cut"}, {"ended": "cut off"}]
     seen = []
 
-    def alarms(history: list[dict]) -> dict[str, str]:
+    def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
         seen.append([row["step"] for row in history])
-        assert {"reward", "response_length", "distinct_bigrams", "ended", "ref_perplexity"} <= history[-1].keys()
+        assert batch_size == 4
+        assert {
+            "reward",
+            "reward_variance",
+            "response_length",
+            "distinct_bigrams",
+            "ended",
+            "ref_perplexity",
+        } <= history[-1].keys()
         return script[len(history) - 1]
 
     monkeypatch.setattr(train, "alarms", alarms)
@@ -596,11 +605,13 @@ def test_a_policy_that_falls_silent_for_its_reward_is_told_on(tmp_path, monkeypa
     """A point lost for every letter and no price of KL: a letter or none is left of five, and the alarm says so."""
     without_shape_checks(monkeypatch)
     options = {"learning_rate": 3e-3, "ppo_epochs": 4, "batch_size": 32, "mini_batch_size": 16, "max_grad_norm": 1}
+    monkeypatch.setattr(report, "WINDOW", 64)
     config = settings(n_updates=8, kl_coef=0.0, **options)
     rows = run(tmp_path, config, n_prompts=32, term=few_letters)
-    start = (rows[0]["response_length"] + rows[1]["response_length"]) / 2
+    lengths = [row["response_length"] for row in rows]
+    latest = [(a + b) / 2 for a, b in itertools.pairwise(lengths)]
     alarmed = [row["step"] for row in rows if any("mean length in tokens" in text for text in row["alarms"])]
-    assert alarmed == [row["step"] for row in rows[2:] if row["response_length"] < start / 2] != []
+    assert alarmed == [step for step in range(3, 8) if latest[step - 1] < latest[0] / 2] != []
     said = capsys.readouterr().out
     assert said.count("the mean length in tokens went from") == 1
     assert f"alarm at update {alarmed[0]}: the reward rose from" in said
@@ -609,6 +620,7 @@ def test_a_policy_that_falls_silent_for_its_reward_is_told_on(tmp_path, monkeypa
 def test_the_same_reward_at_a_price_of_kl_raises_no_alarm(tmp_path, monkeypatch, capsys):
     without_shape_checks(monkeypatch)
     options = {"learning_rate": 3e-3, "ppo_epochs": 4, "batch_size": 32, "mini_batch_size": 16, "max_grad_norm": 1}
+    monkeypatch.setattr(report, "WINDOW", 64)
     config = settings(n_updates=8, kl_coef=5.0, **options)
     rows = run(tmp_path, config, n_prompts=32, term=few_letters)
     assert [row["alarms"] for row in rows] == [[]] * 8
