@@ -1,0 +1,252 @@
+"""Time whole PPO steps (`collect_rollout`, then `update`) on a GPT-2 of random weights, beside the least they can take.
+
+    python benchmarks/step.py --size b --matmul-precision medium --stages
+
+Every prompt has query-len tokens and every response response-len, with no end of sequence, so that another program can
+be given the same work. One line of JSON goes to standard output; with --stages a table of a step's parts to standard
+error. Times are medians over quiet steps, in which other processes took less than 0.15 cores, or over all if none was.
+`over_floor` is a step's time over `floor_s`, which floor.py explains. CPU and Linux only.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from unittest.mock import patch
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py has it
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+import train
+from benchmarks.floor import Size, flops, matrix_products, measure_floor
+from benchmarks.machine import QUIET, cpu_seconds, foreign_cores, peak_mb, wait_quiet
+from config import Config, UsageError
+from dataset import Prompt
+from loading import load_policy, load_reference, without_dropout
+
+SIZES = {
+    "a": Size(128, 4, 4, 1024, batch=64, minibatch=64, query_len=8, response_len=24, ppo_epochs=4),
+    "b": Size(768, 6, 12, 50257, batch=16, minibatch=16, query_len=16, response_len=48, ppo_epochs=4),
+    "c": Size(768, 12, 12, 50257, batch=16, minibatch=4, query_len=8, response_len=24, ppo_epochs=4),
+}
+PARTS = {  # what is timed, where train.py looks it up: "rollout" holds the two after it, "update" the last four
+    "rollout": (train, "collect_rollout"),
+    "sampling": (train, "respond"),
+    "scoring": (train, "score_rows"),  # or "reference"
+    "update": (train, "update"),
+    "update forward": (train, "minibatch_loss"),
+    "update backward": (torch.Tensor, "backward"),
+    "clipping": (torch.nn.utils, "clip_grad_norm_"),
+    "optimizer": (torch.optim.Adam, "step"),
+}
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    option = parser.add_argument
+    option("--size", choices=SIZES, default="a", help="what the nine numbers after this one are, where not given")
+    for name in Size._fields:
+        option("--" + name.replace("_", "-"), type=positive)
+    option("--steps", type=positive, default=3, help="timed steps; one that is not counted comes first")
+    option("--max-steps", type=int, default=0, help="go on until --steps of them were quiet, at most this many")
+    option("--wait-quiet", type=float, default=0, help="wait at most these seconds for idle cores before each step")
+    option("--threads", type=positive, default=2)
+    option("--matmul-precision", default="highest", choices=("highest", "high", "medium"), help="of float32, in torch")
+    option("--mixed-precision", default="no", choices=("no", "bf16"), help="bf16: autocast, as in a run's own option")
+    option("--lr", type=float, default=1.41e-5)
+    option("--kl-coef", type=float, default=0.2)
+    option("--seed", type=int, default=0)
+    option("--stages", action="store_true", help="show where a step's time goes")
+    option("--profile", default="", help="write torch.profiler's table of one more step to this file")
+    args = parser.parse_args(arguments)
+    for name, value in SIZES[args.size]._asdict().items():
+        setattr(args, name, getattr(args, name) or value)
+    return args
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def settings(args: argparse.Namespace) -> Config:
+    model = {"base_model_name": "random", "n_embd": args.hidden, "n_head": args.heads}
+    rows = {"batch_size": args.batch, "mini_batch_size": args.minibatch, "ppo_epochs": args.ppo_epochs}
+    lengths = {"max_prompt_length": args.query_len, "max_new_tokens": args.response_len}
+    others = {"learning_rate": args.lr, "kl_coef": args.kl_coef, "mixed_precision": args.mixed_precision}
+    return Config(**model, **rows, **lengths, **others)
+
+
+def new_models(size: Size, config: Config) -> train.Models:
+    """Policy and reference as a run loads them; token i is the word `ti`, and EOS an id that the model cannot draw."""
+    vocab = {f"t{i}": i for i in range(size.vocab)} | {"<eos>": size.vocab}
+    words = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
+    shape = {"vocab_size": size.vocab, "n_embd": size.hidden, "n_layer": size.layers, "n_head": size.heads}
+    gpt2_config = GPT2Config(**shape, n_positions=max(1024, size.query_len + size.response_len))
+    with tempfile.TemporaryDirectory() as folder:
+        GPT2LMHeadModel(without_dropout(gpt2_config)).save_pretrained(folder)
+        policy = load_policy(config, folder, torch.device("cpu"))
+        reference = load_reference(config, folder, policy)
+
+    def low_ids(prompts: list[str], responses: list[str], rows: list[dict]) -> torch.Tensor:
+        low = [[int(word[1:]) < size.vocab // 2 for word in response.split()] for response in responses]
+        return torch.tensor(low).float().mean(1)
+
+    return train.Models(policy, reference, tokenizer, {"reward_fn": low_ids})
+
+
+@contextmanager
+def stopwatch(reference: torch.nn.Module) -> Iterator[Counter]:
+    """Seconds spent in each of the parts, for as long as the block runs."""
+    spent = Counter()
+
+    def timed(part: str, function):
+        def call(*args, **kwargs):
+            started = time.perf_counter()
+            result = function(*args, **kwargs)
+            spent["reference" if args[0] is reference else part] += time.perf_counter() - started
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for part, place in PARTS.items():
+            stack.enter_context(patch.object(*place, timed(part, getattr(*place))))
+        yield spent
+
+
+def new_steps(bench: train.Models, config: Config, seed: int) -> Iterator[dict]:
+    """Endless steps, each as it was: seconds in all and in its parts, CPU seconds, foreign cores, reward, KL."""
+    optimizer = torch.optim.Adam(bench.policy.parameters(), config.learning_rate, eps=1e-5, fused=True)  # as train.py
+    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
+    vocab = bench.policy.language_model.config.vocab_size
+    while True:
+        ids = rng.integers(0, vocab - 1, (config.batch_size, config.max_prompt_length)).tolist()
+        prompts = [Prompt(" ".join(f"t{i}" for i in row), row, {}) for row in ids]
+        with stopwatch(bench.reference) as parts:
+            before = cpu_seconds()
+            collected = train.collect_rollout(bench, prompts, config, config.kl_coef, generator)
+            train.update(bench.policy, optimizer, collected.rollout, config, generator)
+            total = parts["rollout"] + parts["update"]
+            load = {"cpu": time.process_time() - before[0], "foreign": foreign_cores(before, total)}
+        yield {"total": total, "parts": parts, **load, **{name: collected.stats[name] for name in ("reward", "kl")}}
+
+
+def timed_steps(steps: Iterator[dict], args: argparse.Namespace) -> list[dict]:
+    """One step to warm up, then as many as asked for, or with --max-steps until as many were quiet."""
+    next(steps)
+    laps = []
+    while len(laps) < (args.max_steps or args.steps) and sum(lap["foreign"] < QUIET for lap in laps) < args.steps:
+        wait_quiet(args.wait_quiet)
+        laps.append(next(steps))
+    return laps
+
+
+def summary(laps: list[dict]) -> dict:
+    """The steps' times and results, under the names that the benchmarks of other programs give them."""
+    quiet = [lap for lap in laps if lap["foreign"] < QUIET]
+
+    def typical(seconds) -> float:
+        return median(seconds(lap["total"], lap["parts"]) for lap in quiet or laps)
+
+    return {
+        "generate_s": typical(lambda total, parts: parts["sampling"]),
+        "step_s": typical(lambda total, parts: total - parts["sampling"]),
+        "total_s": typical(lambda total, parts: total),
+        "forward_pass_s": typical(lambda total, parts: parts["scoring"] + parts["reference"]),
+        "optimize_step_s": typical(lambda total, parts: parts["update"]),
+        "quiet_steps": len(quiet),
+        "total_s_all": [round(lap["total"], 4) for lap in laps],
+        "foreign_cores_all": [round(lap["foreign"], 2) for lap in laps],
+        "cpu_s": median(lap["cpu"] for lap in quiet or laps),
+        "total_s_min": min(lap["total"] for lap in quiet or laps),
+        "mean_reward": [round(lap["reward"], 4) for lap in laps],
+        "objective_kl": [round(lap["kl"], 4) for lap in laps],
+    }
+
+
+def static_mb(bench: train.Models, interpreter: float) -> dict[str, float]:
+    """What of the peak is held between two steps, too; the rest of it is activations, logits, and what they leave."""
+    policy, reference = (
+        sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+        for model in (bench.policy, bench.reference)
+    )
+    trained = {"weights": policy, "gradients": policy, "optimizer": 2 * policy}
+    return {"interpreter": interpreter, **trained, "reference": reference}
+
+
+def print_parts(laps: list[dict], size: Size, square: float) -> None:
+    """Each part's seconds and share of the step; of matrix products also GFLOP, and the ratio to their floor."""
+    work, total = matrix_products(size), median(lap["total"] for lap in laps)
+    print(f"{'part':16}{'s':>9}{'share':>8}{'GFLOP':>10}{'x floor':>9}", file=sys.stderr)
+    for part in laps[0]["parts"]:
+        seconds, gflop = median(lap["parts"][part] for lap in laps), flops(work.get(part, Counter())) / 1e9
+        products = f"{gflop:10.1f}{seconds * square / gflop:9.2f}" if gflop else ""
+        print(f"{part:16}{seconds:9.3f}{seconds / total:8.1%}{products}", file=sys.stderr)
+
+
+def write_profile(steps: Iterator[dict], file: str) -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiler:
+        next(steps)
+    tables = (profiler.key_averages(group_by_input_shape=by_shape) for by_shape in (False, True))
+    Path(file).write_text("\n\n".join(table.table("self_cpu_time_total", row_limit=40) for table in tables))
+
+
+def run(args: argparse.Namespace) -> dict:
+    """What is printed as JSON."""
+    interpreter = peak_mb()
+    torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision(args.matmul_precision)
+    torch.manual_seed(args.seed)
+    size, config = Size(*(getattr(args, name) for name in Size._fields)), settings(args)
+    floor = measure_floor(size, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
+    bench = new_models(size, config)
+    steps = new_steps(bench, config, args.seed)
+    laps = timed_steps(steps, args)
+    times, peak = summary(laps), peak_mb()
+    if args.stages:
+        print_parts(laps, size, floor["gflops_squares"])
+    if args.profile:
+        write_profile(steps, args.profile)
+    return {
+        "impl": "this project",
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
+        "matmul_precision": torch.get_float32_matmul_precision(),
+        "attn": bench.policy.language_model.config._attn_implementation,
+        "fused_adam": True,
+        "mixed_precision": args.mixed_precision,
+        "params": sum(p.numel() for p in bench.policy.parameters()),
+        "config": {**size._asdict(), "steps": args.steps, "lr": args.lr, "seed": args.seed},
+        **times,
+        "samples_per_s": size.batch / times["total_s"],
+        **floor,
+        "over_floor": times["total_s"] / floor["floor_s"],
+        "peak_rss_mb": peak,
+        "static_mb": static_mb(bench, interpreter),
+    }
+
+
+if __name__ == "__main__":
+    try:
+        print(json.dumps(run(parse())))
+    except UsageError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,89 @@
+"""The benchmark of a PPO step: it counts the work that the shipped code does, and reports it under the agreed names."""
+
+from collections import Counter
+from contextlib import ExitStack
+from unittest.mock import patch
+
+import pytest
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import floor, step
+from benchmarks.floor import Size, backward_products, flops, forward_products, matrix_products
+
+TINY = Size(32, 2, 2, vocab=64, batch=4, minibatch=2, query_len=9, response_len=60, ppo_epochs=3)
+FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY._asdict().items()]
+KEYS = "impl transformers torch threads matmul_precision attn fused_adam mixed_precision params config generate_s "
+KEYS += "step_s total_s forward_pass_s optimize_step_s quiet_steps total_s_all foreign_cores_all cpu_s total_s_min "
+KEYS += "samples_per_s peak_rss_mb mean_reward objective_kl"
+
+
+def test_products_of_a_forward_and_a_backward_pass_by_hand():
+    size = Size(2, 1, 1, vocab=3, batch=1, minibatch=1, query_len=1, response_len=2, ppo_epochs=1)
+    one = forward_products(size, rows=1, new=1, context=1, predicted=1)
+    assert flops(one) == 24 + 4 + 4 + 8 + 32 + 32 + 12  # q k v, scores, their mean of v, output; MLP in, out; logits
+    assert flops(matrix_products(size)["sampling"]) == 116 + 116 + 8  # the second token attends to one token more
+    assert backward_products(Counter({(5, 2, 3, 4): 7})) == Counter({(5, 2, 4, 3): 7, (5, 3, 2, 4): 7})
+    square = forward_products(size._replace(hidden=4, layers=3), rows=2, new=4, context=4, predicted=1)
+    assert square[2, 4, 4, 4] == 6  # two products of one shape in each layer
+
+
+def test_counted_products_are_those_of_the_shipped_code():
+    args = step.parse(FLAGS)
+    bench, counted = step.new_models(TINY, step.settings(args)), Counter()
+    for model in (bench.policy, bench.reference):
+        model.language_model.set_attn_implementation("eager")  # torch's counter does not know the CPU's fused one
+
+    def counting(part, function):
+        def call(*args, **kwargs):
+            with FlopCounterMode(display=False) as counter:
+                result = function(*args, **kwargs)
+            counted["reference" if args[0] is bench.reference else part] += counter.get_total_flops()
+            return result
+
+        return call
+
+    with ExitStack() as stack:
+        for part, place in step.PARTS.items():
+            if part not in ("rollout", "update"):
+                stack.enter_context(patch.object(*place, counting(part, getattr(*place))))
+        next(step.new_steps(bench, step.settings(args), seed=0))
+    expected = {part: flops(products) for part, products in matrix_products(TINY).items()}
+    assert counted["sampling"] == expected["sampling"]
+    for part in ("scoring", "reference", "update forward", "update backward"):  # with the value head
+        assert 1 <= counted[part] / expected[part] < 1.02, part
+    assert sum(counted.values()) == sum(counted[part] for part in expected)
+
+
+def test_the_report_has_the_agreed_keys_and_its_numbers_agree(monkeypatch, capsys):
+    monkeypatch.setattr(floor, "SQUARE", 64)
+    report = step.run(step.parse([*FLAGS, "--steps=1", "--threads=1", "--stages"]))
+    assert set(KEYS.split()) <= report.keys()
+    assert report["config"] == {**TINY._asdict(), "steps": 1, "lr": 1.41e-5, "seed": 0}
+    assert report["params"] == 64 * 32 + 1024 * 32 + 2 * (12 * 32**2 + 13 * 32) + 2 * 32 + 33
+    assert report["gflop"] == pytest.approx(sum(map(flops, matrix_products(TINY).values())) / 1e9)
+    assert report["over_floor"] * report["floor_s"] == pytest.approx(report["total_s"])
+    assert report["floor_s"] * report["gflops_squares"] == pytest.approx(report["gflop"])
+    assert report["samples_per_s"] * report["total_s"] == pytest.approx(4)
+    assert report["generate_s"] + report["step_s"] == pytest.approx(report["total_s"])
+    assert report["forward_pass_s"] + report["optimize_step_s"] < report["step_s"]
+    assert report["total_s_all"] == [pytest.approx(report["total_s"], abs=1e-4)]
+    assert 0 < report["mean_reward"][0] < 1
+    weights = report["params"] * 4 / 2**20
+    assert report["static_mb"]["optimizer"] == pytest.approx(2 * weights)
+    assert sum(report["static_mb"].values()) < report["peak_rss_mb"]
+    shown = capsys.readouterr().err.split("\n")
+    assert [line.split("  ")[0] for line in shown[1:4]] == ["sampling", "scoring", "reference"]
+
+
+def test_steps_go_on_until_enough_were_quiet():
+    foreign = iter([0.0, 1.0, 0.0, 1.0, 0.0, 0.0])  # the first is not counted
+    steps = ({"foreign": cores} for cores in foreign)
+    laps = step.timed_steps(steps, step.parse(["--steps=2", "--max-steps=9"]))
+    assert [lap["foreign"] for lap in laps] == [1.0, 0.0, 1.0, 0.0]
+    busy = ({"foreign": 1.0} for _ in range(9))
+    assert len(step.timed_steps(busy, step.parse(["--steps=2", "--max-steps=3"]))) == 3
+
+
+def test_a_size_is_a_starting_point():
+    args = step.parse(["--size=c", "--batch=8"])
+    assert Size(*(getattr(args, name) for name in Size._fields)) == step.SIZES["c"]._replace(batch=8)
