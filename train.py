@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -179,15 +180,10 @@ def update(
                 parts.append(stats)
             minibatches.append(combine(parts, sum))
             if config.target_kl and minibatches[-1]["approx_kl_k3"] > 1.5 * config.target_kl:
-                return combine(minibatches, mean_of)
+                return combine(minibatches, fmean)
             torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
             optimizer.step()
-    return combine(minibatches, mean_of)
-
-
-def mean_of(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
+    return combine(minibatches, fmean)
 
 
 def learning_rate(config: Config, step: int) -> float:
@@ -286,7 +282,7 @@ def keep_best(
     Takes and returns the best mean reward and its folder; the folder of the one before it is removed.
     """
     rows = evaluate_with(models, models.policy, prompts, config)
-    row["eval_reward"] = mean_of(own["reward"] for own in rows)
+    row["eval_reward"] = fmean(own["reward"] for own in rows)
     if row["eval_reward"] <= best[0]:
         return best
     save(models, replace(config, merge=False), folder)

@@ -415,8 +415,9 @@ def test_running_moments_are_those_of_doubles():
 
 
 def test_two_equal_or_nearly_equal_scores_are_normalised_by_hand():
-    """Of two scores 1 and 3, S / (n - 1) is 2; of three equal ones 0, and the 1e-8 under the root is all there is."""
-    assert_close(ppo.shape_scores(f64(1.0, 3.0), HAS_EOS[:2], moments=(2, 2.0, 2.0)), f64(-1.0, 1.0) / (2 + 1e-8) ** 0.5)
+    """Of two scores 1 and 3, S / (n - 1) is 2; of three equal ones 0, and 1e-8 is all there is under the root."""
+    shaped = ppo.shape_scores(f64(1.0, 3.0), HAS_EOS[:2], moments=(2, 2.0, 2.0))
+    assert_close(shaped, f64(-1.0, 1.0) / (2 + 1e-8) ** 0.5)
     assert_close(ppo.shape_scores(f64(1e-4, 0.0), HAS_EOS[:2], moments=(3, 0.0, 0.0)), f64(1.0, 0.0))
 
 
