@@ -90,6 +90,14 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     return config
 
 
+def with_fused_gelu(config: PretrainedConfig) -> PretrainedConfig:
+    """GPT-2's and Flan-T5's activation by its other name in transformers, in one kernel, not eight."""
+    for name in ("activation_function", "dense_act_fn"):
+        if getattr(config, name, "") == "gelu_new":
+            setattr(config, name, "gelu_pytorch_tanh")
+    return config
+
+
 def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dict:
     """The settings that load weights in 8 or 4 bits. Raises UsageError if bitsandbytes is not installed."""
     if not (in_8bit or in_4bit):
@@ -102,7 +110,7 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dic
 
 def load_language_model(path: str, dtype: str, device: torch.device, **settings) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, in the given dtype rather than the one it was stored in."""
-    config = without_dropout(load(AutoConfig.from_pretrained, "base_model_name", path))
+    config = with_fused_gelu(without_dropout(load(AutoConfig.from_pretrained, "base_model_name", path)))
     factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     settings |= {"config": config, "dtype": getattr(torch, dtype)}
     model = load(factory.from_pretrained, "base_model_name", path, **settings)
@@ -267,7 +275,7 @@ def new_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Pr
         n_embd=config.n_embd,
         n_layer=config.n_layer,
         n_head=config.n_head,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own, in one kernel
+        activation_function="gelu_pytorch_tanh",
         initializer_range=0.02 * (768 / config.n_embd) ** 0.5,  # GPT-2's is for a width of 768
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

@@ -91,7 +91,9 @@ class PolicyModel(nn.Module):
         with self.autocast():
             output = self.language_model(**inputs, **keep, output_hidden_states=True, use_cache=False)
             states = self.critic_states(output, inputs, predicting, query_mask)
-        logits = output.logits.float() / temperature
+        logits = output.logits.float()
+        if temperature != 1:  # a pass over a whole vocabulary of numbers
+            logits = logits / temperature
         entropy = token_entropy(logits) if with_entropy else None
         values = self.value_head(states.float())[..., 0].expand(response_ids.shape)
         return Scores(token_logprobs(logits, response_ids), values, entropy)
@@ -112,13 +114,13 @@ def causal_inputs(query_ids, query_mask, response_ids, response_mask, config) ->
     """The one sequence that a causal model reads, and at which of its positions the response is predicted.
 
     The one place where tokens and outputs are shifted: the output at index i has read tokens 0..i and predicts token
-    i + 1, so response token t, which stands at index Q + t, is predicted at Q + t - 1. Left padding needs explicit
-    positions: GPT-2 would count the padding.
+    i + 1, so response token t, which stands at index Q + t, is predicted at Q + t - 1, and nothing reads the last one.
+    Left padding needs explicit positions: GPT-2 would count the padding.
     """
-    mask = torch.cat([query_mask, response_mask], dim=1)
+    mask = torch.cat([query_mask, response_mask[:, :-1]], dim=1)
     first = query_ids.shape[1] - 1
     predicting = torch.arange(first, first + response_ids.shape[1], device=mask.device)
-    ids = torch.cat([query_ids, response_ids], dim=1)
+    ids = torch.cat([query_ids, response_ids[:, :-1]], dim=1)
     return {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}, predicting
 
 

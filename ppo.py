@@ -108,9 +108,8 @@ def masked_whiten(
 def token_logprobs(
     logits: TensorType["batch", "time", "vocab", is_float], tokens: TensorType["batch", "time"]
 ) -> TensorType["batch", "time", is_float]:
-    """log softmax(z_t)[y_t] = z_t[y_t] - logsumexp(z_t), in nats; logits are already divided by the temperature."""
-    chosen = logits.gather(-1, tokens[..., None])[..., 0]
-    return chosen - logits.logsumexp(-1)
+    """log softmax(z_t)[y_t], in nats; logits are already divided by the temperature."""
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def token_entropy(

@@ -46,8 +46,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a count is never negative",
     (
         "token_logprobs",
-        "chosen = logits.gather(-1, tokens[..., None])[..., 0]",
-        "chosen = logits.gather(-1, tokens[..., None])[..., -1]",
+        "return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]",
+        "return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., -1]",
     ): "the axis has size 1",
     (
         "shape_scores",

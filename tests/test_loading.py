@@ -285,6 +285,23 @@ def test_loaded_weights_can_be_trained(tmp_path):
     assert all(p.requires_grad and p.dtype == torch.float32 for p in policy.parameters())
 
 
+@pytest.mark.parametrize(
+    "model",
+    [tiny_gpt2(activation_function="gelu_new"), tiny_t5(feed_forward_proj="gated-gelu")],
+    ids=["gpt2", "flan-t5"],
+)
+def test_the_fused_activation_is_the_same_function(model, tmp_path):
+    """The logits stay, and the activation is one module, not a chain of products and powers."""
+    model.eval().save_pretrained(tmp_path)
+    fused = load_language_model(str(tmp_path), "float32", torch.device("cpu")).eval()
+    names = [[type(module).__name__ for module in one.modules()] for one in (model, fused)]
+    assert names[0].count("NewGELUActivation") == names[1].count("GELUTanh") > 0
+    assert "NewGELUActivation" not in names[1]
+    ids = torch.tensor([[2, 3, 4, 5]])
+    inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})
+    torch.testing.assert_close(fused(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
 def test_without_dropout_sets_every_rate_and_nothing_else():
     config = without_dropout(GPT2Config(resid_pdrop=0.3, embd_pdrop=0.2, attn_pdrop=0.1, summary_first_dropout=0.4))
     rates = (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout)

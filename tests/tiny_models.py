@@ -50,6 +50,7 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 def tiny_gpt2(seed: int = 6, **settings) -> PreTrainedModel:
     defaults = {"vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    defaults |= {"activation_function": "gelu_pytorch_tanh"}  # the name that loading gives to gelu_new
     return randomise(GPT2LMHeadModel(GPT2Config(**(defaults | NO_DROPOUT | ENDS | settings))), seed)
 
 
