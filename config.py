@@ -190,6 +190,7 @@ class Config:
     prompt: tuple[str, ...] = option("generate", (), "a prompt; may be given several times")
     prompts: str = option("generate", "", "a file of prompts: .txt (one a line), .jsonl or .json")
     num_samples: int = option("generate", 1, "responses a prompt", "[1, inf)")
+    stop: tuple[str, ...] = option("generate", (), "text that ends a response, as $'\\n'; may be given several times")
     output: str = option("generate", "", "write JSON Lines of prompt, response, reward here instead of printing")
 
     def __post_init__(self) -> None:
@@ -211,6 +212,8 @@ class Config:
             raise UsageError(
                 f"--critic encoder values the prompt alone, which is unbiased for --lam 1 only, not {self.lam}"
             )
+        if "" in self.stop:
+            raise UsageError("--stop is empty, expected the text before which a response is to end")
         if self.whiten_scores and self.normalize_scores:
             raise UsageError("--whiten_scores undoes --normalize_scores: choose one of them")
         if self.n_embd % self.n_head:

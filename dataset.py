@@ -181,9 +181,13 @@ def limit_length(prompts: list[Prompt], config: Config) -> list[Prompt]:
 
 def given_prompts(config: Config) -> list[str]:
     """The prompts of --prompt and --prompts, else a line each from standard input; none where that is a terminal."""
-    prompts = [*config.prompt, *(read_prompts(config.prompts) if config.prompts else [])]
-    if not prompts and not sys.stdin.isatty():
-        prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    try:
+        prompts = [*config.prompt, *(read_prompts(config.prompts, config.prompt_column) if config.prompts else [])]
+        if not prompts and not sys.stdin.isatty():
+            prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        "".join(prompts).encode()
+    except UnicodeError as error:
+        raise UsageError(f"a prompt is not text in UTF-8: {first_line(error)}") from None
     if not prompts and (config.output or not sys.stdin.isatty()):
         raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
     if not all(prompt.strip() for prompt in prompts):
@@ -191,24 +195,54 @@ def given_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def read_prompts(path: str) -> list[str]:
-    """Prompts from a .txt (one a line), .jsonl or .json file: texts, or objects with a `prompt` or `query`."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        lines = [line for line in text.split("\n") if line.strip()]  # splitlines would cut at U+2028, too
-        rows = json.loads(text) if path.endswith(".json") else lines
-        rows = [json.loads(line) for line in lines] if path.endswith(".jsonl") else rows
-        if not isinstance(rows, list):
-            raise TypeError("expected a list")
-        prompts = [row if isinstance(row, str) else row.get("prompt") or row["query"] for row in rows]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        raise UsageError(
-            f"--prompts {path} cannot be read as prompts ({reason}); expected .txt, .jsonl or .json"
-        ) from None
-    if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise UsageError(f"--prompts {path} holds no prompts, or some that are not text")
+def read_prompts(path: str, column: str) -> list[str]:
+    """Prompts from a file: texts, or objects that hold one under the name `column`, `prompt` or `query`.
+
+    Raises UsageError naming the place in the file, what was found there and what was expected.
+    """
+    names, prompts = dict.fromkeys((column, "prompt", "query")), []
+    for place, entry in prompt_entries(path):
+        found = next((entry[name] for name in names if entry.get(name)), "") if isinstance(entry, dict) else entry
+        if not isinstance(found, str) or not found.strip():
+            shown = json.dumps(entry, ensure_ascii=False)[:80]
+            wanted = f"a text, or an object with one as {' or '.join(names)}"
+            raise UsageError(f"--prompts {path}, {place}: found {shown}, expected {wanted}")
+        prompts.append(found)
+    if not prompts:
+        raise UsageError(f"--prompts {path} holds no prompts")
     return prompts
+
+
+def prompt_entries(path: str) -> list[tuple[str, object]]:
+    """The lines of a .txt or .jsonl file that are not blank, or the entries of a .json list, each with its place."""
+    file = Path(path)
+    if file.suffix not in ("", ".txt", ".jsonl", ".json"):
+        raise UsageError(f"--prompts {path} ends in {file.suffix}, expected .txt, .jsonl or .json")
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        others = [other.name for other in file.parent.glob("*")]
+        raise UsageError(f"--prompts {path} does not exist{nearest(file.name, others)}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {path} cannot be read: {first_line(error)}") from None
+    if file.suffix == ".json":
+        entries = parse_json(text, path, 1)
+        if not isinstance(entries, list):
+            raise UsageError(f"--prompts {path} holds a {type(entries).__name__}, expected a list of prompts")
+        return [(f"entry {number}", entry) for number, entry in enumerate(entries, 1)]
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]  # U+2028 ends none
+    is_json = file.suffix == ".jsonl"
+    return [(f"line {number}", parse_json(line, path, number) if is_json else line) for number, line in lines]
+
+
+def parse_json(text: str, path: str, start: int) -> object:
+    """The JSON value of a text that begins at line `start` of a file. Raises UsageError naming line and column."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        found = repr(text[error.pos :].split("\n")[0][:40]) if text[error.pos :].strip() else "the end"
+        place = f"line {start + error.lineno - 1}, column {error.colno}"
+        raise UsageError(f"--prompts {path}, {place}: found {found}, expected JSON: {error.msg}") from None
 
 
 def pad(

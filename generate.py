@@ -189,7 +189,7 @@ def generate(config: Config, reward_model_path: str) -> None:
     for start in range(0, len(prompts), config.batch_size):
         batch = prompts[start : start + config.batch_size]
         ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
-        texts = respond(policy, tokenizer, ids, config, generator).texts
+        texts = [before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, config, generator).texts]
         if config.output:
             rows = [{config.prompt_column: prompt} for prompt in batch]
             rewards = total_reward(terms, batch, texts, rows, config)[0].tolist()
@@ -199,6 +199,18 @@ def generate(config: Config, reward_model_path: str) -> None:
     if config.output:
         write_whole(Path(config.output), "".join(lines))
         print(f"{len(lines)} responses: {config.output}")
+
+
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
+    """The text up to where the first of the stop strings begins; all of it where there is none."""
+    return text[: min((text.index(word) for word in stop if word in text), default=len(text))]
+
+
+def settled(text: str, stop: tuple[str, ...]) -> str:
+    """The text without an end that is part of a letter, or may be the beginning of a stop string."""
+    text = text.rstrip("\ufffd")
+    begun = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
+    return text[: len(text) - max(begun, default=0)]
 
 
 def json_line(prompt: str, response: str, reward: float) -> str:
@@ -218,7 +230,10 @@ def converse(policy: PolicyModel, tokenizer, config: Config, generator: torch.Ge
 
 
 def stream(policy: PolicyModel, tokenizer, prompt: str, config: Config, generator: torch.Generator) -> None:
-    """Print the prompt, then its response as it is drawn: decoded anew each time, as a letter may take two tokens."""
+    """Print the prompt, then its response as it is drawn, up to a stop string.
+
+    Decoded anew each time, as a letter may take two tokens; an end that further tokens may change waits for them.
+    """
     query = encode([tokenizer(prompt).input_ids[-config.max_prompt_length :]], tokenizer, policy)
     print(prompt, end=policy.separator, flush=True)
     drawn, shown, options = query[0][:, :0], "", sampling_options(config)
@@ -227,7 +242,10 @@ def stream(policy: PolicyModel, tokenizer, prompt: str, config: Config, generato
         drawn = torch.cat([drawn, tokens[:, None]], dim=1)
         real = torch.ones_like(drawn, dtype=torch.bool)
         text = decode_responses(tokenizer, *query, drawn, real, policy.is_encoder_decoder)[0]
-        if not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print()
+        response = before_stop(text, config.stop)
+        ready = min(response, settled(text, config.stop), key=len)
+        print(ready[len(shown) :], end="", flush=True)
+        shown = ready
+        if shown == response != text:
+            break
+    print(response[len(shown) :])

@@ -200,6 +200,13 @@ def test_training_samples_from_the_distribution_that_it_scores():
     assert Config(task="train", temperature=0.7)
 
 
+def test_an_empty_stop_string_is_refused():
+    """It would end every response before its first letter."""
+    assert parse("--stop", "\n", "--stop", "END").stop == ("\n", "END")
+    with pytest.raises(UsageError, match="--stop is empty, expected the text before which"):
+        parse("--stop", "\n", "--stop", "")
+
+
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config().seed = 1
@@ -471,6 +478,7 @@ ELSEWHERE = {
     "prompts": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
     "num_samples": "test_main.py: test_generate_draws_several_samples",
     "output": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
+    "stop": "test_generate.py: test_a_stop_string_ends_what_is_printed_written_and_rewarded",
     "policies": "test_main.py: test_evaluate_compares_any_number_of_policies",
     "reference_column": "test_main.py: test_evaluate_reports_rouge_and_values_on_both_splits",
 }

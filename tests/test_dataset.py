@@ -1,7 +1,10 @@
 """Rows, their parts, prompts, padding and decoding."""
 
 import collections
+import io
 import json
+import re
+import sys
 
 import pandas
 import pytest
@@ -16,6 +19,7 @@ from dataset import (
     column,
     decode_responses,
     first_words,
+    given_prompts,
     limit_length,
     load_prompts,
     load_rows,
@@ -197,16 +201,75 @@ def test_blank_prompts_are_left_out(tmp_path, tokenizer):
 def test_prompts_are_read_from_files(tmp_path):
     def read(name: str, text: str) -> list[str]:
         (tmp_path / name).write_text(text, encoding="utf-8")
-        return read_prompts(str(tmp_path / name))
+        return read_prompts(str(tmp_path / name), "text")
 
     assert read("a.txt", "Ein Café\n\n  \nB\n") == ["Ein Café", "B"]
     assert read("a.jsonl", '{"prompt": "A"}\n"B"\n\n{"query": "C"}\n') == ["A", "B", "C"]
     assert read("a.json", '["A", {"query": "B"}]') == ["A", "B"]
-    for name, text in {"b.json": "{", "b.jsonl": '{"text": "A"}', "c.json": "[]", "d.json": "[1]", "e.txt": ""}.items():
-        with pytest.raises(UsageError, match=f"--prompts .*{name}"):
-            read(name, text)
-    with pytest.raises(UsageError, match=r"nowhere\.txt"):
-        read_prompts(str(tmp_path / "nowhere.txt"))
+    assert read("b.txt", "\ufeffA\r\nB") == ["A", "B"]  # as Windows writes it
+    assert read("b.json", '["A", "B"]') == read("c.json", '[{"text": "A"}, {"text": "B"}]') == ["A", "B"]
+
+
+def test_the_prompt_column_comes_before_the_usual_names(tmp_path):
+    rows = [{"query": "A", "dialogue": "B", "prompt": "C"}, {"query": "A", "prompt": "C"}, {"query": "A", "prompt": ""}]
+    assert read_prompts(write(tmp_path, "rows.jsonl", rows), "dialogue") == ["B", "C", "A"]
+    assert read_prompts(write(tmp_path, "rows.json", rows), "text") == ["C", "C", "A"]
+
+
+BROKEN = {  # what a file of prompts holds: what is said of it
+    "a.jsonl": ('{"text": "A"}\n\n{"text": B}\n', "a.jsonl, line 3, column 10: found 'B}', expected JSON: Expecting v"),
+    "b.jsonl": ('"A"\n{"text": \n', "b.jsonl, line 2, column 10: found the end, expected JSON: Expecting value"),
+    "c.jsonl": (
+        '{"a": 1}',
+        'c.jsonl, line 1: found {"a": 1}, expected a text, or an object with one as text or prompt',
+    ),
+    "d.jsonl": ('"A"\n\n["B"]', 'd.jsonl, line 3: found ["B"], expected a text'),
+    "e.jsonl": ('{"prompt": null}', 'e.jsonl, line 1: found {"prompt": null}, expected'),
+    "a.json": (
+        '[\n  "A"\n  "B"\n]',
+        """a.json, line 3, column 3: found '"B"', expected JSON: Expecting ',' delimiter""",
+    ),
+    "b.json": ('["A"', "b.json, line 1, column 5: found the end, expected JSON"),
+    "c.json": ('["A", {"text": " "}]', 'c.json, entry 2: found {"text": " "}, expected a text'),
+    "d.json": ('["Ä", 2]', "d.json, entry 2: found 2, expected a text"),
+    "e.json": ('{"prompt": "A"}', "e.json holds a dict, expected a list of prompts"),
+    "f.json": ("[]", "f.json holds no prompts"),
+    "a.txt": ("\n \n", "a.txt holds no prompts"),
+    "a.csv": ("text\nA\n", "a.csv ends in .csv, expected .txt, .jsonl or .json"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_of_prompts_is_refused_with_place_and_finding(name, tmp_path):
+    text, message = BROKEN[name]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=f"--prompts .*{re.escape(message)}"):
+        read_prompts(str(tmp_path / name), "text")
+
+
+def test_a_file_of_prompts_that_is_not_there_is_refused_with_the_nearest(tmp_path):
+    write(tmp_path, "prompts.jsonl")
+    write(tmp_path, "other.txt")
+    for path, hint in {"promts.jsonl": "; did you mean prompts.jsonl?", "xyz": "", "no/prompts.jsonl": ""}.items():
+        with pytest.raises(UsageError) as refused:
+            read_prompts(str(tmp_path / path), "text")
+        assert str(refused.value) == f"--prompts {tmp_path / path} does not exist{hint}"
+    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
+    for path in ("", "bytes.txt"):
+        with pytest.raises(
+            UsageError, match=rf"--prompts {tmp_path / path} cannot be read: .*(Is a dir|invalid|end of)"
+        ):
+            read_prompts(str(tmp_path / path), "text")
+
+
+def test_prompts_that_are_no_text_are_refused(tmp_path, monkeypatch):
+    """Half of a surrogate pair: what a byte that is not UTF-8 becomes on the command line, and what JSON may hold."""
+    (tmp_path / "half.jsonl").write_text('"\\ud800"')
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    for given in ({"prompt": ("caf\udce9",)}, {"prompts": str(tmp_path / "half.jsonl")}, {}):
+        with pytest.raises(UsageError, match="a prompt is not text in UTF-8: 'utf-8' codec can't"):
+            given_prompts(micro_config(task="generate", **given))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,12 @@
 """The sampler: greedy against transformers' own, sampled against the softmax, and what becomes of rows that end."""
 
+import io
+import itertools
+import json
 import math
+import re
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,14 +15,17 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import generate
+import main
 import ppo
 from config import Config
 from dataset import Prompt, pad
-from generate import draw, eval_mode, respond, sample, sample_tokens, truncate_logits
+from generate import before_stop, draw, eval_mode, respond, sample, sample_tokens, stream, truncate_logits
 from loading import new_tokenizer
 from model import PolicyModel, frozen_copy
 from train import Models, collect_rollout
 
+pytest_plugins = ["micro"]
 QUERIES = [[5, 3, 8, 2, 9], [4, 7], [6], [2, 2, 10]]
 NEVER = -1  # an EOS id that no token has
 
@@ -459,6 +468,117 @@ def test_a_rollout_trains_on_the_sampled_ids_not_on_their_text_tokenised_again()
     again = [tokenizer(text).input_ids for text in seen]
     assert sum(one != other for one, other in zip(sampled, again, strict=True)) == 4
     assert any("\ufffd" in text for text in seen)  # bytes that are no character: the text cannot bring them back
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Stop strings
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class Screen(io.StringIO):
+    """Standard output that remembers what stands on it at every flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = []
+
+    def flush(self):
+        self.states.append(self.getvalue())
+
+
+def watch(monkeypatch, policy: PolicyModel, tokenizer, config: Config, ids: list[int] | None = None):
+    """What stands on the screen after the prompt `a`, each token and the end of a stream, and how many tokens it drew.
+
+    Of `ids` where they are given, else of the policy.
+    """
+    drawn = []
+
+    def script(*_, **__):
+        for token in ids:
+            drawn.append(token)
+            yield torch.tensor([token]), None
+
+    with monkeypatch.context() as patch:
+        screen = Screen()
+        patch.setattr(sys, "stdout", screen)
+        if ids is not None:
+            patch.setattr(generate, "sample_tokens", script)
+        stream(policy, tokenizer, "a", config, seeded())
+    return [*screen.states, screen.getvalue()], len(drawn)
+
+
+def common_beginning(texts: list[str]) -> str:
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
+    return "".join(letters[0] for letters in same)
+
+
+STOPS = [("ab",), ("aa",), ("aab", "ba"), ("abb", "b"), ("aaba", "ab"), ("abab", "bb"), ("baab", "aa")]
+
+
+def test_a_response_ends_before_the_first_stop_string_by_hand():
+    text = "good.\n\nThe end. The"
+    assert before_stop(text, ()) == before_stop(text, ("the", "END")) == text
+    assert before_stop(text, ("The",)) == "good.\n\n"
+    assert before_stop(text, ("The", "\n")) == before_stop(text, ("\n", "The")) == "good."
+    assert before_stop(text, ("good",)) == ""
+
+
+@pytest.mark.parametrize("stop", STOPS, ids=str)
+def test_what_is_streamed_is_what_no_further_token_can_take_back(stop, monkeypatch):
+    """Oracle: the common beginning of the answers to every continuation, of as many letters as a stop string has.
+
+    All words of six letters a and b; a regular expression finds the first stop string in them.
+    """
+    first = re.compile("|".join(stop))
+    policy, config, tokenizer = PolicyModel(Successor(12)), Config(task="generate", stop=stop), letter_tokenizer()
+    endings = ["".join(letters) for n in range(5) for letters in itertools.product("ab", repeat=n)]
+    for word in map("".join, itertools.product("ab", repeat=6)):
+        answers = [[first.split(word[:n] + ending)[0] for ending in endings] for n in range(1, 7)]
+        known = next((n for n, some in enumerate(answers, 1) if len(set(some)) == 1), 6)
+        states, drawn = watch(monkeypatch, policy, tokenizer, config, tokenizer(word).input_ids)
+        assert states[:-1] == ["a", *("a" + common_beginning(some) for some in answers[:known])]
+        assert states[-1] == "a" + first.split(word)[0] + "\n"
+        assert drawn == known  # none more once the answer is known
+
+
+def test_a_stream_draws_no_token_behind_a_stop_string(monkeypatch):
+    """The policy that counts goes on from a with b, c, d, e, f; `ef` is known when the fifth of them is there."""
+    policy, config = PolicyModel(Successor(12)), Config(task="generate", max_new_tokens=8, stop=("ef", "x"))
+    states, _ = watch(monkeypatch, policy, letter_tokenizer(12), config)
+    assert states == ["a", "ab", "abc", "abcd", "abcd", "abcd", "abcd\n"]
+    assert len(policy.language_model.read) == 5
+
+
+def test_a_stream_shows_letters_whole_and_ends_as_the_response_does(monkeypatch):
+    """Three tokens a sign, of which the second response lacks one; a held back `\\n` comes when no second one does."""
+    tokenizer, policy = new_tokenizer(["a"], 300, 64), PolicyModel(Successor(300))
+    config = Config(task="generate", stop=("\n\n",))
+    states, _ = watch(monkeypatch, policy, tokenizer, config, tokenizer("\u4e2d\n\u6587\n\nb").input_ids)
+    assert list(dict.fromkeys(states)) == ["a", "a\u4e2d", "a\u4e2d\n\u6587", "a\u4e2d\n\u6587\n"]
+    states, _ = watch(monkeypatch, policy, tokenizer, config, tokenizer("\u4e2d\u6587").input_ids[:-1])
+    assert list(dict.fromkeys(states)) == ["a", "a\u4e2d", "a\u4e2d\ufffd\n"]
+
+
+def test_a_stop_string_ends_what_is_printed_written_and_rewarded(workplace, capsys):
+    """Beside the same responses without one; the reward is the length of what it is given."""
+    Path("reward.py").write_text(
+        "def reward(prompts, responses, rows):\n    return [len(text) for text in responses]\n"
+    )
+    command = ["--task", "generate", "--prompt", "The film", "--num_samples", "6", "--reward_fn", "reward.py:reward"]
+    stop = ["--stop", "e", "--stop", "an"]
+
+    def written(*flags: str) -> list[dict]:
+        assert main.main([*command, *flags, "--output", "out.jsonl"]) == 0
+        return [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    whole, cut = written(), written(*stop)
+    expected = [re.split("e|an", row["response"])[0] for row in whole]
+    assert [row["response"] for row in cut] == expected != [row["response"] for row in whole]
+    assert [row["reward"] for row in cut] == [len(text) for text in expected]
+    capsys.readouterr()
+    assert main.main([*command, *stop]) == 0
+    printed = capsys.readouterr().out.split("\n", 1)[1]
+    assert printed == "".join(f"The film{text}\n" for text in expected)
 
 
 def test_a_vocabulary_of_eleven_is_enough():

@@ -708,7 +708,7 @@ BAD_PROMPTS = {
     "empty.txt": "\n \n",
     "broken.json": '["The film"',
     "broken.jsonl": '{"prompt": "The film"}\n{"prompt":\n',
-    "keys.jsonl": '{"text": "The film"}\n',
+    "keys.jsonl": '{"title": "The film"}\n',
     "numbers.json": "[1, 2]",
     "mapping.json": '{"prompt": "The film"}',
     "blank.json": '["The film", " "]',
