@@ -182,8 +182,8 @@ class Config:
     policies: tuple[str, ...] = option(
         "evaluation",
         (),
-        "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several "
-        "times; none: before=<the base model> and after=<the run>",
+        "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several times; none: "
+        "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw",
     )
 
     # generate

@@ -22,7 +22,7 @@ def run(config: Config) -> None:
     if config.task == "plot":
         from plot import plot
 
-        return plot(Path(config.output_dir), notice(config))
+        return plot(Path(config.output_dir), notice(config), config.policies)
     base_model, reward_model = starting_model(config), config.reward_model_path or str(stage_folder(config, "reward"))
     if config.task == "generate":
         from generate import generate

@@ -2,18 +2,27 @@
 
 import json
 import math
+import textwrap
+from itertools import chain, cycle, groupby
 from pathlib import Path
+from statistics import fmean
 
+from matplotlib.figure import Figure
+
+from checkpoint import check_writable
 from config import UsageError
 
-PANELS = {  # title with unit: the columns of training_stats.json that are drawn in it
+PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
     "reward": ["reward"],
-    "KL to the reference (nats a response)": ["kl_k1", "kl_k3"],
+    "KL (nats a response)": ["kl_k1", "kl_k3"],
     "entropy (nats a token)": ["entropy"],
-    "losses": ["policy_loss", "value_loss"],
-    "clip fraction": ["clip_fraction", "value_clip_fraction"],
+    "policy loss": ["policy_loss"],
+    "value loss": ["value_loss"],
+    "clipped (share of tokens)": ["clip_fraction", "value_clip_fraction"],
     "response length (tokens)": ["response_length"],
 }
+UNITS = {"kl": "(nats)", "length": "(tokens)", "vocabulary": "(words)", "ended": "(share)", "positive": "(share)"}
+COLOURS = ("#332288", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#d55e00", "#999999")
 
 # What training may do to a text and no more: a rising reward with broken text is a failure.
 BOUNDS = {
@@ -27,56 +36,41 @@ BOUNDS = {
 }
 
 
-def read_json(path: Path):
-    """What a file that a run left holds. Raises UsageError if there is none, or it is damaged."""
+def read_json(path: Path, pick):
+    """What `pick` takes from a file that a run left. Raises UsageError if there is none, or it is damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        raise UsageError(f"{path.parent} holds no {path.name} of a run") from None
+        return pick(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UsageError(f"{path.parent} holds no {path.name} of a run, or a damaged one") from None
 
 
 def comparison_table(comparison: dict) -> str:
-    """A line a figure, a column a policy; least and greatest values are left to the file.
-
-    Beside two policies: the bound that the second should keep, and whether it does. Beside more: each one's paired
-    difference from the first, with its 95 % interval.
+    """A line a figure, a column a policy; least and greatest values are left to the file. Beside two, the bound on the
+    second and whether it holds; beside more, each one's paired difference from the first, with its 95 % interval.
     """
-    figures = comparison["figures"]
-    first, *others = figures
-    width = max(10, *(len(name) + 2 for name in figures))
-    lines = [" " * 24 + "".join(f"{name:>{width}}" for name in figures) + "   should be" * (len(others) == 1)]
-    for name in means(figures[first]):
+    figures, differences = comparison["figures"], comparison["differences"]
+    first, width = next(iter(figures)), max(10, *(len(name) + 2 for name in figures))
+    lines = [" " * 24 + "".join(f"{name:>{width}}" for name in figures) + "   should be" * (len(figures) == 2)]
+    for name in [name for name in figures[first] if not name.endswith(("_min", "_max"))]:
         values = [own[name] for own in figures.values()]
         line = f"{name:24}" + "".join(f"{value:{width}.3f}" for value in values)
-        if len(others) == 1 and name in BOUNDS:
-            bound, holds = BOUNDS[name]
-            line += f"   {bound}: {'yes' if holds(*values) else 'NO'}"
-        if len(others) > 1:
-            line += "".join(
-                "   {} - {} {:+.3f} [{:+.3f}, {:+.3f}]".format(other, first, *paired[name].values())
-                for other, paired in comparison["differences"].items()
-                if name in paired
-            )
+        if len(figures) == 2 and name in BOUNDS:
+            line += "   {}: {}".format(BOUNDS[name][0], "yes" if BOUNDS[name][1](*values) else "NO")
+        for other, paired in differences.items() if len(figures) > 2 else ():
+            if name in paired:
+                line += "   {} - {} {:+.3f} [{:+.3f}, {:+.3f}]".format(other, first, *paired[name].values())
         lines.append(line)
     return "\n".join(lines)
 
 
-def means(figures: dict) -> list[str]:
-    """The names of a policy's figures without the extremes; a standard deviation is among them."""
-    return [name for name in figures if not name.endswith(("_min", "_max"))]
-
-
 def reward_difference(comparison: dict) -> str:
     """A line a policy after the first: both mean rewards on the same prompts, and the interval of the difference."""
-    figures, lines = comparison["figures"], []
-    first = next(iter(figures))
-    for name, paired in comparison["differences"].items():
-        lines.append(
-            f"reward on {comparison['n_prompts']} held-out prompts: "
-            f"{figures[first]['reward']:.3f} {first}, {figures[name]['reward']:.3f} {name}; difference "
-            "{:+.3f}, 95 % interval [{:+.3f}, {:+.3f}]".format(*paired["reward"].values())
-        )
-    return "\n".join(lines)
+    (first, before), *others = ((name, own["reward"]) for name, own in comparison["figures"].items())
+    return "\n".join(
+        f"reward on {comparison['n_prompts']} held-out prompts: {before:.3f} {first}, {after:.3f} {name}; difference "
+        "{:+.3f}, 95 % interval [{:+.3f}, {:+.3f}]".format(*comparison["differences"][name]["reward"].values())
+        for name, after in others
+    )
 
 
 def sample_pairs(comparison: dict, count: int = 3) -> str:
@@ -89,94 +83,107 @@ def sample_pairs(comparison: dict, count: int = 3) -> str:
     return "\n".join(lines)
 
 
-def new_figure(n_rows: int, n_columns: int):
-    """A figure that needs no screen, and its axes, row by row."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(
-        n_rows, n_columns, figsize=(3.5 + 2.9 * (n_columns - 1), 3.25 * n_rows), squeeze=False, constrained_layout=True
-    )
-    return figure, list(axes.flat)
+def new_figure(n_panels: int) -> list:
+    """The panels of a figure, three a row."""
+    rows, columns = math.ceil(n_panels / 3), min(n_panels, 3)
+    figure = Figure((0.8 + 3 * columns, 1 + 2.4 * rows), layout="constrained")
+    return [figure.add_subplot(rows, columns, i + 1) for i in range(n_panels)]
 
 
-def save_figure(figure, path: Path, notice: str = "") -> Path:
-    """Write a figure with the first line of the notice below it, forget it, and return its path."""
-    from matplotlib import pyplot
-
-    if notice:
-        figure.supxlabel(notice.splitlines()[0], fontsize=7, color="gray")
+def save_figure(panel, path: Path, title: str, notice: str = "") -> Path:
+    """Write a panel's figure with the panel's labels, a title and the notice's gist. Raises UsageError if it cannot."""
+    panel.figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", frameon=False)
+    panel.figure.suptitle(textwrap.fill(title, int(12 * panel.figure.get_figwidth())), fontsize=10)
+    panel.figure.supxlabel(notice.partition("\n")[0].rpartition(".")[0], wrap=True, fontsize=7)
+    check_writable(path.parent)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    panel.figure.savefig(path, dpi=120)
     return path
 
 
-def plot_training(folder: Path, notice: str = "") -> Path:
-    """Draw the training curves of a run into plots/training.png, one panel a quantity, and return its path."""
-    rows = read_json(folder / "training_stats.json")
-    figure, axes = new_figure(2, 3)
-    for axis, (title, names) in zip(axes, PANELS.items(), strict=True):
-        for name in names:
-            axis.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
-        axis.set(title=title, xlabel="update")
-        axis.grid(alpha=0.3)
-        if len(names) > 1:
-            axis.legend(frameon=False)
-    figure.suptitle(f"PPO: {folder}")
-    return save_figure(figure, folder / "plots/training.png", notice)
+def mean_columns(rows: list[dict], most: int = 50) -> dict[str, list[float]]:
+    """The columns to be drawn, each value the mean of as many neighbouring updates as leave at most so many points."""
+    names = ["step", *chain(*PANELS.values()), *(name for name in rows[0] if name.startswith("reward_"))]
+    size = math.ceil(len(rows) / most)
+    blocks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return {name: [fmean(row[name] for row in block) for block in blocks] for name in names}
+
+
+def plot_training(folder: Path, notice: str = "", runs: dict[str, Path] | None = None) -> Path:
+    """Draw a run's curves into its plots/training.png, or those of named runs into plots/runs.png; return the path."""
+    path, runs = folder / f"plots/{'runs' if runs else 'training'}.png", runs or {folder.name: folder}
+    stats = {name: read_json(run / "training_stats.json", mean_columns) for name, run in runs.items()}
+    terms = [x for own in stats.values() for x in own if x.startswith("reward_") and own[x] != own["reward"]]
+    groups = {"reward": ["reward"]} | {term: [term] for term in terms} | PANELS
+    *panels, frontier = new_figure(len(groups) + 1)
+    for (name, own), colour, marker in zip(stats.items(), cycle(COLOURS), cycle("osD^vPX*"), strict=False):
+        for axis, (label, columns) in zip(panels, groups.items(), strict=True):
+            axis.set(xlabel="update", ylabel=label)
+            axis.locator_params(axis="x", integer=True)
+            for column, dash in zip(columns, "-:", strict=False):
+                look = {"color": colour, "marker": marker, "markersize": 4, "markevery": 5, "linewidth": 1}
+                axis.plot(own["step"], own.get(column, [math.nan] * len(own["step"])), dash, **look)
+            if len(columns) > 1:
+                axis.legend(axis.lines[: len(columns)], columns)
+        last = math.ceil(len(own["step"]) / 5)  # a run ends where it is on average in its last fifth
+        frontier.plot(own["kl_k1"], own["reward"], color=colour, alpha=0.3)
+        frontier.plot(fmean(own["kl_k1"][-last:]), fmean(own["reward"][-last:]), marker, color=colour, label=name)
+    frontier.set(xlabel="KL (nats a response)", ylabel="reward")
+    return save_figure(frontier, path, f"PPO: {', '.join(map(str, runs.values()))}", notice)
 
 
 def plot_comparison(folder: Path, notice: str = "") -> Path:
     """Draw results/comparison.json into plots/comparison.png: a panel a figure, a bar a policy and split."""
-    splits = read_json(folder / "results/comparison.json")["splits"]
+    splits = read_json(folder / "results/comparison.json", lambda content: content["splits"])
     policies = next(iter(splits.values()))["figures"]
-    names = [name for name in means(next(iter(policies.values()))) if not name.endswith("_std")]
-    figure, axes = new_figure(math.ceil(len(names) / 4), 4)
-    for axis, name in zip(axes, names, strict=False):
-        for number, (split, comparison) in enumerate(splits.items()):
-            heights = [own[name] for own in comparison["figures"].values()]
-            axis.bar([x + 0.4 * number for x in range(len(policies))], heights, 0.4, label=split)
-        axis.set(title=name, xticks=[x + 0.2 * (len(splits) - 1) for x in range(len(policies))])
-        axis.set_xticklabels(list(policies))
-    for axis in axes[len(names) :]:
-        axis.set_axis_off()
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", frameon=False)
-    figure.suptitle(f"evaluation: {folder}")
-    return save_figure(figure, folder / "plots/comparison.png", notice)
+    names = [x for x in next(iter(policies.values())) if not x.endswith(("_std", "_min", "_max"))]
+    names = [x for x in names if not x.startswith("reward_") or any(p[x] != p["reward"] for p in policies.values())]
+    panels, width = new_figure(len(names)), 0.8 / len(policies)
+    for axis, name in zip(panels, names, strict=True):
+        for i, (policy, colour) in enumerate(zip(policies, cycle(COLOURS), strict=False)):
+            places = [x + (i + 0.5) * width - 0.4 for x in range(len(splits))]
+            heights = [part["figures"][policy][name] for part in splits.values()]
+            errors = [half_interval(part["figures"][policy], name, part["n_prompts"]) for part in splits.values()]
+            axis.bar(places, heights, width, yerr=errors, ecolor="gray", capsize=3, color=colour, label=policy)
+        axis.set(ylabel=f"{name} {UNITS.get(name, '')}", xticks=range(len(splits)), xticklabels=splits)
+    return save_figure(panels[-1], folder / "plots/comparison.png", f"evaluation, 95 % intervals: {folder}", notice)
+
+
+def half_interval(figures: dict[str, float], name: str, n: int) -> float:
+    """1.96 standard errors of a mean over n prompts, or of a share that is not 0 or 1; NaN for anything else."""
+    share = figures[name] if UNITS.get(name) == "(share)" else math.nan
+    return 1.96 * figures.get(f"{name}_std", math.sqrt(share * (1 - share) or math.nan)) / math.sqrt(n - 1)
 
 
 def show_comparison(folder: Path, notice: str = "") -> None:
     """Print what results/comparison.json says of each split, and draw it."""
-    for split, comparison in read_json(folder / "results/comparison.json")["splits"].items():
+    for split, comparison in read_json(folder / "results/comparison.json", lambda content: content["splits"]).items():
         print(f"{folder} on {comparison['n_prompts']} {split} prompts")
         print(comparison_table(comparison), reward_difference(comparison), sample_pairs(comparison), sep="\n")
     print(f"figures and every sample: {folder / 'results'}\ncomparison: {plot_comparison(folder, notice)}")
 
 
-def plot(folder: Path, notice: str = "") -> None:
-    """The `plot` task: the training curves again, and the comparison where the run has been evaluated."""
-    print(plot_training(folder, notice))
-    if (folder / "results/comparison.json").exists():
+def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = ()) -> None:
+    """The `plot` task: a run's curves and comparison again, or the curves of several: NAME=FOLDER, or FOLDER alone."""
+    runs = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in policies)
+    if len({Path(run) for run in runs.values()}) < len(policies):
+        raise UsageError(f"--policies {' '.join(policies)}: expected NAME=FOLDER of each run, each of them once")
+    print(plot_training(folder, notice, {name: Path(run) for name, run in runs.items()}))
+    if not runs and (folder / "results/comparison.json").exists():
         show_comparison(folder, notice)
 
 
 def plot_reliability(folder: Path, probabilities: list[float], right: list[bool], bins: int = 10) -> Path:
     """Draw how often a classifier is right against how certain it is: on the diagonal if its certainty is honest."""
-    points = reliability(probabilities, right, bins)
-    figure, (axis,) = new_figure(1, 1)
+    points, (axis,) = reliability(probabilities, right, bins), new_figure(1)
     axis.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
     axis.scatter([p[0] for p in points], [p[1] for p in points], [10 + 200 * p[2] / len(right) for p in points])
-    axis.set(title=f"{folder}: {len(right)} held-out rows", xlabel="certainty", ylabel="share that is right")
-    return save_figure(figure, folder / "plots/reliability.png")
+    axis.set(xlabel="certainty", ylabel="share that is right")
+    return save_figure(axis, folder / "plots/reliability.png", f"{folder}: {len(right)} held-out rows")
 
 
 def reliability(probabilities: list[float], right: list[bool], bins: int) -> list[tuple[float, float, int]]:
     """Mean certainty, share right and count of the rows in each bin of certainty that has any."""
-    grouped: dict[int, list[tuple[float, bool]]] = {}
-    for probability, hit in zip(probabilities, right, strict=True):
-        grouped.setdefault(min(int(probability * bins), bins - 1), []).append((probability, hit))
-    means = lambda rows, i: sum(row[i] for row in rows) / len(rows)  # noqa: E731
-    return [(means(rows, 0), means(rows, 1), len(rows)) for _, rows in sorted(grouped.items())]
+    grouped = groupby(sorted(zip(probabilities, right, strict=True)), lambda row: min(int(row[0] * bins), bins - 1))
+    columns = [tuple(zip(*group, strict=True)) for _, group in grouped]
+    return [(fmean(certainty), fmean(hits), len(hits)) for certainty, hits in columns]

@@ -1,18 +1,24 @@
-"""Training curves, and the tables and bars of a comparison: the bounds that training should keep to, and the rest."""
+"""Figures hold what the files hold; tables, and bars of a comparison: the bounds that training should keep to."""
 
 import json
+import math
+from itertools import combinations
 
 import pytest
+from matplotlib.figure import Figure
 
-from config import UsageError
+from config import Config, UsageError, to_json
+from main import main
 from plot import (
     BOUNDS,
     PANELS,
     comparison_table,
+    half_interval,
+    mean_columns,
     plot,
     plot_comparison,
+    plot_reliability,
     plot_training,
-    read_json,
     reward_difference,
     sample_pairs,
     show_comparison,
@@ -21,44 +27,212 @@ from plot import (
 NAMES = [name for names in PANELS.values() for name in names]
 
 
+def statistics(n_updates: int, shift: float = 0.0, **terms) -> list[dict]:
+    """Rows in which the nth statistic of update t is n + t / 10 + shift, and a term what its function says of t."""
+    return [
+        {"step": t}
+        | {name: n + t / 10 + shift for n, name in enumerate(NAMES)}
+        | {f"reward_{name}": value(t) for name, value in terms.items()}
+        | {"alarms": ["a text"]}
+        for t in range(n_updates)
+    ]
+
+
+def write_run(folder, rows: list[dict]):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "training_stats.json").write_text(json.dumps(rows))
+    (folder / "run_config.json").write_text(to_json(Config()))
+    return folder
+
+
 @pytest.fixture
 def run(tmp_path):
-    """A run of three updates in which the nth statistic of update t is n + t / 10."""
-    rows = [{"step": t} | {name: n + t / 10 for n, name in enumerate(NAMES)} for t in range(3)]
-    (tmp_path / "training_stats.json").write_text(json.dumps(rows))
-    return tmp_path
+    """A run of three updates."""
+    return write_run(tmp_path / "run", statistics(3))
 
 
-def test_every_statistic_is_drawn_over_the_updates(run, monkeypatch):
-    from matplotlib import pyplot
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """The figures that would be written, in that order: rendering takes long."""
+    saved = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **options: saved.append(self))
+    return saved
 
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    path = plot_training(run, "A demonstration.\nSecond line.")
-    monkeypatch.undo()
+
+def points(line) -> list[tuple[float, float]]:
+    return [tuple(point) for point in line.get_xydata().tolist()]
+
+
+def texts(legend) -> list[str]:
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def test_every_statistic_is_drawn_over_the_updates(run, figures):
+    path = plot_training(run, "A demonstration. Of three\nSecond line.")
     (figure,) = figures
-    assert path == run / "plots/training.png" and path.read_bytes().startswith(b"\x89PNG")
-    assert [axis.get_title() for axis in figure.axes] == list(PANELS)
-    lines = [line for axis in figure.axes for line in axis.lines]
-    assert all(line.get_xdata().tolist() == [0, 1, 2] for line in lines)
-    drawn = {line.get_label(): line.get_ydata().tolist() for line in lines}
-    assert drawn == {name: [n + t / 10 for t in range(3)] for n, name in enumerate(NAMES)}
-    assert figure.get_supxlabel() == "A demonstration."
-    assert str(run) in figure.get_suptitle()
-    pyplot.close(figure)
+    *panels, frontier = figure.axes
+    assert path == run / "plots/training.png"
+    assert [axis.get_ylabel() for axis in panels] == list(PANELS) and {a.get_xlabel() for a in panels} == {"update"}
+    for axis, names in zip(panels, PANELS.values(), strict=True):
+        assert [points(line) for line in axis.lines] == [
+            [(t, NAMES.index(name) + t / 10) for t in range(3)] for name in names
+        ]
+        assert len({line.get_linestyle() for line in axis.lines}) == len(names)
+        assert (texts(axis.get_legend()) if axis.get_legend() else []) == (names if len(names) > 1 else [])
+        assert all(tick == int(tick) for tick in axis.get_xticks())
+    assert (frontier.get_xlabel(), frontier.get_ylabel()) == ("KL (nats a response)", "reward")
+    assert figure.get_supxlabel() == "A demonstration" and str(run) in figure.get_suptitle().replace("\n", "")
 
 
-def test_statistics_are_read_as_they_were_written(run):
-    assert [row["step"] for row in read_json(run / "training_stats.json")] == [0, 1, 2]
+def test_a_term_has_a_panel_unless_it_is_the_reward(tmp_path, figures):
+    reward = lambda t: NAMES.index("reward") + t / 10  # noqa: E731
+    plot_training(write_run(tmp_path / "alone", statistics(2, reward_model=reward)))
+    plot_training(write_run(tmp_path / "half", statistics(2, reward_model=lambda t: 2 * reward(t))))
+    plot_training(write_run(tmp_path / "sum", statistics(2, reward_model=lambda t: t + 5, length=lambda t: -t)))
+    drawn = [
+        [axis.get_ylabel() for axis in figure.axes[:-1] if axis.get_ylabel().startswith("reward")] for figure in figures
+    ]
+    assert drawn == [["reward"], ["reward", "reward_reward_model"], ["reward", "reward_reward_model", "reward_length"]]
+    assert [points(axis.lines[0]) for axis in figures[2].axes[1:3]] == [[(0, 5), (1, 6)], [(0, 0), (1, -1)]]
 
 
-@pytest.mark.parametrize("damage", ["missing", "broken"])
-def test_a_folder_without_statistics_is_refused(damage, run):
-    path = run / "training_stats.json"
-    path.unlink() if damage == "missing" else path.write_text("[{")
-    with pytest.raises(UsageError, match=r"no training_stats\.json"):
+# ----------------------------------------------------------------------------------------------------------------
+# Several runs
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_several_runs_are_drawn_over_each_other(tmp_path, figures):
+    """Each has one colour and marker in all panels; the second alone has a term of its own."""
+    shifts = {"low": 0.0, "middle": 3.0, "high": -2.0}
+    runs = {name: write_run(tmp_path / name, statistics(3, shift)) for name, shift in shifts.items()}
+    write_run(runs["middle"], statistics(3, 3.0, length=lambda t: -t))
+    assert plot_training(runs["high"], "", runs) == runs["high"] / "plots/runs.png"
+    (figure,) = figures
+    *panels, frontier = figure.axes
+    groups = {"reward": ["reward"], "reward_length": []} | PANELS
+    assert [axis.get_ylabel() for axis in panels] == list(groups)
+    for axis, names in zip(panels, groups.values(), strict=True):
+        if names:
+            assert [points(line) for line in axis.lines] == [
+                [(t, pytest.approx(NAMES.index(name) + t / 10 + shift)) for t in range(3)]
+                for shift in shifts.values()
+                for name in names
+            ]
+    length = [line.get_ydata().tolist() for line in panels[1].lines]
+    assert length[1] == [0, -1, -2] and all(math.isnan(value) for values in (length[0], length[2]) for value in values)
+    for look in ("get_color", "get_marker"):
+        looks = [[getattr(line, look)() for line in axis.lines] for axis in panels]
+        assert len(set(looks[0])) == 3
+        assert all(own == [x for x in looks[0] for _ in range(len(own) // 3)] for own in looks)
+        assert [getattr(line, look)() for line in frontier.lines[1::2]] == looks[0]
+    assert [texts(legend) for legend in figure.legends] == [list(runs)] and frontier.get_legend() is None
+    assert [(runs[name] / "plots").exists() for name in runs] == [False, False, True]
+
+
+def test_a_run_is_a_point_where_its_last_fifth_was(tmp_path, figures):
+    """Of ten updates the last two, of three the last one; behind it the way there."""
+    rows = statistics(10)
+    for row, kl, reward in zip(rows, range(10), [0, 1, 2, 3, 4, 5, 6, 7, 8, 4], strict=True):
+        row |= {"kl_k1": kl, "reward": reward}
+    runs = {"long": write_run(tmp_path / "long", rows), "short": write_run(tmp_path / "short", statistics(3))}
+    plot_training(runs["long"], "", runs)
+    way, end, short_way, short_end = figures[0].axes[-1].lines
+    assert points(way) == [(row["kl_k1"], row["reward"]) for row in rows]
+    assert points(end) == [(8.5, 6.0)] and end.get_label() == "long"
+    assert points(short_way)[-1:] == points(short_end) == [(NAMES.index("kl_k1") + 0.2, 0.2)]
+    assert short_end.get_label() == "short" and way.get_alpha() < 0.5
+
+
+@pytest.mark.parametrize(
+    ("n_updates", "steps"),
+    [(1, [0]), (50, list(range(50))), (51, [*(t + 0.5 for t in range(0, 50, 2)), 50]), (120, list(range(1, 120, 3)))],
+)
+def test_a_long_run_is_drawn_as_means_of_neighbours(n_updates, steps):
+    columns = mean_columns(statistics(n_updates, length=lambda t: t * t))
+    assert set(columns) == {"step", *NAMES, "reward_length"}
+    assert columns["step"] == steps
+    assert columns["entropy"] == pytest.approx([NAMES.index("entropy") + step / 10 for step in steps])
+    if n_updates == 120:
+        assert columns["reward_length"][:2] == pytest.approx([(0 + 1 + 4) / 3, (9 + 16 + 25) / 3])
+
+
+DAMAGES = {
+    "missing": None,
+    "broken": "[{",
+    "empty": "[]",
+    "no rows": '{"step": 0}',
+    "numbers": "[1, 2]",
+    "a column lost": json.dumps([*statistics(2), {"step": 2}]),
+    "a value lost": json.dumps([statistics(1)[0] | {"entropy": None}]),
+    "text": json.dumps([statistics(1)[0] | {"entropy": "high"}]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_without_whole_statistics_is_refused(damage, run, tmp_path):
+    broken = write_run(tmp_path / "broken", statistics(3))
+    path = broken / "training_stats.json"
+    path.unlink() if DAMAGES[damage] is None else path.write_text(DAMAGES[damage])
+    for plotted in (lambda: plot_training(broken), lambda: plot(run, "", (str(run), f"b={broken}"))):
+        with pytest.raises(UsageError, match=r"broken holds no training_stats\.json of a run, or a damaged one$"):
+            plotted()
+    assert not (broken / "plots").exists() and not (run / "plots").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_refused(run):
+    (run / "plots").write_text("")
+    with pytest.raises(UsageError, match="plots cannot be written"):
         plot_training(run)
-    assert not (run / "plots").exists()
+
+
+def test_runs_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):
+    """NAME=FOLDER, in which the folder may have an equals sign, or FOLDER alone; the run that is there is the home."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("home", "sweep/0.1", "sweep/kl=0.2"):
+        write_run(tmp_path / name, statistics(2))
+    given = []
+    monkeypatch.setattr("plot.plot_training", lambda folder, notice, runs: given.append((folder, runs)) or "drawn")
+    policies = ["--policies", "sweep/0.1/", "--policies", "0.2=sweep/kl=0.2"]
+    assert main(["--task", "plot", "--output_dir", "home", *policies]) == 0
+    paths = {"0.1": "sweep/0.1", "0.2": "sweep/kl=0.2"}
+    assert [(str(folder), {name: str(path) for name, path in runs.items()}) for folder, runs in given] == [
+        ("home", paths)
+    ]
+    assert capsys.readouterr().out == "using home\ndrawn\n"
+    for twice in ("0.1=home", "other=sweep/0.1"):
+        assert main(["--task", "plot", "--output_dir", "home", *policies, "--policies", twice]) == 2
+        assert "expected NAME=FOLDER of each run, each of them once" in capsys.readouterr().err
+    assert len(given) == 1
+
+
+def boxes(figure) -> list:
+    """What is on a figure, each with its labels: panels, legend, title and notice."""
+    figure.draw_without_rendering()
+    parts = [*figure.legends, figure._suptitle, figure._supxlabel]
+    return [axis.get_tightbbox() for axis in figure.axes] + [part.get_window_extent() for part in parts]
+
+
+def test_nothing_on_a_figure_overlaps_or_is_cut_off(tmp_path, evaluated, figures):
+    """Eight runs with long names and folders and four terms, every panel with long tick labels; bars of three."""
+    terms = {name: lambda t: -123.4567 * t for name in ("reward_model", "reward_fn", "repetition", "length")}
+    runs = {}
+    for k in range(8):
+        folder = tmp_path / f"saved_models/distilgpt2-imdb/ppo-{k}"
+        runs[f"kl_coef 0.00{k}, a seed of its own"] = write_run(folder, statistics(60, 1e-3 * k, **terms))
+    notice = (
+        "A teaching demonstration: " + "a language model, trained here from scratch on generated movie reviews. " * 3
+    )
+    plot_training(folder, notice, runs)
+    plot_training(folder, notice)
+    plot_comparison(evaluated, notice)
+    plot_reliability(folder, [0.6, 0.9, 0.95], [True, False, True])
+    assert len(figures) == 4
+    for figure in figures:
+        width, height = figure.bbox.size
+        for one, other in combinations([box for box in boxes(figure) if box.width and box.height], 2):
+            assert not one.padded(-2).overlaps(other)
+        for box in boxes(figure):
+            assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1 and box.y1 <= height + 1
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -167,48 +341,85 @@ def test_samples_stand_one_below_the_other():
 @pytest.fixture
 def evaluated(run):
     """A run with a comparison of three policies on two splits."""
-    splits = {"validation": comparison(1.0, 1.5, -1.0), "test": comparison(2.0, 2.5, 3.0)}
+    splits = {"validation": comparison(1.0, 1.5, -1.0), "test": comparison(2.0, 2.5, 3.0) | {"n_prompts": 26}}
+    for part in splits.values():
+        part["figures"] = {n: own | {"reward_reward_model": own["reward"]} for n, own in part["figures"].items()}
     (run / "results").mkdir()
     (run / "results/comparison.json").write_text(json.dumps({"splits": splits}))
     return run
 
 
-def test_every_figure_is_drawn_with_a_bar_a_policy_and_split(evaluated, monkeypatch):
-    from matplotlib import pyplot
-
-    figures = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+def test_every_figure_is_drawn_with_a_bar_a_policy_and_split(evaluated, figures):
+    """The standard deviation 0.5 of 8 and 26 prompts; the one term is the reward, and of KL no deviation is known."""
     path = plot_comparison(evaluated, "A demonstration.\nSecond line.")
-    monkeypatch.undo()
     (figure,) = figures
-    assert path == evaluated / "plots/comparison.png" and path.read_bytes().startswith(b"\x89PNG")
-    drawn = [axis for axis in figure.axes if axis.axison]
-    assert [axis.get_title() for axis in drawn] == ["reward", "kl"]
-    heights = [[[bar.get_height() for bar in bars] for bars in axis.containers] for axis in drawn]
-    assert heights == [[[1.0, 1.5, -1.0], [2.0, 2.5, 3.0]], [[0.0, 0.5, 1.0]] * 2]
-    assert [label.get_text() for label in drawn[0].get_xticklabels()] == ["p0", "p1", "p2"]
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["validation", "test"]
-    centres = [[bar.get_x() + bar.get_width() / 2 for bar in bars] for bars in drawn[0].containers]
-    assert [sum(pair) / 2 for pair in zip(*centres, strict=True)] == pytest.approx(list(drawn[0].get_xticks()))
-    assert figure.get_supxlabel() == "A demonstration." and str(evaluated) in figure.get_suptitle()
-    pyplot.close(figure)
+    assert path == evaluated / "plots/comparison.png"
+    assert [axis.get_ylabel() for axis in figure.axes] == ["reward ", "kl (nats)"]
+    bars = [[part for part in axis.containers if hasattr(part, "patches")] for axis in figure.axes]
+    heights = [[[bar.get_height() for bar in policy] for policy in panel] for panel in bars]
+    assert heights == [[[1.0, 2.0], [1.5, 2.5], [-1.0, 3.0]], [[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]]
+    centres = [[bar.get_x() + bar.get_width() / 2 for bar in policy] for policy in bars[0]]
+    assert [sum(own) / 3 for own in zip(*centres, strict=True)] == pytest.approx([0, 1])
+    assert figure.axes[0].get_xticks().tolist() == [0, 1]
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["validation", "test"]
+    for policy, means in zip(bars[0], heights[0], strict=True):
+        (whiskers,) = policy.errorbar.lines[2]
+        ends = [[end[1] for end in whisker] for whisker in whiskers.get_segments()]
+        half = [1.96 * 0.5 / math.sqrt(7), 1.96 * 0.5 / 5]
+        assert ends == [pytest.approx([y - h, y + h]) for y, h in zip(means, half, strict=True)]
+    assert all(
+        math.isnan(y)
+        for policy in bars[1]
+        for segment in policy.errorbar.lines[2][0].get_segments()
+        for _, y in segment
+    )
+    assert [texts(legend) for legend in figure.legends] == [["p0", "p1", "p2"]]
+    assert len({policy.patches[0].get_facecolor() for policy in bars[0]}) == 3
+    assert figure.get_supxlabel() == "A demonstration" and str(evaluated) in figure.get_suptitle().replace("\n", "")
+
+
+def test_two_reward_terms_are_drawn_beside_their_sum(evaluated, figures):
+    path = evaluated / "results/comparison.json"
+    content = json.loads(path.read_text())
+    for part in content["splits"].values():
+        for own in part["figures"].values():
+            own |= {"reward_reward_model": own["reward"] + 1, "reward_length": -1, "reward_length_std": 0.1}
+    path.write_text(json.dumps(content))
+    plot_comparison(evaluated)
+    names = [axis.get_ylabel().strip() for axis in figures[0].axes]
+    assert names == ["reward", "kl (nats)", "reward_reward_model", "reward_length"]
+
+
+def test_intervals_by_hand():
+    figures = {"reward": 3.0, "reward_std": 2.0, "positive": 0.8, "ended": 1.0, "kl": 2.0}
+    assert half_interval(figures, "reward", 101) == pytest.approx(1.96 * 2 / 10)
+    assert half_interval(figures, "positive", 101) == pytest.approx(1.96 * 0.4 / 10)
+    assert math.isnan(half_interval(figures, "ended", 101)) and math.isnan(half_interval(figures, "kl", 101))
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_comparison_is_refused(content, evaluated):
+    (evaluated / "results/comparison.json").write_text(content)
+    with pytest.raises(UsageError, match=r"results holds no comparison\.json of a run, or a damaged one"):
+        show_comparison(evaluated)
 
 
 def test_a_comparison_is_shown_split_by_split(evaluated, monkeypatch, capsys):
     monkeypatch.setattr("plot.plot_comparison", lambda folder, notice: f"{folder}/{notice}.png")
     show_comparison(evaluated, "drawn")
     output = capsys.readouterr().out
-    first, second = output.split(f"{evaluated} on 8 test prompts\n")
+    first, second = output.split(f"{evaluated} on 26 test prompts\n")
     assert first.startswith(f"{evaluated} on 8 validation prompts\n")
-    for part, splits in ((first, (1.0, 1.5, -1.0)), (second, (2.0, 2.5, 3.0))):
+    splits = json.loads((evaluated / "results/comparison.json").read_text())["splits"].values()
+    for part, split in zip((first, second), splits, strict=True):
         for tell in (comparison_table, reward_difference, sample_pairs):
-            assert tell(comparison(*splits)) in part
+            assert tell(split) in part
     assert output.endswith(f"figures and every sample: {evaluated}/results\ncomparison: {evaluated}/drawn.png\n")
 
 
 def test_the_plot_task_draws_a_comparison_where_there_is_one(run, monkeypatch, capsys):
     shown = []
-    monkeypatch.setattr("plot.plot_training", lambda folder, notice: "curves")
+    monkeypatch.setattr("plot.plot_training", lambda folder, notice, runs: "curves")
     monkeypatch.setattr("plot.show_comparison", lambda folder, notice: shown.append((folder, notice)))
     plot(run, "a notice")
     assert shown == [] and capsys.readouterr().out == "curves\n"
@@ -216,3 +427,13 @@ def test_the_plot_task_draws_a_comparison_where_there_is_one(run, monkeypatch, c
     (run / "results/comparison.json").write_text("{}")
     plot(run, "a notice")
     assert shown == [(run, "a notice")]
+    plot(run, "a notice", (str(run),))
+    assert len(shown) == 1
+
+
+def test_figures_are_written_where_the_task_says(evaluated, capsys):
+    plot(evaluated)
+    output = capsys.readouterr().out
+    for name in ("training.png", "comparison.png"):
+        assert f"{evaluated}/plots/{name}\n" in output
+        assert (evaluated / "plots" / name).read_bytes().startswith(b"\x89PNG")
