@@ -144,7 +144,7 @@ def rollout_stats(
     kl = {name: kl_estimate(rollout.logprobs, rollout.ref_logprobs, rollout.mask, name) for name in ("k1", "k3")}
     return {
         "reward": raw_scores.mean().item(),
-        "reward_variance": raw_scores.var(correction=0).item(),
+        "variance": raw_scores.var(correction=0).item(),
         **{f"reward_{name}": values.mean().item() for name, values in terms.items()},
         "score": rollout.scores.mean().item(),
         "kl": rollout.kl.sum(1).mean().item(),
@@ -167,9 +167,9 @@ def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
     n = max(2, math.ceil(WINDOW / batch_size))
     if len(history) < 2 * n:
         return {}
-    names = ["reward", "reward_variance", *LIMITS]
+    names = ["reward", "variance", *LIMITS]
     start, now = ({name: sum(row[name] for row in rows) / n for name in names} for rows in (history[:n], history[-n:]))
-    error = math.sqrt((start["reward_variance"] + now["reward_variance"]) / (n * batch_size))
+    error = math.sqrt((start["variance"] + now["variance"]) / (n * batch_size))
     if now["reward"] - start["reward"] <= 2 * error:
         return {}
     return {

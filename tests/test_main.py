@@ -443,7 +443,7 @@ PPO = Path("saved_models/tiny/ppo")
 STATISTICS = {
     "step",
     "reward",
-    "reward_variance",
+    "variance",
     "reward_reward_model",
     "score",
     "kl",

@@ -209,7 +209,7 @@ def test_the_statistics_of_a_rollout_by_hand():
     k3 = (math.exp(-0.5) - 0.5) + (math.exp(1.0) - 2.0) + (math.exp(-0.5) - 0.5)
     expected = {
         "reward": 1.5,
-        "reward_variance": 0.25,
+        "variance": 0.25,
         "reward_fn": 4.0,
         "score": 1.0,
         "kl": 0.4,
@@ -236,7 +236,7 @@ def test_the_progress_bar_shows_five_numbers():
 def log_row(**changes) -> dict[str, float]:
     healthy = {
         "reward": 0.5,
-        "reward_variance": 0.0,
+        "variance": 0.0,
         "response_length": 20.0,
         "distinct_bigrams": 0.5,
         "ended": 0.75,
@@ -298,9 +298,9 @@ def test_there_is_no_alarm_while_the_reward_is_not_higher(reward):
 
 def test_a_rise_that_chance_explains_is_none():
     """Variances .25 and .15 in 128 responses each: two standard errors are 2 sqrt(.4 / 128) = .1118."""
-    start = [row | {"reward_variance": 0.25} for row in BEGINNING]
+    start = [row | {"variance": 0.25} for row in BEGINNING]
     for rise, expected in ((0.111, set()), (0.113, set(LIMITS))):
-        latest = [log_row(reward=0.5 + rise, reward_variance=0.15, **COLLAPSED)] * 2
+        latest = [log_row(reward=0.5 + rise, variance=0.15, **COLLAPSED)] * 2
         assert set(alarms([*start, *latest], 64)) == expected
 
 

@@ -583,7 +583,7 @@ def test_an_alarm_is_logged_at_every_step_and_printed_at_its_first(tmp_path, mon
         assert batch_size == 4
         assert {
             "reward",
-            "reward_variance",
+            "variance",
             "response_length",
             "distinct_bigrams",
             "ended",
