@@ -61,9 +61,9 @@ def batch_arithmetic(config: Config, n_prompts: int) -> str:
     return (
         f"{n_prompts:,} prompts; {config.n_updates} updates x {config.batch_size} prompts a rollout "
         f"= {config.n_updates * config.batch_size / n_prompts:.2f} passes over them\n"
-        f"each update: {config.ppo_epochs} epochs x {steps} optimizer steps of {rows} rows "
-        f"({config.gradient_accumulation_steps} forward passes of {config.mini_batch_size} rows each) "
-        f"= {config.ppo_epochs * steps} optimizer steps, {config.n_updates * config.ppo_epochs * steps:,} in all"
+        f"each update: epochs {config.ppo_epochs} x optimizer steps {steps} x forward passes "
+        f"{config.gradient_accumulation_steps} x rows {config.mini_batch_size}; "
+        f"optimizer steps in all: {config.n_updates * config.ppo_epochs * steps:,}"
     )
 
 

@@ -44,8 +44,8 @@ def test_the_batch_arithmetic_by_hand():
     config = micro_config(n_updates=10, batch_size=64, mini_batch_size=4, gradient_accumulation_steps=8, ppo_epochs=3)
     text = batch_arithmetic(config, 1000)
     assert "1,000 prompts; 10 updates x 64 prompts a rollout = 0.64 passes over them" in text
-    assert "3 epochs x 2 optimizer steps of 32 rows (8 forward passes of 4 rows each)" in text
-    assert text.endswith("= 6 optimizer steps, 60 in all")
+    assert "each update: epochs 3 x optimizer steps 2 x forward passes 8 x rows 4" in text
+    assert text.endswith("optimizer steps in all: 60")
 
 
 def estimate(monkeypatch, tokenizer, **settings) -> tuple[int, int]:
