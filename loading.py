@@ -39,7 +39,7 @@ from model import PolicyModel, frozen_copy
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes")
+warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes|huggingface_hub")
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -102,9 +102,7 @@ def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokeni
     base, n_ids = base_of(path), max(tokenizer.get_vocab().values()) + 1
     config = load(AutoConfig.from_pretrained, flag if base == path else "base_model_name", base)
     if n_ids > getattr(config, "vocab_size", n_ids):
-        raise UsageError(
-            f"--{flag} {path}: its tokenizer has {n_ids} tokens, but its model embeds only {config.vocab_size}"
-        )
+        raise UsageError(f"--{flag} {path}: its tokenizer has {n_ids} tokens, its model embeds {config.vocab_size}")
     return tokenizer
 
 
@@ -158,9 +156,8 @@ def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> 
         raise UsageError("--lora_r and --peft_model_path need peft: pip install peft") from None
     base = config.base_model_name or language_model.name_or_path
     if path:
-        if (
-            Path(path).exists() and len([*Path(path).glob("adapter_*")]) < 2
-        ):  # what is missing peft would ask the Hub for
+        files = list(Path(path).glob("adapter_*"))
+        if Path(path).exists() and len(files) < 2:  # peft would ask the Hub for what is missing
             raise UsageError(f"--peft_model_path {path} lacks adapter_config.json or adapter_model.safetensors")
         settings = without_dropout(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
         settings.inference_mode = False
@@ -226,7 +223,10 @@ def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyMode
 def base_of(path: str) -> str:
     """Where the whole model is: at the path itself, or where an adapter that is saved there says."""
     adapter = Path(path) / "adapter_config.json"
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.exists() else path
+    if not adapter.exists():
+        return path
+    with one_sentence(f"{adapter} cannot be read"):
+        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or path
 
 
 def save_policy(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False) -> None:
@@ -270,18 +270,14 @@ def context_length(config: PretrainedConfig) -> int:
 
 def check_context(config: Config, policy: PolicyModel) -> None:
     """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
-    context = context_length(policy.language_model.config)
+    context, apart = context_length(policy.language_model.config), policy.is_encoder_decoder
     prompt, response = config.max_prompt_length, config.max_new_tokens
-    if policy.is_encoder_decoder and max(prompt, response) > context:
-        raise UsageError(
-            f"--max_prompt_length {prompt} or --max_new_tokens {response} is more than the {context} tokens that the "
-            "model's encoder and decoder can each read"
-        )
-    if not policy.is_encoder_decoder and prompt + response > context:
-        raise UsageError(
-            f"--max_prompt_length {prompt} plus --max_new_tokens {response} is more than the {context} tokens the "
-            f"model can read; at most {max(context - response, 1)} tokens of prompt are left beside such a response"
-        )
+    flags = f"--max_prompt_length {prompt} {'or' if apart else 'plus'} --max_new_tokens {response} is more than"
+    if apart and max(prompt, response) > context:
+        raise UsageError(f"{flags} the {context} tokens that the model's encoder and decoder can each read")
+    if not apart and prompt + response > context:
+        left = f"at most {max(context - response, 0)} tokens of prompt are left beside such a response"
+        raise UsageError(f"{flags} the {context} tokens that the model can read; {left}")
 
 
 def new_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:

@@ -171,6 +171,14 @@ def test_a_run_is_saved_as_an_adapter_of_the_model_that_it_was_put_on(tmp_path):
     assert torch.equal(logprobs(load_policy(Config(), str(tmp_path / "run"), CPU).eval()), logprobs(policy))
 
 
+@pytest.mark.parametrize("damage", ["{", '{"peft_type": "LORA"}', "[]"])
+def test_a_run_whose_adapters_settings_are_damaged_is_refused(damage, tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    new_adapter(tmp_path / "base", tmp_path / "run")
+    (tmp_path / "run/adapter_config.json").write_text(damage)
+    assert refusal_of(Config(), tmp_path / "run").startswith(f"{tmp_path}/run/adapter_config.json cannot be read: ")
+
+
 def test_lora_on_a_model_that_peft_does_not_know_is_refused(tmp_path):
     tiny_granite().save_pretrained(tmp_path)
     assert refusal_of(Config(lora_r=4), tmp_path).startswith(f"--lora_r 4 finds no place in {tmp_path}: ")

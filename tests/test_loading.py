@@ -145,7 +145,7 @@ def test_a_policys_tokenizer_needs_an_eos_token_and_a_reward_models_does_not(tmp
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(flag, tmp_path):
     """Its last tokens would be an index error; a model may embed more than that, as many do to be even."""
     save_with_model(letter_tokenizer(), tmp_path, VOCAB - 1)
-    words = f"--{flag} {tmp_path}: its tokenizer has {VOCAB} tokens, but its model embeds only {VOCAB - 1}"
+    words = f"--{flag} {tmp_path}: its tokenizer has {VOCAB} tokens, its model embeds {VOCAB - 1}"
     with pytest.raises(UsageError, match=words):
         load_tokenizer(str(tmp_path), flag)
     for enough in (VOCAB, VOCAB + 1):
@@ -159,7 +159,7 @@ def test_the_tokenizer_beside_an_adapter_is_compared_with_the_adapters_base_mode
     GPT2Config(vocab_size=VOCAB).save_pretrained(tmp_path / "base")
     assert load_tokenizer(str(tmp_path / "adapter")).eos_token_id == EOS
     GPT2Config(vocab_size=VOCAB - 1).save_pretrained(tmp_path / "base")
-    with pytest.raises(UsageError, match=f"--output_dir {tmp_path}/adapter: .* embeds only {VOCAB - 1}"):
+    with pytest.raises(UsageError, match=f"--output_dir {tmp_path}/adapter: .* embeds {VOCAB - 1}"):
         load_tokenizer(str(tmp_path / "adapter"), "output_dir")
 
 
@@ -325,6 +325,7 @@ def test_what_cannot_be_reached_is_told_without_a_second_try(hub, tmp_path):
 LETTERS = """
 print(load_tokenizer("someone/letters")("abc").input_ids)
 policy = load_policy(Config(), "someone/letters", torch.device("cpu"))
+load_policy(Config(lora_r=2), "someone/letters", torch.device("cpu"))  # peft has its own way to ask and to warn
 print(sum(weight.double().abs().sum() for weight in policy.language_model.parameters()).item())
 """
 
