@@ -18,6 +18,7 @@ from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, first_line, nearest
+from loading import hub_error
 from reviews import movie_reviews
 
 PARTS = ("train", "judge", "validation", "test")
@@ -49,9 +50,8 @@ def split_parts(path: str, split: str, with_judge: bool) -> dict[str, list[dict]
     """
     splits = load_splits(path)
     if split not in splits:
-        raise UsageError(
-            f"--dataset_split {split!r} is not in {path}; it has {', '.join(splits)}{nearest(split, splits)}"
-        )
+        known = ", ".join(splits) + nearest(split, splits)
+        raise UsageError(f"--dataset_split {split!r} is not in {path}; it has {known}")
     own = {part: name for name, part in OWN_SPLITS.items() if name in splits and name != split}
     shares = {"judge": 25 if with_judge else 0, "validation": 10, "test": 10}
     held_out = {part: percent for part, percent in shares.items() if percent and part not in own}
@@ -72,26 +72,27 @@ def split_parts(path: str, split: str, with_judge: bool) -> dict[str, list[dict]
 
 def load_splits(path: str) -> dict:
     """The dataset's splits by name, through `datasets`. Raises UsageError, whatever went wrong there."""
+    kind = FORMATS.get(Path(path).suffix)
+    if Path(path).is_file() != bool(kind):
+        problem = "does not exist" if kind else f"is a file, expected one that ends in {', '.join(FORMATS)}"
+        raise UsageError(f"--dataset_path {path} {problem}")
+    unreachable = "" if Path(path).exists() else hub_error()
     import datasets  # a second to import, which --help and the built-in data need not wait for
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    kind = FORMATS.get(Path(path).suffix)
-    if kind and not Path(path).is_file():
-        raise UsageError(f"--dataset_path {path} does not exist")
     try:
         return datasets.load_dataset(kind, data_files=path) if kind else datasets.load_dataset(path)
     except Exception as error:  # the library raises a dozen kinds
-        reason = first_line(error.__cause__ or error)
+        reason = unreachable or first_line(error.__cause__ or error)
         raise UsageError(f"--dataset_path {path} cannot be loaded: {reason}") from None
 
 
 def column(rows: list[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> list:
     """One column of the rows. Raises UsageError naming the columns there are, or what was found instead of `kind`."""
     if name not in rows[0]:
-        raise UsageError(
-            f"--{flag} {name!r} is no column of the data; it has {', '.join(rows[0])}{nearest(name, rows[0])}"
-        )
+        known = ", ".join(rows[0]) + nearest(name, rows[0])
+        raise UsageError(f"--{flag} {name!r} is no column of the data; it has {known}")
     values = [row[name] for row in rows]
     for number, value in enumerate(values):
         if not isinstance(value, kind):
@@ -203,9 +204,7 @@ def read_prompts(path: str) -> list[str]:
         prompts = [row if isinstance(row, str) else row.get("prompt") or row["query"] for row in rows]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UsageError(
-            f"--prompts {path} cannot be read as prompts ({reason}); expected .txt, .jsonl or .json"
-        ) from None
+        raise UsageError(f"--prompts {path} cannot be read ({reason}); expected .txt, .jsonl or .json") from None
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise UsageError(f"--prompts {path} holds no prompts, or some that are not text")
     return prompts

@@ -6,11 +6,13 @@ import hashlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import huggingface_hub
 import torch
-from safetensors import SafetensorError
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -36,6 +38,8 @@ from model import PolicyModel, frozen_copy
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
+logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes|huggingface_hub")
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -53,17 +57,38 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+@functools.cache
+def hub_error() -> str:
+    """Why the Hub cannot be reached, if it cannot: then its cache alone is read, without minutes of retries.
+
+    It is asked as the library asks, through the same proxy or mirror, and has as long to answer (HF_HUB_ETAG_TIMEOUT).
+    """
+    try:
+        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # whatever the library's HTTP client raises
+        constants.HF_HUB_OFFLINE = True
+        return f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
+    return ""
+
+
+@contextmanager
+def one_sentence(problem: str) -> Iterator[None]:
+    """Turn what a library raises in the block into a UsageError that begins with the problem, unless memory ran out."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can raise anything
+        if isinstance(error, MemoryError) or "tried to allocate" in str(error).lower():
+            raise
+        reason = Exception(str(error).replace(":\n\t", ": ") or type(error).__name__)  # torch begins a list below
+        raise UsageError(f"{problem}: {first_line(reason)}") from None
+
+
 def load(from_pretrained: Callable, flag: str, path: str, **settings):
     """`from_pretrained(path)`, its many ways to fail told in one sentence that names the flag."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return from_pretrained(path, **settings)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        if "memory" in str(error):
-            raise
-        where = "a folder without a usable model" if Path(path).exists() else "no folder, and no reachable Hub model"
-        raise UsageError(f"--{flag} {path} is {where}: {first_line(error)}") from None
+    exists = Path(path).exists()
+    where = "a folder without a usable model" if exists else f"no folder, and {hub_error() or 'no reachable Hub model'}"
+    with one_sentence(f"--{flag} {path} is {where}"):
+        return from_pretrained(path, **settings)
 
 
 def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokenizerBase:
@@ -74,6 +99,10 @@ def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokeni
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None or (flag != "reward_model_path" and tokenizer.eos_token_id is None):
         raise UsageError(f"--{flag} {path}: its tokenizer has no end-of-sequence token, so no response could ever end")
+    base, n_ids = base_of(path), max(tokenizer.get_vocab().values()) + 1
+    config = load(AutoConfig.from_pretrained, flag if base == path else "base_model_name", base)
+    if n_ids > getattr(config, "vocab_size", n_ids):
+        raise UsageError(f"--{flag} {path}: its tokenizer has {n_ids} tokens, its model embeds {config.vocab_size}")
     return tokenizer
 
 
@@ -96,7 +125,7 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dic
         return {}
     if not importlib.util.find_spec("bitsandbytes"):
         raise UsageError("loading in 8 or 4 bits needs bitsandbytes: pip install bitsandbytes")
-    settings = BitsAndBytesConfig(load_in_8bit=in_8bit, load_in_4bit=in_4bit)
+    settings = BitsAndBytesConfig(load_in_8bit=in_8bit, load_in_4bit=in_4bit, bnb_4bit_quant_type="nf4")
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
@@ -106,13 +135,18 @@ def load_language_model(path: str, dtype: str, device: torch.device, **settings)
     factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     settings |= {"config": config, "dtype": getattr(torch, dtype)}
     model = load(factory.from_pretrained, "base_model_name", path, **settings)
-    return model if "device_map" in settings else model.to(device)
+    if "device_map" not in settings:
+        return model.to(device)
+    for module in model.modules():  # else bitsandbytes repacks 4-bit weights for AVX-512, and the gradient is lost
+        module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> PreTrainedModel:
     """The model under LoRA: under the adapter at `path`, or a new one of rank --lora_r, which changes nothing yet.
 
-    The adapter alone is trained, in float32 whatever the base weights are in, and has no dropout.
+    The adapter alone is trained, in float32 whatever the base weights are in, and has no dropout. Raises UsageError for
+    an adapter of another model.
     """
     if not (path or config.lora_r):
         return language_model
@@ -120,14 +154,26 @@ def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> 
         import peft
     except ImportError:
         raise UsageError("--lora_r and --peft_model_path need peft: pip install peft") from None
+    base = config.base_model_name or language_model.name_or_path
     if path:
+        files = list(Path(path).glob("adapter_*"))
+        if Path(path).exists() and len(files) < 2:  # peft would ask the Hub for what is missing
+            raise UsageError(f"--peft_model_path {path} lacks adapter_config.json or adapter_model.safetensors")
         settings = without_dropout(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
-        wrap = functools.partial(peft.PeftModel.from_pretrained, language_model)
-        return load(wrap, "peft_model_path", path, config=settings, is_trainable=True)
-    task = "SEQ_2_SEQ_LM" if language_model.config.is_encoder_decoder else "CAUSAL_LM"
-    return peft.get_peft_model(
-        language_model, peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type=task)
-    )
+        settings.inference_mode = False
+        own = settings.base_model_name_or_path or base
+        problem = f"--peft_model_path {path} is an adapter of {own}, not of {base}"
+        if Path(own).name not in (Path(base).name, Path(language_model.name_or_path).name):
+            raise UsageError(f"{problem}; if they are the same model, name it alike in {path}/adapter_config.json")
+    else:
+        problem = f"--lora_r {config.lora_r} finds no place in {base}"
+        task = "SEQ_2_SEQ_LM" if language_model.config.is_encoder_decoder else "CAUSAL_LM"
+        settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type=task)
+    with one_sentence(problem):
+        adapted = peft.get_peft_model(language_model, settings)
+        if path and any(adapted.load_adapter(path, "default", is_trainable=True)):
+            raise ValueError("it has weights for other layers")
+    return adapted
 
 
 def load_critic(config: Config, run: str, base_model: str, device: torch.device) -> PreTrainedModel | None:
@@ -146,9 +192,11 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
 
     What is not there is new: an adapter that changes nothing, a critic from the base model, a value head of zeros.
     """
-    adapter = path if (Path(path) / "adapter_config.json").exists() else config.peft_model_path
-    base = path if adapter != path else adapted_model(path)
+    base = base_of(path)
+    adapter = config.peft_model_path if base == path else path
     settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
+    if config.task == "train" and config.merge and settings:
+        raise UsageError("--merge would round the adapter away into weights of 8 or 4 bits: save the adapter alone")
     language_model = load_language_model(base, config.dtype, device, **settings)
     critic = load_critic(config, path, base, device)
     policy = PolicyModel(
@@ -156,10 +204,8 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     )
     value_head = Path(path) / "value_head.safetensors"
     if value_head.exists():
-        try:
+        with one_sentence(f"{value_head} is no value head of this model"):
             policy.value_head.load_state_dict(load_file(value_head, device=str(device)))
-        except (SafetensorError, RuntimeError) as error:
-            raise UsageError(f"{value_head} is no value head of this model: {first_line(error)}") from None
     if config.gradient_checkpointing:
         policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
@@ -174,9 +220,13 @@ def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyMode
     return PolicyModel(with_adapter(language_model, config, config.peft_model_path)).requires_grad_(False).eval()
 
 
-def adapted_model(folder: str) -> str:
-    """The base model that a saved adapter belongs to."""
-    return json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+def base_of(path: str) -> str:
+    """Where the whole model is: at the path itself, or where an adapter that is saved there says."""
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.exists():
+        return path
+    with one_sentence(f"{adapter} cannot be read"):
+        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or path
 
 
 def save_policy(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False) -> None:
@@ -199,10 +249,9 @@ def save_policy(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder:
 
 def write_manifest(folder: Path, factory: str) -> None:
     """manifest.json: the line of Python that loads what the folder holds, and every file with its SHA-256."""
-    loads_with = f"transformers.{factory}.from_pretrained(FOLDER)"
-    if (folder / "adapter_config.json").exists():
-        base = f"transformers.{factory}.from_pretrained({adapted_model(str(folder))!r})"
-        loads_with = f"peft.PeftModel.from_pretrained({base}, FOLDER)"
+    base, loads_with = base_of(str(folder)), f"transformers.{factory}.from_pretrained(FOLDER)"
+    if base != str(folder):
+        loads_with = f"peft.PeftModel.from_pretrained(transformers.{factory}.from_pretrained({base!r}), FOLDER)"
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     hashes = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     write_whole(folder / "manifest.json", json.dumps({"loads_with": loads_with, "sha256": hashes}, indent=2))
@@ -221,31 +270,23 @@ def context_length(config: PretrainedConfig) -> int:
 
 def check_context(config: Config, policy: PolicyModel) -> None:
     """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
-    context = context_length(policy.language_model.config)
+    context, apart = context_length(policy.language_model.config), policy.is_encoder_decoder
     prompt, response = config.max_prompt_length, config.max_new_tokens
-    if policy.is_encoder_decoder and max(prompt, response) > context:
-        raise UsageError(
-            f"--max_prompt_length {prompt} or --max_new_tokens {response} is more than the {context} tokens that "
-            "the model's encoder and decoder can each read"
-        )
-    if not policy.is_encoder_decoder and prompt + response > context:
-        raise UsageError(
-            f"--max_prompt_length {prompt} plus --max_new_tokens {response} is more than the {context} tokens the "
-            f"model can read; at most {max(context - response, 1)} tokens of prompt are left beside such a response: "
-            f"--max_prompt_length {max(context - response, 1)}"
-        )
+    flags = f"--max_prompt_length {prompt} {'or' if apart else 'plus'} --max_new_tokens {response} is more than"
+    if apart and max(prompt, response) > context:
+        raise UsageError(f"{flags} the {context} tokens that the model's encoder and decoder can each read")
+    if not apart and prompt + response > context:
+        left = f"at most {max(context - response, 0)} tokens of prompt are left beside such a response"
+        raise UsageError(f"{flags} the {context} tokens that the model can read; {left}")
 
 
 def new_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on the texts: whatever a person types has tokens."""
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOS, PAD],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(

@@ -1,16 +1,20 @@
-"""LoRA, 8-bit weights and the critics: what is shared, what is trained, what is saved."""
+"""LoRA, weights in 8 and 4 bits and the critics: what is shared, what is trained, what is saved, what is refused."""
 
+import importlib.util
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from test_model import QUERIES, RESPONSES, encode
-from tiny_models import BUILDERS, FAMILIES, letter_tokenizer, tiny_gpt2, tiny_t5
+from tiny_models import BUILDERS, FAMILIES, letter_tokenizer, tiny_gpt2, tiny_granite, tiny_t5
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from config import Config, UsageError
 from dataset import pad
-from loading import load_policy, load_reference, save_policy
+from loading import load_policy, load_reference, quantized, save_policy
 from model import frozen_copy
 
 peft = pytest.importorskip("peft")
@@ -97,42 +101,206 @@ def test_a_merged_policy_needs_no_peft(base, tmp_path):
     assert torch.equal(logprobs(policy), before)  # merging was done on a copy
 
 
-def test_an_adapter_of_another_model_is_refused_in_one_sentence(tmp_path):
-    tiny_gpt2().save_pretrained(tmp_path / "base")
-    other = load_policy(Config(lora_r=4), str(tmp_path / "base"), CPU)
-    save_policy(other, letter_tokenizer(), tmp_path / "adapter")
-    tiny_t5().save_pretrained(tmp_path / "t5")
-    with pytest.raises(UsageError, match=r"--peft_model_path .*adapter is ") as refusal:
-        load_policy(Config(peft_model_path=str(tmp_path / "adapter")), str(tmp_path / "t5"), CPU)
-    assert "\n" not in str(refusal.value)
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# 8-bit weights
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def test_a_policy_in_8_bits_is_trained_through_its_adapter(tmp_path):
-    """Near the policy in full precision; its reference shares its weights and has KL 0; only the adapter moves."""
-    pytest.importorskip("bitsandbytes")
-    tiny_gpt2().save_pretrained(tmp_path / "base")
-    full = logprobs(load_policy(Config(), str(tmp_path / "base"), CPU))
-    policy = load_policy(Config(lora_r=4, load_in_8bit=True), str(tmp_path / "base"), CPU)
-    assert any(p.dtype == torch.int8 for p in policy.parameters())
-    mask = encode(policy)[3]
-    gap = (logprobs(policy) - full)[mask].abs().max()
-    assert 0 < gap < 0.5
-    reference = frozen_copy(policy)
-    torch.testing.assert_close(logprobs(reference), logprobs(policy), rtol=0, atol=1e-6)
-    start = logprobs(reference)
+def new_adapter(base: Path, folder: Path) -> str:
+    """The folder of an adapter that was trained on a base model."""
+    policy = load_policy(Config(lora_r=4), str(base), CPU)
     shake(policy)
-    assert (logprobs(policy) - start)[mask].abs().max() > 0.1
+    save_policy(policy, letter_tokenizer(), folder)
+    return str(folder)
+
+
+def refusal_of(config: Config, base: Path) -> str:
+    with pytest.raises(UsageError) as refusal:
+        load_policy(config, str(base), CPU)
+    assert "\n" not in str(refusal.value)
+    return str(refusal.value)
+
+
+@pytest.mark.parametrize("other", ["gpt2", "t5"])
+def test_an_adapter_of_another_model_is_refused_even_if_it_would_fit(other, tmp_path):
+    """By the name in its adapter_config.json, which the sentence says may be changed: then it is taken, if it fits."""
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    BUILDERS[other](seed=1).save_pretrained(tmp_path / "other")
+    adapter = new_adapter(tmp_path / "base", tmp_path / "adapter")
+    config = Config(peft_model_path=adapter)
+    sentence = refusal_of(config, tmp_path / "other")
+    assert sentence.startswith(
+        f"--peft_model_path {adapter} is an adapter of {tmp_path}/base, not of {tmp_path}/other;"
+    )
+    settings = Path(adapter) / "adapter_config.json"
+    assert str(settings) in sentence
+    settings.write_text(settings.read_text().replace(f"{tmp_path}/base", "anywhere/other"))
+    if other == "gpt2":
+        load_policy(config, str(tmp_path / "other"), CPU)
+    else:
+        assert "anywhere/other, not of" in refusal_of(config, tmp_path / "other")
+
+
+@pytest.mark.parametrize("settings", [{"n_embd": 16}, {"n_layer": 1}, {"n_layer": 3}])
+def test_an_adapter_of_a_model_with_the_same_name_and_other_weights_is_refused(settings, tmp_path):
+    """Also where every weight that both have is alike, and only some are left over or missing."""
+    tiny_gpt2().save_pretrained(tmp_path / "here/base")
+    tiny_gpt2(**settings).save_pretrained(tmp_path / "there/base")
+    adapter = new_adapter(tmp_path / "there/base", tmp_path / "adapter")
+    sentence = refusal_of(Config(peft_model_path=adapter), tmp_path / "here/base")
+    assert sentence.startswith(
+        f"--peft_model_path {adapter} is an adapter of {tmp_path}/there/base, not of {tmp_path}/here"
+    )
+    assert ("size mismatch" if "n_embd" in settings else "weights for other layers") in sentence
+
+
+@pytest.mark.parametrize("missing", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_folder_without_the_whole_of_an_adapter_is_refused_without_asking_the_hub(missing, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.get_session", lambda: pytest.fail("the Hub is asked"))
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    adapter = new_adapter(tmp_path / "base", tmp_path / "adapter")
+    (Path(adapter) / missing).unlink()
+    assert f"--peft_model_path {adapter} lacks" in refusal_of(Config(peft_model_path=adapter), tmp_path / "base")
+    (Path(adapter) / missing).write_text("damaged")
+    assert f"--peft_model_path {adapter} is " in refusal_of(Config(peft_model_path=adapter), tmp_path / "base")
+
+
+def test_a_run_is_saved_as_an_adapter_of_the_model_that_it_was_put_on(tmp_path):
+    """Not of where the adapter was first trained, which may not be there any more."""
+    tiny_gpt2().save_pretrained(tmp_path / "there/base")
+    tiny_gpt2().save_pretrained(tmp_path / "here/base")
+    adapter = new_adapter(tmp_path / "there/base", tmp_path / "adapter")
+    policy = load_policy(Config(peft_model_path=adapter), str(tmp_path / "here/base"), CPU).eval()
+    save_policy(policy, letter_tokenizer(), tmp_path / "run")
+    (tmp_path / "there").rename(tmp_path / "gone")
+    assert torch.equal(logprobs(load_policy(Config(), str(tmp_path / "run"), CPU).eval()), logprobs(policy))
+
+
+@pytest.mark.parametrize("damage", ["{", '{"peft_type": "LORA"}', "[]"])
+def test_a_run_whose_adapters_settings_are_damaged_is_refused(damage, tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    new_adapter(tmp_path / "base", tmp_path / "run")
+    (tmp_path / "run/adapter_config.json").write_text(damage)
+    assert refusal_of(Config(), tmp_path / "run").startswith(f"{tmp_path}/run/adapter_config.json cannot be read: ")
+
+
+def test_lora_on_a_model_that_peft_does_not_know_is_refused(tmp_path):
+    tiny_granite().save_pretrained(tmp_path)
+    assert refusal_of(Config(lora_r=4), tmp_path).startswith(f"--lora_r 4 finds no place in {tmp_path}: ")
+
+
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    tiny_gpt2().save_pretrained(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for settings in ({"lora_r": 4, "load_in_8bit": True}, {"lora_r": 4, "load_in_4bit": True}):
+        assert "pip install bitsandbytes" in refusal_of(Config(**settings), tmp_path)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    for settings in ({"lora_r": 4}, {"peft_model_path": "adapter"}):
+        assert "pip install peft" in refusal_of(Config(**settings), tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_is_in_float32_whatever_its_base_is_in_and_trains(base, tmp_path, dtype):
+    """A new one as one that was saved in the base's own dtype; its gradient and its step are not rounded."""
+    name = str(dtype).removeprefix("torch.")
+    path = new_adapter(base, tmp_path / "adapter")
+    weights = load_file(f"{path}/adapter_model.safetensors")
+    save_file({key: value.to(dtype) for key, value in weights.items()}, f"{path}/adapter_model.safetensors")
+    for settings in ({"lora_r": 4}, {"peft_model_path": path}):
+        policy = load_policy(Config(dtype=name, **settings), str(base), CPU).eval()
+        dtypes = {p.requires_grad: p.dtype for p in policy.language_model.parameters()}
+        assert dtypes == {True: torch.float32, False: dtype} and policy.value_head.weight.dtype == torch.float32
+        before = {key: value.clone() for key, value in policy.state_dict().items()}
+        step_on(policy, 1e-4)
+        moved = {key for key, value in policy.state_dict().items() if not torch.equal(value, before[key])}
+        assert moved == {
+            key for key in before if "lora_B" in key or ("lora_A" in key and "peft_model_path" in settings)
+        }
+
+
+def step_on(policy, rate: float) -> None:
+    """An optimizer step that makes the responses likelier."""
+    optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=rate)
+    (-policy.score(*encode(policy)).logprobs[encode(policy)[3]].sum()).backward()
+    optimizer.step()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Weights in 8 and 4 bits
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("bits", "apart"), [("load_in_8bit", 0.5), ("load_in_4bit", 2.5)])
+def test_a_policy_in_few_bits_is_trained_through_its_adapter(bits, apart, family, tmp_path, caplog):
+    """Near the policy in full precision; its reference shares its weights and has KL 0; only the adapter moves; what is
+    saved is the adapter, for plain peft; and the library is silent."""
+    BUILDERS[family]().save_pretrained(tmp_path / "base")
+    full = logprobs(load_policy(Config(), str(tmp_path / "base"), CPU))
+    config = Config(lora_r=4, **{bits: True})
+    policy = load_policy(config, str(tmp_path / "base"), CPU).eval()
+    kinds = {p.dtype for p in policy.language_model.parameters() if not p.requires_grad}
+    assert {"load_in_8bit": torch.int8, "load_in_4bit": torch.uint8}[bits] in kinds
+    mask = encode(policy)[3]
+    start = logprobs(policy)
+    assert 0 < (start - full)[mask].abs().mean() < apart / 4 and (start - full)[mask].abs().max() < apart
+    reference = frozen_copy(policy)
     torch.testing.assert_close(logprobs(reference), start, rtol=0, atol=1e-6)
+
+    frozen = {n: p.clone() for n, p in policy.language_model.named_parameters() if not p.requires_grad}
+    adapter = {n: p.clone() for n, p in policy.named_parameters() if "lora_B" in n}
+    policy.train()
+    for _ in range(3):
+        step_on(policy, 0.05)
+    now = dict(policy.language_model.named_parameters())
+    assert all(torch.equal(now[name], weight) for name, weight in frozen.items())
+    moved = dict(policy.named_parameters())
+    assert adapter and not any(torch.equal(moved[name], weight) for name, weight in adapter.items())
+    after = logprobs(policy.eval())
+    assert (after - start)[mask].sum() > 1
+    torch.testing.assert_close(logprobs(reference), start, rtol=0, atol=1e-6)
+
+    save_policy(policy, letter_tokenizer(), tmp_path / "run")
+    again = load_policy(Config(**{bits: True, "lora_r": 4}), str(tmp_path / "run"), CPU).eval()
+    torch.testing.assert_close(logprobs(again), after, rtol=0, atol=1e-6)
+    factory = AutoModelForSeq2SeqLM if policy.is_encoder_decoder else AutoModelForCausalLM
+    plain = peft.PeftModel.from_pretrained(factory.from_pretrained(tmp_path / "base"), tmp_path / "run")
+    ours = {name: weight for name, weight in policy.language_model.named_parameters() if "lora" in name}
+    theirs = dict(plain.named_parameters())
+    assert ours and all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+    assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
+
+
+def test_4_bits_are_those_of_normally_distributed_weights():
+    """NF4, whose levels are a normal distribution's quantiles, rounds such weights less than FP4 does."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    weights = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    errors = {}
+    for kind in ("fp4", "nf4"):
+        packed, state = bitsandbytes.functional.quantize_4bit(weights, quant_type=kind)
+        errors[kind] = (bitsandbytes.functional.dequantize_4bit(packed, state) - weights).square().mean().item()
+    assert min(errors, key=errors.get) == quantized(CPU, False, True)["quantization_config"].bnb_4bit_quant_type
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_4_bit_weights_stay_as_they_are_on_a_cpu_with_a_faster_layout(family, tmp_path, monkeypatch):
+    """On processors with AVX-512 for bfloat16 a pass without gradient would lay them out anew, rounded once more, and a
+    gradient would no longer pass. Such a processor is feigned here."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", lambda *_: pytest.fail("laid out anew"))
+    BUILDERS[family]().save_pretrained(tmp_path)
+    policy = load_policy(Config(lora_r=4, load_in_4bit=True), str(tmp_path), CPU).eval()
+    assert torch.equal(logprobs(policy), logprobs(policy))
+
+
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+def test_an_adapter_is_not_merged_into_weights_of_few_bits(bits, tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    assert refusal_of(Config(lora_r=4, merge=True, **{bits: True}), tmp_path).startswith(
+        "--merge would round the adapter"
+    )
 
 
 def test_8_bits_without_an_adapter_are_refused():
-    with pytest.raises(UsageError, match="--lora_r"):
-        Config(load_in_8bit=True)
+    for bits in ("load_in_8bit", "load_in_4bit"):
+        with pytest.raises(UsageError, match="--lora_r"):
+            Config(**{bits: True})
     with pytest.raises(UsageError, match="--lora_r"):
         Config(dtype="bfloat16")
 

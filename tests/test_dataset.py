@@ -2,6 +2,7 @@
 
 import collections
 import json
+from pathlib import Path
 
 import pandas
 import pytest
@@ -9,6 +10,7 @@ import torch
 from micro import micro_config
 from transformers import AutoTokenizer
 
+import dataset
 from config import UsageError
 from dataset import (
     PARTS,
@@ -112,6 +114,18 @@ def test_a_file_or_split_that_is_not_there_is_refused(tmp_path):
         load_rows(micro_config(dataset_path=str(tmp_path / "nowhere.csv")), "train")
     with pytest.raises(UsageError, match=r"'dev' is not in .*; it has train"):
         load_rows(micro_config(dataset_path=write(tmp_path, "rows.csv"), dataset_split="dev"), "train")
+    Path(write(tmp_path, "rows.csv")).rename(tmp_path / "rows.tsv")
+    with pytest.raises(UsageError, match=r"rows\.tsv is a file, expected one that ends in \.json, \.jsonl, \.csv, "):
+        load_rows(micro_config(dataset_path=str(tmp_path / "rows.tsv")), "train")
+
+
+def test_a_folder_is_read_without_asking_the_hub_and_an_id_only_if_it_answers(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "hub_error", lambda: pytest.fail("the Hub is asked"))
+    write(tmp_path, "data/train.csv")
+    assert len(load_rows(micro_config(dataset_path=str(tmp_path / "data")), "train")) == 55
+    monkeypatch.setattr(dataset, "hub_error", lambda: "the Hub cannot be reached")
+    with pytest.raises(UsageError, match="--dataset_path someone/rows cannot be loaded: the Hub cannot be reached"):
+        load_rows(micro_config(dataset_path="someone/rows"), "train")
 
 
 def test_a_column_is_found_and_checked():

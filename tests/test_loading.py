@@ -1,6 +1,12 @@
 """Tokenizers and models from folders and configurations, and how it is told when they cannot be had."""
 
+import http.server
 import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,10 +27,12 @@ from transformers import (
     T5Config,
 )
 
+import loading
 from config import Config, UsageError
 from loading import (
     check_context,
     context_length,
+    load,
     load_language_model,
     load_policy,
     load_tokenizer,
@@ -87,8 +95,14 @@ def test_a_new_tokenizer_learns_merges_and_knows_its_ends(tokenizer):
     assert tokenizer.model_max_length == 64
 
 
+def save_with_model(tokenizer, folder: Path, vocab_size: int = VOCAB) -> None:
+    """The tokenizer, beside the configuration of a model that embeds so many tokens."""
+    tokenizer.save_pretrained(folder)
+    GPT2Config(vocab_size=vocab_size).save_pretrained(folder)
+
+
 def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
+    save_with_model(tokenizer, tmp_path, 280)
     loaded = load_tokenizer(str(tmp_path))
     text = "the film 🎬 was  good ."
     assert loaded(text).input_ids == tokenizer(text).input_ids
@@ -100,27 +114,53 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path):
 def test_a_loaded_tokenizer_cuts_long_texts_on_the_left(tmp_path):
     saved = letter_tokenizer()
     saved.truncation_side = "right"
-    saved.save_pretrained(tmp_path)
+    save_with_model(saved, tmp_path)
     assert load_tokenizer(str(tmp_path))("abcdef", truncation=True, max_length=2).input_ids == [6, 7]
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_eos_token(tmp_path):
-    PreTrainedTokenizerFast(tokenizer_object=letter_tokenizer()._tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
+    save_with_model(
+        PreTrainedTokenizerFast(tokenizer_object=letter_tokenizer()._tokenizer, eos_token="<eos>"), tmp_path
+    )
     loaded = load_tokenizer(str(tmp_path))
     assert loaded.pad_token_id == loaded.eos_token_id == EOS
 
 
 def test_an_own_pad_token_is_kept(tmp_path):
-    letter_tokenizer().save_pretrained(tmp_path)
+    save_with_model(letter_tokenizer(), tmp_path)
     assert load_tokenizer(str(tmp_path)).pad_token_id == PAD
 
 
 def test_a_policys_tokenizer_needs_an_eos_token_and_a_reward_models_does_not(tmp_path):
-    PreTrainedTokenizerFast(tokenizer_object=letter_tokenizer()._tokenizer, pad_token="<pad>").save_pretrained(tmp_path)
+    save_with_model(
+        PreTrainedTokenizerFast(tokenizer_object=letter_tokenizer()._tokenizer, pad_token="<pad>"), tmp_path
+    )
     assert load_tokenizer(str(tmp_path), "reward_model_path").pad_token_id == PAD
     for flag in ("base_model_name", "policies"):
         with pytest.raises(UsageError, match=f"--{flag} {tmp_path}: its tokenizer has no end-of-sequence token"):
             load_tokenizer(str(tmp_path), flag)
+
+
+@pytest.mark.parametrize("flag", ["base_model_name", "reward_model_path", "policies"])
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(flag, tmp_path):
+    """Its last tokens would be an index error; a model may embed more than that, as many do to be even."""
+    save_with_model(letter_tokenizer(), tmp_path, VOCAB - 1)
+    words = f"--{flag} {tmp_path}: its tokenizer has {VOCAB} tokens, its model embeds {VOCAB - 1}"
+    with pytest.raises(UsageError, match=words):
+        load_tokenizer(str(tmp_path), flag)
+    for enough in (VOCAB, VOCAB + 1):
+        save_with_model(letter_tokenizer(), tmp_path, enough)
+        assert load_tokenizer(str(tmp_path), flag)("abc").input_ids == [2, 3, 4]
+
+
+def test_the_tokenizer_beside_an_adapter_is_compared_with_the_adapters_base_model(tmp_path):
+    letter_tokenizer().save_pretrained(tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps({"base_model_name_or_path": f"{tmp_path}/base"}))
+    GPT2Config(vocab_size=VOCAB).save_pretrained(tmp_path / "base")
+    assert load_tokenizer(str(tmp_path / "adapter")).eos_token_id == EOS
+    GPT2Config(vocab_size=VOCAB - 1).save_pretrained(tmp_path / "base")
+    with pytest.raises(UsageError, match=f"--output_dir {tmp_path}/adapter: .* embeds {VOCAB - 1}"):
+        load_tokenizer(str(tmp_path / "adapter"), "output_dir")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -144,7 +184,10 @@ def test_a_folder_that_is_not_there_is_a_usage_error_naming_the_flag(load, tmp_p
     assert_one_sentence(caught.value, f"--base_model_name {path}", "no folder")
 
 
-@pytest.mark.parametrize("content", [None, "{}", '{"model_type": "no-such-thing"}', "not json"])
+@pytest.mark.parametrize(
+    "content",
+    [None, "{}", '{"model_type": "no-such-thing"}', "not json", "[]", '{"model_type": "gpt2", "n_layer": "x"}'],
+)
 def test_a_folder_without_a_usable_model_is_a_usage_error_naming_the_flag(content, tmp_path):
     if content is not None:
         (tmp_path / "config.json").write_text(content)
@@ -170,6 +213,143 @@ def test_a_broken_weights_file_is_a_usage_error(tmp_path):
     with pytest.raises(UsageError) as caught:
         load_policy(Config(), str(tmp_path), CPU)
     assert_one_sentence(caught.value, f"--base_model_name {tmp_path}")
+
+
+def test_weights_of_another_size_are_named(tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path)
+    GPT2Config(vocab_size=VOCAB, n_positions=64, n_embd=16, n_layer=2, n_head=2).save_pretrained(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        load_language_model(str(tmp_path), "float32", CPU)
+    assert_one_sentence(caught.value, f"--base_model_name {tmp_path}", "size")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")]
+)
+def test_a_lack_of_memory_is_no_mistake_of_the_folders(error, tmp_path):
+    """It passes as it is, for the sentence that names what needs less; a folder's name is not taken for it."""
+
+    def raise_it(path):
+        raise error
+
+    with pytest.raises(type(error), match=str(error) or None):
+        load(raise_it, "base_model_name", str(tmp_path))
+    with pytest.raises(UsageError, match="--base_model_name out of memory is no folder"):
+        load_tokenizer("out of memory")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The Hub
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hub as from_pretrained asks for: someone/NAME is the folder NAME below `root`."""
+
+    root, commit = Path(), "c" * 40
+    asked: list[str] = []  # noqa: RUF012
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        about, _, file = self.path.partition(f"/resolve/{self.commit}/")
+        folder = self.root / about.partition("/someone/")[2].split("/")[0]
+        body = (folder / file).read_bytes() if file and (folder / file).is_file() else b""
+        if "/api/models/someone/" in about and folder.exists():
+            body = b"[]" if "/tree/" in about else json.dumps({"id": "x", "sha": self.commit, "siblings": []}).encode()
+        self.send_response(200 if body else 404)
+        self.send_header("X-Error-Code", "EntryNotFound" if folder.exists() else "RepoNotFound")
+        for name, value in {
+            "X-Repo-Commit": self.commit,
+            "ETag": f'"{len(body)}"',
+            "Content-Length": len(body),
+        }.items():
+            self.send_header(name, str(value))
+        self.end_headers()
+        self.wfile.write(body if self.command == "GET" else b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on this machine that has the folders in tmp_path, and what it was asked for."""
+    own = type("OwnHub", (Hub,), {"root": tmp_path, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), own)
+    server.address, server.asked = f"http://127.0.0.1:{server.server_port}", own.asked
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    close(server)
+
+
+def close(server: http.server.ThreadingHTTPServer) -> None:
+    server.shutdown()
+    server.server_close()
+
+
+def in_a_new_process(code: str, folder: Path, **environment: str) -> str:
+    """What the code prints with the loading functions at hand and an empty cache, and without a word of a library's."""
+    code = "import torch\nfrom config import *\nfrom loading import *\nfrom reward import *\n" + code
+    online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
+    environment = {**os.environ, **online, "PYTHONPATH": str(Path(loading.__file__).parent), **environment}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+NOTHING = """
+language_model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2))
+for flag, load_it in {
+    "base_model_name": load_tokenizer,
+    "output_dir": lambda path: load_tokenizer(path, "output_dir"),
+    "peft_model_path": lambda path: with_adapter(language_model, Config(), path),
+    "reward_model_path": lambda path: load_reward_model(Config(), path, torch.device("cpu")),
+}.items():
+    try:
+        load_it("someone/nothing")
+    except UsageError as error:
+        print(str(error).removeprefix(f"--{flag} someone/nothing is no folder, and "))
+"""
+
+
+def test_what_cannot_be_reached_is_told_without_a_second_try(hub, tmp_path):
+    """The library would announce a second try on standard error."""
+    close(hub)
+    sentences = in_a_new_process(NOTHING, tmp_path, HF_ENDPOINT=hub.address).splitlines()
+    start = f"{hub.address} cannot be reached ("
+    assert len(sentences) == 4 and all(sentence.startswith(start) for sentence in sentences)
+
+
+LETTERS = """
+print(load_tokenizer("someone/letters")("abc").input_ids)
+policy = load_policy(Config(), "someone/letters", torch.device("cpu"))
+load_policy(Config(lora_r=2), "someone/letters", torch.device("cpu"))  # peft has its own way to ask and to warn
+print(sum(weight.double().abs().sum() for weight in policy.language_model.parameters()).item())
+"""
+
+
+@pytest.mark.slow
+def test_a_model_of_the_hub_is_loaded_and_again_from_its_cache_when_the_hub_is_gone(hub, tmp_path):
+    """The Hub is asked once whether it is there, through a proxy if there is one: here that alone knows the address."""
+    policy = tiny_policy("gpt2")
+    save_policy(policy, letter_tokenizer(), tmp_path / "letters")
+    there = {"HF_ENDPOINT": "http://hub.example", "HTTP_PROXY": hub.address, "NO_PROXY": ""}
+    ids, total, *missing = in_a_new_process(LETTERS + NOTHING, tmp_path, **there).splitlines()
+    assert json.loads(ids) == [2, 3, 4]
+    assert float(total) == pytest.approx(sum(p.double().abs().sum().item() for p in policy.language_model.parameters()))
+    assert [sentence.split(":")[0] for sentence in missing] == ["no reachable Hub model"] * 4
+    assert hub.asked[0] == "http://hub.example/" and hub.asked.count("http://hub.example/") == 1
+    close(hub)
+    assert in_a_new_process(LETTERS, tmp_path, **there).splitlines() == [ids, total]
+
+
+def test_a_folder_is_loaded_without_asking_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "hub_error", lambda: pytest.fail("the Hub is asked"))
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
+    load_tokenizer(str(tmp_path))
+    load_policy(Config(), str(tmp_path), CPU)
 
 
 def test_devices():
