@@ -14,7 +14,7 @@ import torch
 from torchtyping import TensorType, is_float
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from config import Config, RunError, UsageError, nearest
+from config import Config, RunError, UsageError, first_line, nearest
 from loading import context_length, load, load_tokenizer, quantized, without_dropout
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
@@ -47,7 +47,7 @@ def load_reward_terms(config: Config, path: str, device: torch.device, separator
 
 
 def check_weights(config: Config) -> None:
-    """Raise UsageError if --reward_weights names no term of ours, or leaves out what a term needs, or the function."""
+    """Raise UsageError if the terms are none of ours, or lack what they need: a range, the function, the label."""
     names = parse_weights(config.reward_weights)
     for name in names:
         if name not in TERMS:
@@ -57,6 +57,9 @@ def check_weights(config: Config) -> None:
         raise UsageError(f"--reward_weights {config.reward_weights!r} needs {missing}: neither counts alone")
     if "length" in names or config.length_range:
         parse_range(config.length_range)
+    if config.task == "train" and config.reward_model_path and needs_reward_model(config):
+        classifier = load(AutoConfig.from_pretrained, "reward_model_path", config.reward_model_path)
+        label_index(classifier.id2label, config.reward_label)
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -138,7 +141,7 @@ def load_reward_function(spec: str) -> RewardTerm:
     try:
         module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise UsageError(f"--reward_fn {path} cannot be imported: {type(error).__name__}: {error}") from None
+        raise UsageError(f"--reward_fn {path} cannot be run: {type(error).__name__}: {first_line(error)}") from None
     function = getattr(module, name, None)
     if not callable(function):
         functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -147,8 +150,8 @@ def load_reward_function(spec: str) -> RewardTerm:
     def score(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
         try:
             values = function(prompts, responses, rows)
-        except Exception as error:
-            raise RunError(f"--reward_fn {spec} raised {type(error).__name__}: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise RunError(f"--reward_fn {spec} raised {type(error).__name__}: {first_line(error)}") from error
         return check_scores(values, len(responses), spec)
 
     return score
@@ -172,13 +175,9 @@ class RewardModel:
     """A sequence classifier with its own tokenizer, and the one of its outputs that counts as reward."""
 
     def __init__(
-        self,
-        classifier: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        label: str = "",
-        output: str = "logit",
+        self, classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, label: str = "", output: str = "logit"
     ) -> None:
-        """`label`: name or index of a label, "" for the last. Raises ValueError if the classifier has none such."""
+        """`label` as `label_index` reads it."""
         self.classifier = classifier.requires_grad_(False).eval()
         self.tokenizer = tokenizer
         self.label = label_index(classifier.config.id2label, label)
@@ -202,14 +201,15 @@ class RewardModel:
 
 
 def label_index(id2label: dict[int, str], label: str) -> int:
-    """A label's index by name (any case) or number, "" for the last. Raises ValueError that names those there are."""
-    if label == "":
+    """A label's index by name (any case) or number, "" for the last of one or two. Raises UsageError that names all."""
+    indices = {str(index): index for index in id2label} | {name.lower(): index for index, name in id2label.items()}
+    if label == "" and len(id2label) <= 2:
         return max(id2label)
-    for index, name in id2label.items():
-        if label.lower() == name.lower() or label == str(index):
-            return index
-    known = ", ".join(f"{index} ({name})" for index, name in id2label.items())
-    raise ValueError(f"the reward model has no label {label!r}; it has {known}")
+    if label.lower() in indices:
+        return indices[label.lower()]
+    known = ", ".join(f"{index} ({name})" for index, name in id2label.items()) + nearest(label.lower(), indices)
+    problem = f"{label!r} is none of" if label else "must name one of"
+    raise UsageError(f"--reward_label {problem} the reward model's labels: {known}")
 
 
 def reward_from_logits(
@@ -229,16 +229,16 @@ def reward_from_logits(
 
 
 def load_reward_model(config: Config, path: str, device: torch.device) -> RewardModel:
-    """The classifier at `path` as a reward. Raises UsageError naming its labels if --reward_label is none of them."""
+    """The classifier at `path` as a reward. Raises UsageError if it has no such label, or a head without weights."""
     tokenizer = load_tokenizer(path, "reward_model_path")
     model_config = without_dropout(load(AutoConfig.from_pretrained, "reward_model_path", path))
     if model_config.pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(model_config))
     settings = {"config": model_config, "dtype": torch.float32} | quantized(device, config.reward_in_8bit)
-    classifier = load(AutoModelForSequenceClassification.from_pretrained, "reward_model_path", path, **settings)
+    factory = AutoModelForSequenceClassification.from_pretrained
+    classifier, found = load(factory, "reward_model_path", path, **settings, output_loading_info=True)
+    if found["missing_keys"]:
+        raise UsageError(f"--reward_model_path {path} is no classifier: it has no {min(found['missing_keys'])}")
     classifier = classifier if config.reward_in_8bit else classifier.to(device)
-    try:
-        return RewardModel(classifier, tokenizer, config.reward_label, config.reward_output)
-    except ValueError as error:
-        raise UsageError(f"--reward_label: {error}") from None
+    return RewardModel(classifier, tokenizer, config.reward_label, config.reward_output)

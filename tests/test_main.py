@@ -17,7 +17,15 @@ import pytest
 import torch
 from micro import SETTINGS, flags, listing
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 import main
 import train
@@ -275,6 +283,85 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(task, workpl
 def test_a_reward_label_that_does_not_exist_is_refused_with_those_that_do(workplace, capsys):
     arguments = ["--task", "train", "--reward_label", "NEUTRAL", *flags()]
     assert_refused(capsys, workplace, arguments, "'NEUTRAL'", "0 (NEGATIVE), 1 (POSITIVE)")
+    arguments = ["--task", "train", "--reward_label", "Negatve", *flags()]
+    assert_refused(capsys, workplace, arguments, "did you mean negative?")
+
+
+@pytest.fixture
+def zoo(workplace, capsys) -> Path:
+    """Beside the chain's models some that do not go together, by the names that the mistakes below use."""
+    import peft  # once micro has told the Hub's library to stay offline
+
+    tokenizer = AutoTokenizer.from_pretrained("saved_models/tiny/sft")
+    size = {"n_positions": 48, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    plain = {"vocab_size": len(tokenizer), "n_embd": 16} | size
+    for name, model in {
+        "three": GPT2ForSequenceClassification(GPT2Config(**plain, num_labels=3)),
+        "wide": GPT2LMHeadModel(GPT2Config(**plain | {"n_embd": 32})),
+        "short": GPT2LMHeadModel(GPT2Config(**plain | {"vocab_size": len(tokenizer) - 7})),
+        "endless": GPT2LMHeadModel(GPT2Config(**plain)),
+    }.items():
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+    endless = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, pad_token=tokenizer.pad_token)
+    endless.save_pretrained("endless")
+    peft.get_peft_model(GPT2LMHeadModel.from_pretrained("wide"), peft.LoraConfig(r=2)).save_pretrained("adapter")
+    capsys.readouterr()
+    return workplace
+
+
+UNFIT = {
+    "no label of three": (["--reward_model_path", "three"], "--reward_label must name one of", "2 (LABEL_2)"),
+    "label of three": (["--reward_model_path", "three", "--reward_label", "LABEL_3"], "'LABEL_3'", "2 (LABEL_2)"),
+    "no classifier": (
+        ["--reward_model_path", "wide", "--reward_label", "0"],
+        "--reward_model_path wide is no classifier",
+    ),
+    "short classifier": (["--reward_model_path", "short"], "--reward_model_path short", "300 tokens", "embeds 293"),
+    "adapter": (
+        ["--base_model_name", "endless", "--peft_model_path", "adapter"],
+        "its tokenizer has no end-of-sequence",
+    ),
+    "adapter of wide": (["--base_model_name", "SFT", "--peft_model_path", "adapter"], "an adapter of wide, not of "),
+    "no adapter": (["--base_model_name", "SFT", "--peft_model_path", "three"], "three lacks adapter_config.json or"),
+    "short": (["--base_model_name", "short"], "--base_model_name short", "300 tokens", "embeds 293"),
+    "endless": (["--base_model_name", "endless"], "--base_model_name endless", "no end-of-sequence token"),
+    "8 bits": (["--base_model_name", "SFT", "--load_in_8bit"], "--load_in_8bit", "--lora_r"),
+    "4 bits": (["--base_model_name", "SFT", "--load_in_4bit"], "--load_in_4bit", "--lora_r"),
+    "merge": (["--base_model_name", "SFT", "--lora_r", "2", "--load_in_4bit", "--merge"], "--merge would round"),
+}
+
+
+@pytest.mark.parametrize("mistake", UNFIT)
+def test_models_that_do_not_go_together_are_refused(mistake, zoo, capsys):
+    """Beside a reward model that would do, where the mistake is not in that."""
+    arguments, *words = UNFIT[mistake]
+    named = [argument.replace("SFT", "saved_models/tiny/sft") for argument in arguments]
+    reward = [] if "--reward_model_path" in named else ["--reward_model_path", "saved_models/tiny/reward"]
+    assert_refused(capsys, zoo, ["--task", "train", *flags(), *named, *reward], *words)
+
+
+def test_a_mistake_in_the_reward_is_seen_before_the_stages_are_trained(zoo, capsys):
+    shutil.rmtree("saved_models")
+    arguments = ["--task", "train", *flags(), "--reward_model_path"]
+    assert_refused(capsys, zoo, [*arguments, "three"], "--reward_label must name one of")
+    assert_refused(capsys, zoo, [*arguments, "nowhere/at/all"], "--reward_model_path nowhere/at/all is no folder")
+
+
+def test_data_that_cannot_be_reached_ends_the_command_without_a_second_try(tmp_path, tmp_path_factory):
+    """A second try would be announced on standard error."""
+    settings = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
+    settings |= {
+        "HF_ENDPOINT": "http://127.0.0.1:1",
+        "NO_PROXY": "127.0.0.1",
+        "HF_HOME": str(tmp_path_factory.mktemp("hf")),
+    }
+    command = [sys.executable, MAIN, "--task", "train", "--preset", "gpt2-imdb"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, env=settings)
+    assert done.returncode == 2 and done.stdout.startswith("settings: preset gpt2-imdb")
+    start = "error: --dataset_path stanfordnlp/imdb cannot be loaded: http://127.0.0.1:1 cannot be reached ("
+    assert done.stderr.startswith(start) and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -911,12 +998,12 @@ def test_a_causal_model_trains_on_a_plain_function(chain, plain, capsys):
 
 
 def test_a_reward_model_named_by_the_user_is_never_trained(workplace, monkeypatch):
-    """A name that is no folder here is one on the Hub."""
     trained = []
+    (workplace / "saved_models/tiny/reward").rename(workplace / "sentiment")
     monkeypatch.setattr("classifier.run_reward", lambda *arguments: trained.append("reward"))
     monkeypatch.setattr("train.train", lambda config, base, reward, folder: trained.append(reward))
-    assert run("--task", "train", "--reward_model_path", "someone/sentiment", *flags()) == 0
-    assert trained == ["someone/sentiment"]
+    assert run("--task", "train", "--reward_model_path", "sentiment", *flags()) == 0
+    assert trained == ["sentiment"]
 
 
 def test_a_reward_model_named_by_the_user_may_come_from_other_data(workplace, plain, capsys):
@@ -962,7 +1049,7 @@ def test_the_newest_policy_is_also_put_where_final_dir_says(workplace, capsys):
 
 def test_the_sft_stage_comes_first_where_that_is_asked_for(t5_folder, plain, no_bars, capsys):
     """An encoder-decoder is taught the answers, then trained by PPO from there; a second run finds the stage done."""
-    arguments = [*plain_flags(t5_folder), "--sft_first", "--completion_column", "answer"]
+    arguments = [*plain_flags(t5_folder), "--sft_first", "--sft_steps", "3", "--completion_column", "answer"]
     assert run(*["--task", "train", *arguments]) == 0
     output = capsys.readouterr().out
     assert "language model: held-out perplexity" in output and "/sft: " in output

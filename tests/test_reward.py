@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from micro import micro_config
-from tiny_models import GPT2_SIZE, NO_DROPOUT, randomise
+from tiny_models import GPT2_SIZE, NO_DROPOUT, letter_tokenizer, randomise, tiny_policy
 from transformers import (
     AutoModelForSequenceClassification,
     GPT2Config,
@@ -18,10 +18,11 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import reward
 from config import RunError, UsageError
-from loading import new_tokenizer
+from loading import new_tokenizer, save_policy
 from reward import (
     RewardModel,
     check_scores,
+    check_weights,
     classifier_term,
     label_index,
     length_term,
@@ -225,11 +226,15 @@ def test_a_function_that_cannot_be_found_is_refused(function, tmp_path):
         load_reward_function(f"{path}:number")
 
 
-@pytest.mark.parametrize("body", ["1 / 0", "raise SystemExit('bye')", "def broken(:"])
-def test_a_file_that_cannot_be_imported_is_refused(body, tmp_path):
+@pytest.mark.parametrize(
+    "body",
+    ["1 / 0", "raise SystemExit('bye')", "def broken(:", "raise ValueError('one\\ntwo')", "import nowhere_at_all"],
+)
+def test_a_file_that_cannot_be_run_is_refused(body, tmp_path):
     (tmp_path / "mine.py").write_text(body)
-    with pytest.raises(UsageError, match=r"mine\.py cannot be imported"):
+    with pytest.raises(UsageError, match=r"mine\.py cannot be run: \w+: ") as refusal:
         load_reward_function(f"{tmp_path / 'mine.py'}:reward")
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
@@ -250,6 +255,11 @@ def test_scores_may_be_any_row_of_numbers(values):
         ([[1.0], [2.0]], r"returned \[2, 1\] scores"),
         (1.0, r"returned \[\] scores"),
         (["good", "bad"], "returned list, expected a list of numbers"),
+        ({"a": 1.0, "b": 2.0}, "returned dict, expected a list of numbers"),
+        ((score for score in [1.0, 2.0]), "returned generator"),
+        ([1.0, [2.0, 3.0]], "returned list"),
+        (np.array([1.0, "b"], dtype=object), "returned ndarray"),
+        ([1.0, 10**60], "returned inf for response 1"),
         (None, "returned NoneType"),
         ([1.0, None], "returned list"),
         ([1.0, math.nan], "returned nan for response 1, expected a finite number"),
@@ -261,9 +271,18 @@ def test_scores_that_cannot_be_trained_on_end_the_run(values, words):
         check_scores(values, 2, "mine.py:f")
 
 
-def test_an_error_in_the_function_ends_the_run_and_is_named(tmp_path):
-    (tmp_path / "mine.py").write_text("def f(prompts, responses, rows):\n    return rows[0]['answer']\n")
-    with pytest.raises(RunError, match="raised KeyError: 'answer'"):
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("return rows[0]['answer']", "raised KeyError: 'answer'"),
+        ("raise ValueError('one\\ntwo')", "raised ValueError: one"),
+        ("raise SystemExit('bye')", "raised SystemExit: bye"),
+        ("assert rows == []", "raised AssertionError: AssertionError"),
+    ],
+)
+def test_an_error_in_the_function_ends_the_run_and_is_named(body, words, tmp_path):
+    (tmp_path / "mine.py").write_text(f"def f(prompts, responses, rows):\n    {body}\n")
+    with pytest.raises(RunError, match=f"{words}$"):
         load_reward_function(f"{tmp_path / 'mine.py'}:f")(["a"], ["b"], [{}])
 
 
@@ -275,15 +294,37 @@ LABELS = {0: "NEGATIVE", 1: "neutral", 2: "POSITIVE"}
 
 
 @pytest.mark.parametrize(
-    ("label", "index"), [("", 2), ("positive", 2), ("NEGATIVE", 0), ("Neutral", 1), ("0", 0), ("1", 1), ("2", 2)]
+    ("label", "index"), [("positive", 2), ("NEGATIVE", 0), ("Neutral", 1), ("0", 0), ("1", 1), ("2", 2)]
 )
-def test_label_by_name_index_or_last(label, index):
+def test_label_by_name_or_index(label, index):
     assert label_index(LABELS, label) == index
 
 
-def test_an_unknown_label_names_those_there_are():
-    with pytest.raises(ValueError, match=r"no label 'good'; it has 0 \(NEGATIVE\), 1 \(neutral\), 2 \(POSITIVE\)"):
+@pytest.mark.parametrize("labels", [{0: "LABEL_0"}, {0: "NEGATIVE", 1: "POSITIVE"}])
+def test_of_one_or_two_labels_the_last_is_taken_where_none_is_named(labels):
+    assert label_index(labels, "") == max(labels)
+
+
+def test_of_three_labels_one_must_be_named():
+    """The last one could be anything."""
+    with pytest.raises(
+        UsageError, match=r"--reward_label must name one of .* labels: 0 \(NEGATIVE\), 1 \(neutral\), 2 "
+    ):
+        label_index(LABELS, "")
+
+
+def test_a_label_that_is_named_by_a_number_is_found_by_its_name():
+    """As the stars of a review are: the label `2` is not the one at index 2."""
+    stars = {0: "1", 1: "2", 2: "3"}
+    assert [label_index(stars, label) for label in ("0", "1", "2", "3")] == [0, 0, 1, 2]
+
+
+def test_an_unknown_label_names_those_there_are_and_the_nearest():
+    known = r"labels: 0 \(NEGATIVE\), 1 \(neutral\), 2 \(POSITIVE\)"
+    with pytest.raises(UsageError, match=rf"--reward_label 'good' is none of .* {known}$"):
         label_index(LABELS, "good")
+    with pytest.raises(UsageError, match=rf"--reward_label 'POSITVE' is none of .* {known}; did you mean positive\?"):
+        label_index(LABELS, "POSITVE")
 
 
 LOGITS = torch.tensor([[0.0, 1.0], [2.0, -1.0]])  # margins 1 and -3
@@ -336,7 +377,7 @@ def test_reward_model_returns_one_reward_a_text_in_the_order_of_the_texts():
     rewards = RewardModel(classifier, tokenizer, "neutral")(texts, batch_size=2)
     assert rewards.tolist() == [10.0, 2.0, 6.0, 8.0, 4.0]
     assert classifier.widths == [(2, 2), (2, 4), (1, 5)]
-    assert RewardModel(classifier, tokenizer)(texts).tolist() == [15.0, 3.0, 9.0, 12.0, 6.0]
+    assert RewardModel(classifier, tokenizer, "positive")(texts).tolist() == [15.0, 3.0, 9.0, 12.0, 6.0]
     margins = RewardModel(classifier, tokenizer, "2", "margin")(["a"])
     assert_close(margins, [0.6867383], atol=1e-6)  # 3 - log(e + e^2)
 
@@ -354,26 +395,40 @@ def classifier_folder(tmp_path_factory):
 
 
 def settings(**overrides):
-    return type("Settings", (), {"reward_label": "", "reward_output": "logit", "reward_in_8bit": False} | overrides)
+    return type("Settings", (), {"reward_label": "2", "reward_output": "logit", "reward_in_8bit": False} | overrides)
 
 
 def test_reward_model_reads_the_label_that_is_asked_for(classifier_folder):
     rewards = {
         label: load_reward_model(settings(reward_label=label), str(classifier_folder), CPU)(["a film", "b"])
-        for label in ("", "0", "neutral", "positive")
+        for label in ("0", "neutral", "positive")
     }
     plain = AutoModelForSequenceClassification.from_pretrained(classifier_folder).eval()
     tokenizer = new_tokenizer(["zz"], 300, 1000)
     with torch.no_grad():
         logits = plain(torch.tensor([tokenizer("a film").input_ids])).logits[0]
-    for label, index in (("", 2), ("0", 0), ("neutral", 1), ("positive", 2)):
+    for label, index in (("0", 0), ("neutral", 1), ("positive", 2)):
         assert_close(rewards[label][0], logits[index])
     assert logits.std() > 0.3
 
 
-def test_an_unknown_reward_label_is_a_usage_error(classifier_folder):
-    with pytest.raises(UsageError, match=r"--reward_label: .*no label 'good'; it has 0 \(NEGATIVE\), 1 \(neutral\)"):
-        load_reward_model(settings(reward_label="good"), str(classifier_folder), CPU)
+@pytest.mark.parametrize("label", ["good", ""])
+def test_a_label_that_is_none_is_refused_and_before_anything_is_trained(label, classifier_folder):
+    """Only where the classifier is asked: another term, or another task, has no use for it."""
+    path = str(classifier_folder)
+    with pytest.raises(UsageError, match=r"--reward_label .* labels: 0 \(NEGATIVE\), 1 \(neutral\)"):
+        load_reward_model(settings(reward_label=label), path, CPU)
+    with pytest.raises(UsageError, match=r"--reward_label .* labels: 0 \(NEGATIVE\), 1 \(neutral\)"):
+        check_weights(micro_config(reward_label=label, reward_model_path=path))
+    for other in ({"reward_weights": "repetition=-1"}, {"task": "sft"}, {"reward_label": "neutral"}):
+        check_weights(micro_config(**{"reward_label": label, "reward_model_path": path} | other))
+
+
+def test_a_language_model_is_no_classifier(tmp_path):
+    """Its head would be random numbers."""
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
+    with pytest.raises(UsageError, match=rf"--reward_model_path {tmp_path} is no classifier: it has no score\.weight"):
+        load_reward_model(settings(reward_label="0"), str(tmp_path), CPU)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
@@ -409,7 +464,7 @@ def test_a_classifier_of_a_single_label_is_loaded_as_a_regression(output, tmp_pa
     for label in ("", "0", "label_0"):
         reward_model = load_reward_model(settings(reward_label=label, reward_output=output), str(tmp_path), CPU)
         assert_close(reward_model(["a film"]), logit)
-    with pytest.raises(UsageError, match=r"--reward_label: .*no label '1'; it has 0 \(LABEL_0\)$"):
+    with pytest.raises(UsageError, match=r"--reward_label '1' is none of .* labels: 0 \(LABEL_0\)$"):
         load_reward_model(settings(reward_label="1", reward_output=output), str(tmp_path), CPU)
 
 
