@@ -113,7 +113,6 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         "dataset_split",
         "prompt_column",
         "prompt_template",
-        "completion_column",
         "vocab_size",
         "context_length",
         "n_layer",
@@ -122,9 +121,10 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         "n_reviews",
     )
     names = [*shared, "label_column", "chosen_column", "rejected_column"] if stage == "reward" else [*shared]
-    if config.trains_from_scratch:
+    if config.trains_from_scratch or (stage == "sft" and config.sft_first):  # else they are another command's
         stages = [spec.name for spec in dataclasses.fields(config) if spec.metadata["group"] == "stages"]
-        names += [name for name in stages if name.startswith(f"{stage}_")]
+        names += [name for name in stages if name.startswith(f"{stage}_") and name != "sft_first"]
+        names += ["completion_column"] * (stage == "sft")
     for name in names:
         wanted = getattr(config, name)
         if before.get(name, wanted) != wanted:
@@ -138,8 +138,16 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
 def new_ppo_folder(config: Config) -> Path:
     """The folder of a new PPO run: --output_dir, which must not hold one yet, or the first free ppo, ppo-2, ...
 
-    Raises UsageError if --output_dir holds files already, or if the folder could not be written.
+    Raises UsageError if --output_dir holds files already, --final_dir anything but a policy put there before, or if the
+    folder could not be written.
     """
+    final = Path(config.final_dir)
+    if config.final_dir and final.exists():
+        is_policy = (final / "manifest.json").exists() and not (final / "run_config.json").exists()
+        if not is_policy and (not final.is_dir() or any(final.iterdir()) or final.resolve() == Path.cwd()):
+            raise UsageError(f"--final_dir {final} holds something else than a final policy; name another folder")
+    if config.final_dir and config.output_dir and final.resolve() == Path(config.output_dir).resolve():
+        raise UsageError("--final_dir is --output_dir, expected a folder of its own")
     if config.output_dir:
         folder = Path(config.output_dir)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -94,7 +94,7 @@ class Config:
 
     # reward
     reward_model_path: str = option("reward", "", "sequence classifier: Hub id or folder; none: the one trained here")
-    reward_label: str = option("reward", "", "the label that is rewarded, by name or index; none: the last")
+    reward_label: str = option("reward", "", "the label that is rewarded, by name or index; none: the last of two")
     reward_in_8bit: bool = option("reward", False, "the classifier's weights in 8 bits, by bitsandbytes")
     reward_output: str = option("reward", "logit", "what is taken of the label", choices=REWARD_OUTPUTS)
     reward_input: str = option("reward", "prompt_response", "text scored", choices=("prompt_response", "response"))
@@ -203,7 +203,10 @@ class Config:
                 f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
                 f"the nearest that does is {nearest_divisor(self.batch_size, step_rows)} rows in all"
             )
-        if (self.load_in_8bit or self.load_in_4bit) and not self.has_adapter:
+        in_few_bits = self.load_in_8bit or self.load_in_4bit
+        if self.task == "train" and in_few_bits and self.merge:
+            raise UsageError("--merge would round the adapter away into weights of 8 or 4 bits: save the adapter alone")
+        if in_few_bits and not self.has_adapter:
             raise UsageError(
                 "--load_in_8bit and --load_in_4bit freeze the weights: name --peft_model_path or --lora_r, so that an "
                 "adapter is trained on them"
@@ -218,11 +221,11 @@ class Config:
             raise UsageError("--whiten_scores undoes --normalize_scores: choose one of them")
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
-        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens
+        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
         if self.task in ("train", "evaluate") and truncates:
             raise UsageError(
-                "--temperature 0, --top_k, --top_p and --min_new_tokens are for --task generate: training and its "
-                "evaluation must score the very distribution they sample from; use --temperature alone"
+                "--temperature 0, --top_k, --top_p, --min_new_tokens and --stop are for --task generate: training and "
+                "its evaluation must score the very distribution they sample from; use --temperature alone"
             )
         if self.task == "train" and self.dtype != "float32" and not self.has_adapter:
             raise UsageError(
@@ -347,8 +350,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def newest_run(output_dir: str, preset: str = "", marker: str = "value_head.safetensors") -> Path:
-    """output_dir, or the newest run under saved_models/, of the preset if one is named, that holds the file `marker`.
+def run_of(entry: str) -> tuple[str, str]:
+    """Name and folder of a run given as NAME=FOLDER, or as a folder alone, in whose own name there may be a `=`."""
+    name, sign, folder = entry.partition("=")
+    return (name, folder) if sign and not Path(entry).is_dir() else (Path(entry).name, entry)
+
+
+def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = "value_head.safetensors") -> Path:
+    """output_dir, or the newest run under saved_models/ that holds the file `marker`; of that name or preset, if any.
 
     Raises UsageError if there is none.
     """
@@ -357,9 +366,10 @@ def newest_run(output_dir: str, preset: str = "", marker: str = "value_head.safe
             raise UsageError(f"--output_dir {output_dir} holds no trained run; run `python main.py --task train` first")
         return Path(output_dir)
     check_preset(preset)
-    runs = [path.parent for path in Path("saved_models").glob(f"{preset}*/**/ppo*/{marker}")]
+    place = name.partition("{")[0] or f"{preset}*"
+    runs = [path.parent for path in Path("saved_models").glob(f"{place}/**/ppo*/{marker}")]
     if not runs:
-        wanted = f"--preset {preset}: " if preset else ""
+        wanted = f"--run_name {name}: " if name else f"--preset {preset}: " if preset else ""
         raise UsageError(f"{wanted}saved_models/ holds no trained run; run `python main.py --task train` first")
     return max(runs, key=lambda run: (run / marker).stat().st_mtime)
 
@@ -367,7 +377,9 @@ def newest_run(output_dir: str, preset: str = "", marker: str = "value_head.safe
 def run_settings(settings: dict) -> dict:
     """The settings of a finished run, as the base of the tasks that use it; takes its folder out of `settings`."""
     marker = "training_stats.json" if settings["task"] == "plot" else "value_head.safetensors"
-    run = newest_run(settings.pop("output_dir", ""), settings.pop("preset", ""), marker)
+    named = settings.get("policies", ()) if settings["task"] == "plot" else ()
+    folder = settings.pop("output_dir", "") or (run_of(named[0])[1] if named else "")
+    run = newest_run(folder, settings.pop("run_name", ""), settings.pop("preset", ""), marker)
     try:
         stored = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

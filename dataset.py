@@ -196,12 +196,12 @@ def given_prompts(config: Config) -> list[str]:
     return prompts
 
 
-def read_prompts(path: str, column: str) -> list[str]:
-    """Prompts from a file: texts, or objects that hold one under the name `column`, `prompt` or `query`.
+def read_prompts(path: str, prompt_column: str) -> list[str]:
+    """Prompts from a file: texts, or objects that hold one under the prompt column's name, `prompt` or `query`.
 
     Raises UsageError naming the place in the file, what was found there and what was expected.
     """
-    names, prompts = dict.fromkeys((column, "prompt", "query")), []
+    names, prompts = dict.fromkeys((prompt_column, "prompt", "query")), []
     for place, entry in prompt_entries(path):
         found = next((entry[name] for name in names if entry.get(name)), "") if isinstance(entry, dict) else entry
         if not isinstance(found, str) or not found.strip():
@@ -244,6 +244,8 @@ def parse_json(text: str, path: str, start: int) -> object:
         found = repr(text[error.pos :].split("\n")[0][:40]) if text[error.pos :].strip() else "the end"
         place = f"line {start + error.lineno - 1}, column {error.colno}"
         raise UsageError(f"--prompts {path}, {place}: found {found}, expected JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number too long, or lists too deep
+        raise UsageError(f"--prompts {path}, line {start}: {first_line(error)}") from None
 
 
 def pad(

@@ -203,8 +203,6 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     base = base_of(path)
     adapter = config.peft_model_path if base == path else path
     settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
-    if config.task == "train" and config.merge and settings:
-        raise UsageError("--merge would round the adapter away into weights of 8 or 4 bits: save the adapter alone")
     language_model = load_language_model(base, config.dtype, device, **settings)
     critic = load_critic(config, path, base, device)
     policy = PolicyModel(

@@ -10,7 +10,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from checkpoint import check_writable
-from config import UsageError
+from config import UsageError, run_of
 
 PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
     "reward": ["reward"],
@@ -165,7 +165,7 @@ def show_comparison(folder: Path, notice: str = "") -> None:
 
 def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = ()) -> None:
     """The `plot` task: a run's curves and comparison again, or the curves of several: NAME=FOLDER, or FOLDER alone."""
-    runs = dict(entry.split("=", 1) if "=" in entry else (Path(entry).name, entry) for entry in policies)
+    runs = dict(map(run_of, policies))
     if len({Path(run) for run in runs.values()}) < len(policies):
         raise UsageError(f"--policies {' '.join(policies)}: expected NAME=FOLDER of each run, each of them once")
     print(plot_training(folder, notice, {name: Path(run) for name, run in runs.items()}))

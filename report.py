@@ -5,6 +5,7 @@ import json
 import math
 import time
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -80,14 +81,14 @@ def memory_estimate(config: Config, policy: PolicyModel) -> str:
     Activations are taken as 18 floats a token, layer and unit of width (or a layer's inputs alone with activation
     checkpointing), logits as three (rows, response, vocab) tensors.
     """
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)  # have reference, gradient and moments
-    weight = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]
+    trained = [p for p in policy.parameters() if p.requires_grad]  # have reference, gradient and two moments
+    weight = {"float32": 4, "bfloat16": 2, "float16": 2}[config.dtype]  # of an activation
     settings = policy.language_model.config
     tokens = config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens)
     floats = 2 if config.gradient_checkpointing else 18
     activations = floats * weight * tokens * settings.num_hidden_layers * settings.hidden_size
     logits = 3 * 4 * config.mini_batch_size * config.max_new_tokens * settings.vocab_size
-    static = weight * (sum(p.numel() for p in policy.parameters()) + 4 * trained)
+    static = sum(p.numel() * p.element_size() for p in [*policy.parameters(), *(4 * trained)])
     return (
         f"memory, estimated: {gigabytes(static)} for {count_parameters(policy)} with reference, gradients and Adam, "
         f"{gigabytes(activations + logits)} for a forward pass of {config.mini_batch_size} rows "
@@ -167,9 +168,9 @@ def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
     n = max(2, math.ceil(WINDOW / batch_size))
     if len(history) < 2 * n:
         return {}
-    names = ["reward", "variance", *LIMITS]
-    start, now = ({name: sum(row[name] for row in rows) / n for name in names} for rows in (history[:n], history[-n:]))
-    error = math.sqrt((start["variance"] + now["variance"]) / (n * batch_size))
+    windows, names = (history[:n], history[-n:]), ["reward", *LIMITS]
+    start, now = ({name: fmean(row[name] for row in rows) for name in names} for rows in windows)
+    error = math.sqrt(sum(squared_error(rows, batch_size) for rows in windows))
     if now["reward"] - start["reward"] <= 2 * error:
         return {}
     return {
@@ -178,6 +179,13 @@ def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
         for name, (words, bounds, keeps) in LIMITS.items()
         if not keeps(start[name], now[name])
     }
+
+
+def squared_error(rows: list[dict], batch_size: int) -> float:
+    """The mean reward's squared standard error over some rollouts, from the mean and the variance of each of them."""
+    mean = fmean(row["reward"] for row in rows)
+    variance = fmean(row["variance"] + row["reward"] ** 2 for row in rows) - mean**2
+    return variance / (len(rows) * batch_size - 1)
 
 
 def bar_numbers(stats: dict[str, float]) -> dict[str, str]:

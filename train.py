@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 import ppo
 from checkpoint import claim_folder, move_into, notice, whole_folder, write_whole
 from config import Config, RunError, to_json
-from dataset import PARTS, Prompt, load_prompts, prompt_batches
+from dataset import Prompt, load_prompts, prompt_batches
 from evaluation import compare, evaluate_policy
 from generate import Sample, eval_mode, respond
 from loading import check_context, load_policy, load_reference, load_tokenizer, pick_device, save_policy
@@ -59,6 +59,14 @@ class Collected(NamedTuple):
     rewards: torch.Tensor  # raw weighted sum of the terms, before `shape_scores`
     stats: dict[str, float]
     moments: tuple[int, float, float]  # of all scores so far, these included: what the next rollout goes on from
+
+
+class Best(NamedTuple):
+    """The policy with the highest mean reward on held-out prompts so far: its update, and the weights that train."""
+
+    reward: float
+    step: int
+    weights: dict[str, torch.Tensor]
 
 
 @torch.no_grad()
@@ -200,7 +208,10 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
     models, prompts = load_models(config, base_model, reward_model_path)
     config = replace(config, n_updates=n_updates(config, len(prompts)))
-    validation, test = (load_prompts(config, models.tokenizer, part, config.eval_samples) for part in PARTS[2:])
+    validation = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
+    held_out = validation  # unless it chooses the policy: it cannot judge it then
+    if config.eval_every:
+        held_out = load_prompts(config, models.tokenizer, "test", config.eval_samples)
     check_context(config, models.policy)
     print(f"{base_model}: {count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
     print(f"{batch_arithmetic(config, len(prompts))}\n{memory_estimate(config, models.policy)}")
@@ -210,13 +221,14 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     if config.dry_run:
         return dry_run(models, next(batches), config, generator)
     best = run_updates(models, batches, validation, config, generator, folder)
-    if best:
-        models = models._replace(policy=load_policy(config, str(best), models.policy.value_head.weight.device))
+    if config.eval_every:
+        models.policy.load_state_dict(best.weights, strict=False)
+        print(f"the policy of update {best.step} is kept, with a reward of {best.reward:.3f} on validation prompts")
     save(models, config, folder / "policy")
     move_into(folder / "policy", folder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if config.final_dir:
-        save(models, config, Path(config.final_dir), replaces="manifest.json")
-    held_out = test if best else validation  # what chose the policy cannot judge it
+        save(models, config, Path(config.final_dir).resolve(), replaces="manifest.json")
     before, after = (evaluate_with(models, policy, held_out, config) for policy in (models.reference, models.policy))
     comparison = compare({"before": before, "after": after})
     figure = plot_training(folder, notice(config))
@@ -233,9 +245,9 @@ def run_updates(
     config: Config,
     generator: torch.Generator,
     folder: Path,
-) -> Path | None:
-    """n_updates of rollout and update, each logged as it ends; with `eval_every`, returns the best policy's folder."""
-    policy, kl_coef, moments, best = models.policy, config.kl_coef, (0, 0.0, 0.0), (-math.inf, None)
+) -> Best:
+    """n_updates of rollout and update, each logged as it ends; returns the best policy on the validation prompts."""
+    policy, kl_coef, moments, best = models.policy, config.kl_coef, (0, 0.0, 0.0), Best(-math.inf, 0, {})
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, config.learning_rate, eps=1e-5, fused=True)
     log, timings, announced = [], [], set()
@@ -262,33 +274,29 @@ def run_updates(
         for name in [name for name in raised if name not in announced]:
             bar.write(f"alarm at update {step}: {raised[name]}")
         announced |= raised.keys()
+        timings.append(timing(step, started, sampled, collected.rollout))
         if config.eval_every and ((step + 1) % config.eval_every == 0 or step + 1 == config.n_updates):
-            best = keep_best(models, validation, config, folder / f"checkpoints/step_{step + 1}", log[-1], best)
+            best = keep_best(models, validation, config, folder / "checkpoints/best", log[-1], best)
         if config.kl_target:
             kl_coef = ppo.adapt_kl_coef(
                 kl_coef, collected.stats["kl_k3"], config.kl_target, config.kl_horizon, config.batch_size
             )
-        timings.append(timing(step, started, sampled, collected.rollout))
         write_logs(folder, log, timings, log_rows(step, batch, collected))
         bar.set_postfix(bar_numbers(collected.stats), refresh=False)
-    return best[1]
+    return best
 
 
-def keep_best(
-    models: Models, prompts: list[Prompt], config: Config, folder: Path, row: dict, best: tuple[float, Path | None]
-) -> tuple[float, Path | None]:
-    """Note the mean reward on held-out prompts in the log row; save a policy that is the best so far as `folder`.
+def keep_best(models: Models, prompts: list[Prompt], config: Config, folder: Path, row: dict, best: Best) -> Best:
+    """Note the mean reward on held-out prompts in the log row; a policy that is the best so far is saved in `folder`.
 
-    Takes and returns the best mean reward and its folder; the folder of the one before it is removed.
+    The one before gives way to it. What is on disk is for a run that does not live to its end.
     """
-    rows = evaluate_with(models, models.policy, prompts, config)
-    row["eval_reward"] = fmean(own["reward"] for own in rows)
-    if row["eval_reward"] <= best[0]:
+    row["eval_reward"] = fmean(own["reward"] for own in evaluate_with(models, models.policy, prompts, config))
+    if row["eval_reward"] <= best.reward:
         return best
-    save(models, replace(config, merge=False), folder)
-    if best[1]:
-        shutil.rmtree(best[1])
-    return row["eval_reward"], folder
+    save(models, replace(config, merge=False), folder, replaces="manifest.json")
+    weights = {name: p.detach().clone() for name, p in models.policy.named_parameters() if p.requires_grad}
+    return Best(row["eval_reward"], row["step"], weights)
 
 
 def evaluate_with(models: Models, policy: PolicyModel, prompts: list[Prompt], config: Config) -> list[dict]:

@@ -290,11 +290,9 @@ def test_4_bit_weights_stay_as_they_are_on_a_cpu_with_a_faster_layout(family, tm
 
 
 @pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
-def test_an_adapter_is_not_merged_into_weights_of_few_bits(bits, tmp_path):
-    tiny_gpt2().save_pretrained(tmp_path)
-    assert refusal_of(Config(lora_r=4, merge=True, **{bits: True}), tmp_path).startswith(
-        "--merge would round the adapter"
-    )
+def test_an_adapter_is_not_merged_into_weights_of_few_bits(bits):
+    with pytest.raises(UsageError, match="--merge would round the adapter"):
+        Config(lora_r=4, merge=True, **{bits: True})
 
 
 def test_8_bits_without_an_adapter_are_refused():

@@ -54,6 +54,14 @@ def test_counted_products_are_those_of_the_shipped_code():
     assert sum(counted.values()) == sum(counted[part] for part in expected)
 
 
+@pytest.fixture(autouse=True)
+def as_many_threads_as_before():
+    """Other tests compare results to the byte."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def test_the_report_has_the_agreed_keys_and_its_numbers_agree(monkeypatch, capsys):
     monkeypatch.setattr(floor, "SQUARE", 64)
     report = step.run(step.parse([*FLAGS, "--steps=1", "--threads=1", "--stages"]))

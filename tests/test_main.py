@@ -1055,7 +1055,8 @@ def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(
         0.5,
         pytest.approx(0.3),
     ]
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_4"]
+    assert not (folder / "checkpoints").exists()
+    assert "the policy of update 3 is kept, with a reward of 0.500 on validation prompts" in capsys.readouterr().out
     config = parse_args(["--task", "train", *flags()])
     tokenizer = load_tokenizer(str(folder))
     validation, test = ([p.text for p in load_prompts(config, tokenizer, part, 4)] for part in ("validation", "test"))
@@ -1065,7 +1066,7 @@ def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(
 
 
 def test_the_newest_policy_is_also_put_where_final_dir_says(workplace, capsys):
-    """In place of the one before it; a folder of something else is left alone, and the run is kept all the same."""
+    """In place of the one before it; a folder of something else is refused before work starts."""
     for _ in range(2):
         assert run("--task", "train", *flags(final_dir="final", seed=1)) == 0
         (newest,) = (json.loads((workplace / "final" / "manifest.json").read_text()),)
@@ -1076,10 +1077,7 @@ def test_the_newest_policy_is_also_put_where_final_dir_says(workplace, capsys):
     (workplace / "other").mkdir()
     (workplace / "other/thing").write_text("mine")
     capsys.readouterr()
-    assert run("--task", "train", *flags(final_dir="other")) == 1
-    assert "other cannot be written" in capsys.readouterr().err
-    assert listing(workplace / "other") == {"thing": b"mine"}
-    assert (workplace / PPO.with_name("ppo-4") / "model.safetensors").exists()
+    assert_refused(capsys, workplace, ["--task", "train", *flags(final_dir="other")], "--final_dir other holds")
 
 
 def test_the_sft_stage_comes_first_where_that_is_asked_for(t5_folder, plain, no_bars, capsys):

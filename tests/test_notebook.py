@@ -35,7 +35,7 @@ def project(tmp_path_factory) -> Path:
     """A copy of the modules and the notebook, so that whatever is written beside them is seen."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "notebooks").mkdir()
-    for file in [*ROOT.glob("*.py"), DEMO]:
+    for file in [*ROOT.glob("*.py"), ROOT / "presets.yaml", DEMO]:
         shutil.copy(file, folder / file.relative_to(ROOT))
     return folder
 
@@ -95,4 +95,7 @@ def test_the_notebook_trains_a_policy_and_compares_it_with_its_start(demo, proje
 
     # all of it is written into a temporary folder, and nothing beside the modules
     assert found["figure"] and Path(found["work"]).parent == tmp_path
-    assert set(listing(project)) == {"notebooks", *(str(f.relative_to(ROOT)) for f in [*ROOT.glob("*.py"), DEMO])}
+    assert set(listing(project)) == {
+        "notebooks",
+        *(str(f.relative_to(ROOT)) for f in [*ROOT.glob("*.py"), ROOT / "presets.yaml", DEMO]),
+    }
