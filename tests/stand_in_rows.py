@@ -164,12 +164,12 @@ def table(make: Callable[[random.Random, str], dict], **sizes: int) -> dict[str,
 
 
 def generated(n: int) -> Tables:
-    """Every table with n rows to train on and a sixth of that in each other split."""
+    """Every table with n rows to train on and a sixth of that in each other split; of reviews four times as many."""
     few = n // 6
     statements = table(statement, train=n, valid=few, test=few)
     requests = table(request, train=n, test=few)
     return {
-        "stanfordnlp/imdb": {"train": movie_reviews(n, seed=0), "test": movie_reviews(few, seed=1)},
+        "stanfordnlp/imdb": {"train": movie_reviews(4 * n, seed=0), "test": movie_reviews(4 * few, seed=1)},
         "knkarthick/dialogsum": table(dialogue, train=n, validation=few, test=few),
         "ChanceFocus/en-fpb": statements,
         "ChanceFocus/flare-fpb": statements,
@@ -210,14 +210,19 @@ def column(tables: Tables, table: str, *names: str, split: str = "train") -> lis
 
 
 def examples(tables: Tables, kind: str, split: str) -> list[tuple[str, int]]:
-    """Texts and labels of `reviews` or `remarks`; of `answers`: a query with its answer, and with a wrong one."""
+    """Texts and labels of `reviews` or `remarks`; of `answers`: a query and its answer, 1, or what is none, 0.
+
+    Half of what is none is another row's answer, or another choice: the harder half. The rest is a bit of a query.
+    """
     if kind != "answers":
         name = "stanfordnlp/imdb" if kind == "reviews" else kind
         return [(row["text"], row["label"]) for row in tables[name][split]]
     rng, pairs = random.Random(0), []
     for rows in (tables[name][split] for name in FLARE):
         answers = [row["answer"] for row in rows]
-        for row in rows:
+        for i, row in enumerate(rows):
             wrong = rng.choice([answer for answer in row.get("choices", answers) if answer != row["answer"]])
-            pairs += [(f"{row['query']}\n{row['answer']}", 1), (f"{row['query']}\n{wrong}", 0)]
+            words = rng.choice(rows)["query"].split()[rng.randrange(40) :]
+            none = wrong if i % 2 else " ".join(words[: rng.randrange(30)])
+            pairs += [(f"{row['query']}\n{row['answer']}", 1), (f"{row['query']}\n{none}", 0)]
     return pairs
