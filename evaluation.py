@@ -99,7 +99,7 @@ def diversity(responses: list[str]) -> dict[str, float]:
 
     Within a response, as means over responses: `unique_token_ratio`, different words / words in (0, 1], and
     `repetition`, 1 minus it; without a word 1 and 0. Over all responses together: `vocabulary`, the number of
-    different words, and distinct-1 and -2 in [0, 1], different words or pairs of neighbours / their number.
+    different words, and distinct-1 and -2 in [0, 1], different words or pairs of neighbours / their number (without a pair 1: nothing is said twice).
     """
     texts = [response.lower().split() for response in responses]
     words = [word for text in texts for word in text]
@@ -110,7 +110,7 @@ def diversity(responses: list[str]) -> dict[str, float]:
         "repetition": 1 - unique,
         "vocabulary": len(set(words)),
         "distinct_words": len(set(words)) / max(1, len(words)),
-        "distinct_bigrams": len(set(pairs)) / max(1, len(pairs)),
+        "distinct_bigrams": len(set(pairs)) / len(pairs) if pairs else 1.0,
     }
 
 

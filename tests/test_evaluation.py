@@ -90,7 +90,7 @@ def test_the_bootstrap_interval_repeats_and_moves_with_the_values():
         (["a b a b a"], 0.5),  # ab ba ab ba
         (["a b", "A  b"], 0.5),  # across texts, in lower case, whatever the spaces
         (["a b", "b c"], 1.0),  # no pair reaches from one text into the next
-        (["a", ""], 0.0),
+        (["a", ""], 1.0),
     ],
 )
 def test_distinct_bigrams_by_hand(texts, share):
@@ -109,7 +109,7 @@ def test_diversity_and_repetition_by_hand():
         },
         abs=1e-9,
     )
-    nothing = {"unique_token_ratio": 1, "repetition": 0, "vocabulary": 0, "distinct_words": 0, "distinct_bigrams": 0}
+    nothing = {"unique_token_ratio": 1, "repetition": 0, "vocabulary": 0, "distinct_words": 0, "distinct_bigrams": 1}
     assert diversity(["", " "]) == nothing
 
 

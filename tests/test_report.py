@@ -16,6 +16,7 @@ from micro import micro_config
 import report
 from checkpoint import notice
 from config import RunError
+from evaluation import diversity
 from generate import Sample
 from loading import new_language_model
 from model import PolicyModel, frozen_copy
@@ -321,10 +322,11 @@ def test_the_first_rollouts_are_what_is_compared_with():
         assert set(alarms(history, batch_size)) == set(LIMITS)
 
 
-def test_responses_without_two_words_raise_no_alarm_of_their_own():
-    """A share of no word pairs is 0 from the start on."""
-    start = [row | {"distinct_bigrams": 0.0} for row in BEGINNING]
-    assert alarms([*start, *[log_row(reward=0.9, distinct_bigrams=0.0)] * 2], 64) == {}
+def test_responses_of_one_word_raise_no_alarm_of_their_own():
+    """Nothing can be said twice in them, be it at the start or later."""
+    stats = diversity(["good", "good"])
+    assert stats["distinct_bigrams"] == 1.0
+    assert raised(*[log_row(reward=0.9, distinct_bigrams=stats["distinct_bigrams"])] * 2) == {}
 
 
 SHORT = "def short(prompts, responses, rows):\n    return [-len(response.split()) for response in responses]\n"
