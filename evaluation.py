@@ -98,8 +98,8 @@ def diversity(responses: list[str]) -> dict[str, float]:
     """How varied the words are: a response's whitespace-separated, lower-cased tokens.
 
     Within a response, as means over responses: `unique_token_ratio`, different words / words in (0, 1], and
-    `repetition`, 1 minus it; without a word 1 and 0. Over all responses together: `vocabulary`, the number of
-    different words, and distinct-1 and -2 in [0, 1], different words or pairs of neighbours / their number (without a pair 1: nothing is said twice).
+    `repetition`, 1 minus it; without a word 1 and 0. Over all responses together: `vocabulary`, the number of different
+    words, and distinct-1 and -2 in [0, 1], different words or pairs of neighbours / their number; without a pair 1.
     """
     texts = [response.lower().split() for response in responses]
     words = [word for text in texts for word in text]
