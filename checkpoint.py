@@ -25,7 +25,7 @@ def notice(config: Config) -> str:
     data = config.dataset_path or "generated movie reviews"
     is_not = "It is not GPT-2." if config.dataset_path else "Nothing was downloaded; it is neither GPT-2 nor IMDB."
     return (
-        f"This is a teaching demonstration: a language model of {parameters:,} parameters, trained here "
+        f"This is a teaching demonstration: a language model of at most {parameters:,} parameters, trained here "
         f"from scratch on {data}. {is_not} GPT-2 on IMDB is\n"
         "    python main.py --task train --preset gpt2-imdb     (downloads about 2 GB)"
     )
@@ -125,13 +125,14 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         stages = [spec.name for spec in dataclasses.fields(config) if spec.metadata["group"] == "stages"]
         names += [name for name in stages if name.startswith(f"{stage}_") and name != "sft_first"]
         names += ["completion_column"] * (stage == "sft")
-    for name in names:
-        wanted = getattr(config, name)
-        if before.get(name, wanted) != wanted:
-            raise UsageError(
-                f"{path} was trained with --{name} {before[name]!r}, and this run asks for {wanted!r}; move that "
-                "folder away, or leave the flag as it was"
-            )
+    other = [name for name in names if before.get(name, getattr(config, name)) != getattr(config, name)]
+    if other:
+        flags = " ".join(f"--{name} {before[name]!r}" for name in other)
+        wanted = " ".join(f"--{name} {getattr(config, name)!r}" for name in other)
+        raise UsageError(
+            f"{path} was trained with {flags}, and this run asks for {wanted}; give the flags that it has, "
+            "or a --run_name of its own to this run"
+        )
     return True
 
 

@@ -77,7 +77,7 @@ class Config:
     # data
     dataset_path: str = option("data", "", "Hub id, folder or file; none: the built-in generated movie reviews")
     dataset_split: str = option("data", "train", "split that prompts and training text are taken from")
-    prompt_column: str = option("data", "text", "column of the prompt, text or messages; text stands for query, too")
+    prompt_column: str = option("data", "text", "column of the prompt, text or messages; where there is no text, query")
     prompt_template: str = option("data", "", "the prompt, with column names in braces: 'Summarize: {dialogue}'")
     min_prompt_chars: int = option(
         "data", 0, "rows with fewer characters in the prompt column are left out", "[0, inf)"
@@ -129,9 +129,9 @@ class Config:
     epochs: float = option(
         "ppo", 0.0, "passes over the prompts, in place of n_updates; 0: as n_updates says", "[0, inf)"
     )
-    batch_size: int = option("ppo", 64, "prompts a rollout", "[1, inf)")
-    mini_batch_size: int = option("ppo", 16, "rows a forward pass", "[1, inf)")
-    gradient_accumulation_steps: int = option("ppo", 1, "forward passes an optimizer step", "[1, inf)")
+    batch_size: int = option("ppo", 64, "prompts in a rollout", "[1, inf)")
+    mini_batch_size: int = option("ppo", 16, "rows in a forward pass", "[1, inf)")
+    gradient_accumulation_steps: int = option("ppo", 1, "forward passes in an optimizer step", "[1, inf)")
     ppo_epochs: int = option("ppo", 4, "passes over a rollout", "[1, inf)")
     learning_rate: float = option("ppo", 1e-5, "Adam's, at the start; falls linearly to 0", "(0, inf)")
     max_grad_norm: float = option("ppo", 1.0, "gradients are scaled down to this norm", "(0, inf)")
@@ -333,13 +333,10 @@ def build_parser() -> argparse.ArgumentParser:
         group = spec.metadata["group"]
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
-        limits = spec.metadata["interval"] or " | ".join(spec.metadata["choices"])
-        text = " ".join(
-            filter(
-                None,
-                [spec.metadata["help"], limits, f"(default {'none' if spec.default in ('', ()) else spec.default})"],
-            )
-        )
+        choices = f"[{' | '.join(spec.metadata['choices'])}]" if spec.metadata["choices"] else ""
+        limits = spec.metadata["interval"] or choices
+        default = "none" if spec.default in ("", ()) else spec.default
+        text = " ".join(filter(None, [spec.metadata["help"], limits, f"(default {default})"]))
         if spec.type is bool:
             settings = {"action": argparse.BooleanOptionalAction}
         elif get_args(spec.type):
@@ -394,7 +391,9 @@ def parse_args(arguments: list[str] | None = None) -> Config:
     specs = {spec.name: spec for spec in dataclasses.fields(Config)}
     if unknown:
         flag = unknown[0].split("=")[0]
-        raise UsageError(f"unknown argument {flag}{nearest(flag, [f'--{name}' for name in [*specs, 'config']])}")
+        flags = [f"--{name}" for name in [*specs, "config"]]
+        close = f"; did you mean --task {flag}?" if flag in TASKS else nearest(flag, flags)
+        raise UsageError(f"unknown argument {flag}{close}")
     path = flags.pop("config", "")
     from_file = read_config_file(path) if path else {}
     for name in from_file:

@@ -17,7 +17,7 @@ from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase
 
 from checkpoint import check_writable, write_whole
-from config import Config
+from config import Config, UsageError
 from dataset import decode_responses, given_prompts, pad
 from loading import check_context, load_policy, load_tokenizer, pick_device
 from model import PolicyModel, first_inputs, next_inputs, select_inputs
@@ -173,6 +173,8 @@ def generate(config: Config, reward_model_path: str) -> None:
     """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
     prompts = given_prompts(config)
     if config.output:
+        if not Path(config.output).parent.is_dir():
+            raise UsageError(f"--output {config.output} is in a folder that does not exist")
         check_writable(Path(config.output).parent)
     device = pick_device(config.device)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")

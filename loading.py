@@ -282,7 +282,7 @@ def check_context(config: Config, policy: PolicyModel) -> None:
     if apart and max(prompt, response) > context:
         raise UsageError(f"{flags} the {context} tokens that the model's encoder and decoder can each read")
     if not apart and prompt + response > context:
-        left = f"at most {max(context - response, 0)} tokens of prompt are left beside such a response"
+        left = f"beside such a response there is room for --max_prompt_length {max(context - response, 0)}"
         raise UsageError(f"{flags} the {context} tokens that the model can read; {left}")
 
 

@@ -396,14 +396,14 @@ def test_roberta_reads_as_many_tokens_as_its_context_length_says():
 @pytest.mark.parametrize(("prompt", "response", "fits"), [(40, 24, True), (41, 24, False), (40, 25, False)])
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
 def test_prompt_and_response_together_must_fit_the_context(build, prompt, response, fits):
-    """64 positions; the message says how many tokens of prompt are left beside such a response."""
+    """64 positions; the message names the longest prompt beside such a response."""
     config, policy = Config(max_prompt_length=prompt, max_new_tokens=response), PolicyModel(build())
     if fits:
         return check_context(config, policy)
     with pytest.raises(UsageError) as caught:
         check_context(config, policy)
     flags = f"--max_prompt_length {prompt} plus --max_new_tokens {response}"
-    assert_one_sentence(caught.value, flags, "the 64 tokens", f"at most {64 - response} tokens of prompt")
+    assert_one_sentence(caught.value, flags, "the 64 tokens", f"room for --max_prompt_length {64 - response}")
 
 
 def test_an_encoder_decoder_with_relative_positions_has_no_limit():

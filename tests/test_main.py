@@ -821,7 +821,7 @@ def test_generate_refuses_an_empty_prompt_and_what_cannot_be_done(workplace, mon
     assert_refused(capsys, workplace, [*generate, "--prompt", "A", "--max_new_tokens", "40"], "--max_new_tokens 40")
     (workplace / "file").write_text("no folder")
     output = [*generate, "--prompt", "The film", "--output", "file/out.jsonl"]
-    assert_refused(capsys, workplace, output, "file cannot be written")
+    assert_refused(capsys, workplace, output, "--output file/out.jsonl is in a folder that does not exist")
 
 
 def test_generate_takes_the_newest_run(workplace, capsys):
@@ -1020,7 +1020,7 @@ def test_a_reward_model_named_by_the_user_may_come_from_other_data(workplace, pl
 @pytest.mark.parametrize("change", [{"n_embd": 32}, {"sft_steps": 4}, {"reward_steps": 4}])
 def test_a_stage_trained_with_other_settings_is_not_used_silently(change, workplace, capsys):
     (name, value), *_ = change.items()
-    words = f"trained with --{name} {SETTINGS[name]}, and this run asks for {value}"
+    words = f"trained with --{name} {SETTINGS[name]}, and this run asks for --{name} {value}"
     assert_refused(capsys, workplace, ["--task", "train", *flags(**change)], words)
 
 
