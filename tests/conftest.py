@@ -1,7 +1,11 @@
 """Test-wide settings: torchtyping's runtime checks work, and a skip that nobody agreed to fails the run."""
 
+import os
+
 import pytest
 import torch
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before its library is imported: what it saves says how it was loaded
 
 # torchtyping 0.1.5 reads Tensor.names, which PyTorch 2.13 no longer has.
 if not hasattr(torch.Tensor, "names"):
