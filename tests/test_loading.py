@@ -171,7 +171,7 @@ def test_the_tokenizer_beside_an_adapter_is_compared_with_the_adapters_base_mode
 def assert_one_sentence(error: UsageError, *parts: str) -> None:
     message = str(error)
     assert "\n" not in message
-    assert len(message) < 500
+    assert len(message) < 700  # the folders of a test have long names
     for part in parts:
         assert part in message
 
