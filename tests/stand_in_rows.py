@@ -212,7 +212,8 @@ def column(tables: Tables, table: str, *names: str, split: str = "train") -> lis
 def examples(tables: Tables, kind: str, split: str) -> list[tuple[str, int]]:
     """Texts and labels of `reviews` or `remarks`; of `answers`: a query and its answer, 1, or what is none, 0.
 
-    Half of what is none is another row's answer, or another choice: the harder half. The rest is a bit of a query.
+    Half of what is none is another row's answer, or another choice: the harder half. The rest is a bit of a query, or
+    nothing. No answer is right and goes on, so that nothing is learned of what stands behind one.
     """
     if kind != "answers":
         name = "stanfordnlp/imdb" if kind == "reviews" else kind
@@ -223,6 +224,6 @@ def examples(tables: Tables, kind: str, split: str) -> list[tuple[str, int]]:
         for i, row in enumerate(rows):
             wrong = rng.choice([answer for answer in row.get("choices", answers) if answer != row["answer"]])
             words = rng.choice(rows)["query"].split()[rng.randrange(40) :]
-            none = wrong if i % 2 else " ".join(words[: rng.randrange(30)])
+            none = wrong if i % 2 else " ".join(words[: max(0, rng.randrange(-15, 30))])
             pairs += [(f"{row['query']}\n{row['answer']}", 1), (f"{row['query']}\n{none}", 0)]
     return pairs

@@ -264,7 +264,7 @@ def build_t5(folder: Path, tables: Tables, tokenizer: PreTrainedTokenizerBase, s
 
 def build(folder: Path, data: Path | None = None, steps: int = 600) -> dict[str, float]:
     """Every stand-in under `folder`, each trained for about this many steps. Returns what each is worth, by name."""
-    tables = generated(max(200, min(1000, 16 * steps))) | (real(data) if data else {})
+    tables = generated(max(120, min(1000, 16 * steps))) | (real(data) if data else {})
     for rows in tables["stanfordnlp/imdb"].values():
         rows.sort(key=lambda row: row["label"])  # as on the Hub: the negative ones first
     write_tables(folder, tables)

@@ -1,8 +1,10 @@
-"""The stand-ins are what they stand for in classes, labels, tokenizers, columns and splits; most know their job."""
+"""The stand-ins are what they stand for in classes, labels, tokenizers, columns and splits; and know their job."""
 
 import importlib.util
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import stand_in_rows
@@ -11,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from config import Config
 from dataset import load_splits
+from reward import load_reward_model
 
 pytest_plugins = ["micro"]
 
@@ -149,10 +153,41 @@ def test_real_rows_are_read_where_there_are_some(tmp_path):
     assert stand_in_rows.real(tmp_path) == {"stanfordnlp/imdb": {"train": [row]}}
 
 
+def test_half_of_the_answers_are_right():
+    """And of those that are not, every second one is another of the choices, and the others are none of them."""
+    tables = stand_in_rows.generated(120)
+    rows = tables["ChanceFocus/en-fpb"]["train"]
+    pairs = stand_in_rows.examples(tables, "answers", "train")[: 2 * len(rows)]
+    answers = [text[len(rows[i // 2]["query"]) + 1 :] for i, (text, _) in enumerate(pairs)]
+    assert [label for _, label in pairs] == [1, 0] * 120
+    assert answers[::2] == [row["answer"] for row in rows]
+    choices = {"positive", "neutral", "negative"}
+    assert all(other in choices - {row["answer"]} for row, other in zip(rows[1::2], answers[3::4], strict=True))
+    assert not choices & set(answers[1::4]) and "" in answers[1::4]
+
+
+def test_embeddings_start_with_the_log_odds_of_their_tokens():
+    """Counts are of texts, one more than they are: for label 1 they are 1, 1, 1, 2, 3, for label 0 1, 1, 1, 2, 1."""
+    embedding = torch.nn.Embedding(5, stand_ins.WIDTH).requires_grad_(False)
+    before = embedding.weight.clone()
+    model = SimpleNamespace(get_input_embeddings=lambda: embedding)
+    stand_ins.add_log_odds(model, [[3, 4], [4], [3, 3]], [1, 1, 0])
+    moved = embedding.weight - before
+    assert torch.allclose(moved[:4], moved[:1], atol=1e-6)
+    assert torch.allclose(moved[4], moved[0] * math.log((3 / 8) / (1 / 6)) / math.log((1 / 8) / (1 / 6)), atol=1e-6)
+
+
 @pytest.mark.slow
-def test_classifiers_know_their_job(tmp_path):
-    """All but the judge of FLARE's answers, which stays at chance at the default number of steps."""
-    accuracies = stand_ins.build(tmp_path)
-    del accuracies["reward_model_final"]
-    for name, accuracy in accuracies.items():
-        assert accuracy > 0.8, f"{name}: {accuracy:.1%}"
+def test_models_know_their_job(tmp_path):
+    """Classifiers on held-out texts, T5's answers and summaries, perplexities, and a judge that likes no rambling."""
+    figures = stand_ins.build(tmp_path)
+    for name, (_, task, _) in stand_ins.CLASSIFIERS.items():
+        least = {"reviews": 0.85, "remarks": 0.9, "answers": 0.65}[task]
+        assert figures[name] > least, f"{name}: {figures[name]:.1%}"
+    assert figures["google/flan-t5-base"] > 0.9 and figures["summaries"] > 0.9
+    assert all(figures[name] < 8 for name in ("distilgpt2", "lvwerra/gpt2-imdb", "MODEL")), figures
+    reward = load_reward_model(Config(), str(tmp_path / "reward_model_final"), torch.device("cpu"))
+    rows = load_splits(str(tmp_path / "ChanceFocus" / "en-fpb"))["test"]
+    right = reward([f"{row['query']}\n{row['answer']}" for row in rows]).mean()
+    for rambling in ("", "the head office of the firm"):
+        assert right > reward([f"{row['query']}\n{rambling}" for row in rows]).mean() + 0.2, rambling
