@@ -1,7 +1,7 @@
 """What a run leaves on disk: folders that appear whole or not at all, and where each stage's folder is."""
 
 import csv
-import dataclasses
+import hashlib
 import io
 import json
 import os
@@ -12,7 +12,15 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from config import Config, RunError, UsageError
+from config import Config, RunError, UsageError, to_json
+
+# The settings that a stage's result depends on: its data and size, always, and how it was trained.
+TRAINED_ON = ("base_model_name", "dataset_path", "dataset_split", "prompt_column", "prompt_template")
+TRAINED_ON += ("vocab_size", "context_length", "n_layer", "n_embd", "n_head", "n_reviews")
+TRAINED_BY = {
+    "sft": ("completion_column", "sft_epochs", "sft_steps", "sft_batch_size", "sft_learning_rate"),
+    "reward": ("reward_steps", "reward_batch_size", "reward_learning_rate"),
+}
 
 
 def notice(config: Config) -> str:
@@ -101,30 +109,22 @@ def new_stage_folder(config: Config) -> Path:
     return folder
 
 
+def starting_model(config: Config) -> str:
+    """The model that PPO starts from: the sft stage's where there is one or is to be one, else --base_model_name."""
+    stage = stage_folder(config, "sft")
+    from_stage = config.trains_from_scratch or config.sft_first or (stage.exists() and config.task != "sft")
+    return str(stage) if from_stage else config.base_model_name
+
+
 def trained_stage(config: Config, path: str, stage: str) -> bool:
     """Whether the stage's folder is there. Raises UsageError if it was trained with settings other than these."""
-    settings = Path(path) / "run_config.json"
     if not Path(path).exists():
         return False
+    settings = Path(path) / "run_config.json"
     before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-    shared = (
-        "base_model_name",
-        "dataset_path",
-        "dataset_split",
-        "prompt_column",
-        "prompt_template",
-        "vocab_size",
-        "context_length",
-        "n_layer",
-        "n_embd",
-        "n_head",
-        "n_reviews",
-    )
-    names = [*shared, "label_column", "chosen_column", "rejected_column"] if stage == "reward" else [*shared]
+    names = [*TRAINED_ON, *(("label_column", "chosen_column", "rejected_column") if stage == "reward" else ())]
     if config.trains_from_scratch or (stage == "sft" and config.sft_first):  # else they are another command's
-        stages = [spec.name for spec in dataclasses.fields(config) if spec.metadata["group"] == "stages"]
-        names += [name for name in stages if name.startswith(f"{stage}_") and name != "sft_first"]
-        names += ["completion_column"] * (stage == "sft")
+        names += TRAINED_BY[stage]
     other = [name for name in names if before.get(name, getattr(config, name)) != getattr(config, name)]
     if other:
         flags = " ".join(f"--{name} {before[name]!r}" for name in other)
@@ -134,6 +134,41 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
             "or a --run_name of its own to this run"
         )
     return True
+
+
+def run_of(entry: str) -> tuple[str, str]:
+    """Name and folder of a run given as NAME=FOLDER, or as a folder alone, in whose own name there may be a `=`."""
+    name, sign, folder = entry.partition("=")
+    return (name, folder) if sign and not Path(entry).is_dir() else (Path(entry).name, entry)
+
+
+def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = "value_head.safetensors") -> Path:
+    """The newest run that holds the file `marker`: output_dir or one in it, else one of that name or preset, or any.
+
+    Raises UsageError if there is none.
+    """
+    place, given = name.partition("{")[0] or f"{preset}*", Path(output_dir)
+    folders = [given, *given.glob("ppo*")] if output_dir else Path("saved_models").glob(f"{place}/**/ppo*")
+    runs = [folder for folder in folders if (folder / marker).exists()]
+    if not runs:
+        flags = {"run_name": name, "preset": preset} if not output_dir else {}
+        wanted = "".join(f"--{flag} {value}: " for flag, value in flags.items() if value)
+        where = f"--output_dir {output_dir}" if output_dir else "saved_models/"
+        raise UsageError(f"{wanted}{where} holds no trained run; run `python main.py --task train` first")
+    return max(runs, key=lambda run: (run / marker).stat().st_mtime)
+
+
+def run_settings(settings: dict) -> dict:
+    """The settings of a finished run, as the base of the tasks that use it; takes its folder out of `settings`."""
+    marker = "training_stats.json" if settings["task"] == "plot" else "value_head.safetensors"
+    named = settings.get("policies", ()) if settings["task"] == "plot" else ()
+    folder = settings.pop("output_dir", "") or (run_of(named[0])[1] if named else "")
+    run = newest_run(folder, settings.pop("run_name", ""), settings.pop("preset", ""), marker)
+    try:
+        stored = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{run / 'run_config.json'} cannot be read: {error}") from None
+    return stored | {"output_dir": str(run)}
 
 
 def new_ppo_folder(config: Config) -> Path:
@@ -160,14 +195,33 @@ def new_ppo_folder(config: Config) -> Path:
     return folder
 
 
-def claim_folder(folder: Path) -> None:
-    """Make a run's folder. Raises RunError if another run has put something there since its name was chosen."""
+def write_manifest(folder: Path, loader: str, base: str) -> None:
+    """manifest.json: the line of Python that loads what the folder holds, and every file with its SHA-256.
+
+    `loader` is a call on a place, `{}`; with an adapter in the folder, `base` is where the model under it is.
+    """
+    loads_with = loader.format("FOLDER")
+    if base != str(folder):
+        loads_with = f"peft.PeftModel.from_pretrained({loader.format(repr(base))}, FOLDER)"
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    hashes = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    write_whole(folder / "manifest.json", json.dumps({"loads_with": loads_with, "sha256": hashes}, indent=2))
+
+
+def claim_folder(folder: Path, config: Config) -> None:
+    """Make a run's folder, with its settings and the notice in it.
+
+    Raises RunError if another run has put something there since its name was chosen.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"{folder} cannot be made: {error.strerror}") from None
     if any(folder.iterdir()):
         raise RunError(f"{folder} has been taken by another run meanwhile; start again")
+    write_whole(folder / "run_config.json", to_json(config))
+    if notice(config):
+        write_whole(folder / "NOTICE.txt", notice(config) + "\n")
 
 
 def check_writable(folder: Path) -> None:

@@ -133,6 +133,7 @@ def run_reward(config: Config, base_model: str) -> Path:
 
     Prints the held-out accuracy, draws how far the model's own certainty can be relied on, and saves all whole.
     """
+    torch.manual_seed(config.seed)
     folder, device, tokenizer = stage_folder(config, "reward"), pick_device(config.device), load_tokenizer(base_model)
     rows, held_out = load_rows(config, "train"), load_rows(config, "validation", 2000)
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)

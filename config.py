@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -29,30 +30,29 @@ class RunError(Exception):
 
 TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")
 USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finished run and its settings
-
-
-REWARD_OUTPUTS = ("logit", "logprob", "probability", "margin")
-KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
-CRITICS = ("shared", "separate", "encoder")
-DTYPES = ("float32", "bfloat16", "float16")
-
-
+REWARD_WEIGHTS = (
+    "terms and weights, of reward_model, reward_fn, repetition (below 0 to punish it) and length (above 0), as in "
+    "reward_model=1.0,repetition=-0.5,length=0.1; none: reward_fn if it is given, else reward_model"
+)
+POLICIES = (
+    "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several times; none: "
+    "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
+)
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
 
-def option(group: str, default, text: str, interval: str = "", choices: tuple[str, ...] = ()):
-    """A field with its help (units included), the interval its value must lie in, or the choices it has."""
-    metadata = {"group": group, "help": text, "interval": interval, "choices": choices}
-    return field(default=default, metadata=metadata)
+def option(group: str, default, text: str, allowed: str | tuple[str, ...] = ""):
+    """A field with its help (units included), and the interval that its value must lie in, or the choices it has."""
+    interval, choices = ("", allowed) if isinstance(allowed, tuple) else (allowed, ())
+    return field(default=default, metadata={"group": group, "help": text, "interval": interval, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Config:
     """A run's settings, checked when made: raises UsageError for a value outside its interval or choices."""
 
-    # task
-    task: str = option("task", "train", "what to do", choices=TASKS)
-    preset: str = option("task", "", "the system to start from: " + ", ".join(PRESETS))
+    task: str = option("task", "train", "what to do", TASKS)
+    preset: str = option("task", "", "the system to start from", ("", *PRESETS))
     run_name: str = option("task", "", "folder under saved_models/ of a run's stages, {dataset} being the data's name")
     output_dir: str = option("task", "", "folder to write, or for generate, evaluate and plot to read; see README")
     final_dir: str = option("task", "", "where the newest trained policy is also put, in place of the one before it")
@@ -60,10 +60,9 @@ class Config:
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
     dry_run: bool = option("task", False, "do everything but the update: preflight, one rollout, three samples")
 
-    # model
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
-    dtype: str = option("model", "float32", "of the weights", choices=DTYPES)
-    mixed_precision: str = option("model", "no", "autocast forward passes to bfloat16", choices=("no", "bf16"))
+    dtype: str = option("model", "float32", "of the weights", ("float32", "bfloat16", "float16"))
+    mixed_precision: str = option("model", "no", "autocast forward passes to bfloat16", ("no", "bf16"))
     peft_model_path: str = option("model", "", "LoRA adapter to go on training, on the base model: Hub id or folder")
     lora_r: int = option("model", 0, "rank of a new LoRA adapter; 0: none, all weights are trained", "[0, inf)")
     lora_alpha: float = option("model", 16, "the adapter's output is scaled by this over its rank", "(0, inf)")
@@ -71,64 +70,45 @@ class Config:
     load_in_8bit: bool = option("model", False, "base weights under LoRA in 8 bits, by bitsandbytes")
     load_in_4bit: bool = option("model", False, "base weights under LoRA in 4 bits, by bitsandbytes")
     reference_in_8bit: bool = option("model", False, "the frozen reference in 8 bits, apart from the policy's weights")
-    critic: str = option("model", "shared", "what the value head reads: see model.py", choices=CRITICS)
+    critic: str = option(
+        "model", "shared", "what the value head reads, see model.py", ("shared", "separate", "encoder")
+    )
     gradient_checkpointing: bool = option("model", False, "recompute activations in the update, to save memory")
 
-    # data
     dataset_path: str = option("data", "", "Hub id, folder or file; none: the built-in generated movie reviews")
     dataset_split: str = option("data", "train", "split that prompts and training text are taken from")
     prompt_column: str = option("data", "text", "column of the prompt, text or messages; where there is no text, query")
     prompt_template: str = option("data", "", "the prompt, with column names in braces: 'Summarize: {dialogue}'")
-    min_prompt_chars: int = option(
-        "data", 0, "rows with fewer characters in the prompt column are left out", "[0, inf)"
-    )
-    max_prompt_chars: int = option("data", 0, "rows with more characters in it are left out; 0: none", "[0, inf)")
+    min_prompt_chars: int = option("data", 0, "shorter texts in the prompt column are left out", "[0, inf)")
+    max_prompt_chars: int = option("data", 0, "longer ones are left out; 0: none", "[0, inf)")
     completion_column: str = option("data", "", "column that `--task sft` learns to write behind the prompt")
     reference_column: str = option("data", "", "column of texts to compare responses with by ROUGE; none: no ROUGE")
     label_column: str = option("data", "label", "column that holds a text's class, for `--task reward`")
-    prompt_tokens: int = option(
-        "data", 0, "keep this many first tokens as the prompt, in whole words; 0: all", "[0, inf)"
-    )
+    prompt_tokens: int = option("data", 0, "the prompt is so many first tokens, in whole words; 0: all", "[0, inf)")
     max_prompt_length: int = option("data", 512, "longest prompt in tokens", "[1, inf)")
-    long_prompts: str = option("data", "truncate", "longer ones: cut on the left?", choices=("truncate", "refuse"))
+    long_prompts: str = option("data", "truncate", "longer ones: cut on the left?", ("truncate", "refuse"))
 
-    # reward
     reward_model_path: str = option("reward", "", "sequence classifier: Hub id or folder; none: the one trained here")
     reward_label: str = option("reward", "", "the label that is rewarded, by name or index; none: the last of two")
     reward_in_8bit: bool = option("reward", False, "the classifier's weights in 8 bits, by bitsandbytes")
-    reward_output: str = option("reward", "logit", "what is taken of the label", choices=REWARD_OUTPUTS)
-    reward_input: str = option("reward", "prompt_response", "text scored", choices=("prompt_response", "response"))
+    reward_output: str = option("reward", "logit", "of the label", ("logit", "logprob", "probability", "margin"))
+    reward_input: str = option("reward", "prompt_response", "text scored", ("prompt_response", "response"))
     reward_fn: str = option("reward", "", "FILE.py:NAME of a function (prompts, responses, rows) -> scores")
-    reward_weights: str = option(
-        "reward",
-        "",
-        "terms and weights, of reward_model, reward_fn, repetition (below 0 to punish it) and length (above 0), as in "
-        "reward_model=1.0,repetition=-0.5,length=0.1; none: reward_fn if it is given, else reward_model",
-    )
+    reward_weights: str = option("reward", "", REWARD_WEIGHTS)
     length_range: str = option("reward", "", "LOW,HIGH in words: the term length is 0 from LOW to HIGH, -1 outside")
-    missing_eos_penalty: float = option(
-        "reward", 0.0, "subtracted from the score of a response without EOS", "[0, inf)"
-    )
-    whiten_scores: bool = option(
-        "reward", False, "shift and scale scores to mean 0, variance 1 in each rollout alone: a rise is lost"
-    )
-    normalize_scores: bool = option(
-        "reward", False, "shift and scale scores by mean and deviation of the whole run so far: a rise is kept"
-    )
+    missing_eos_penalty: float = option("reward", 0.0, "subtracted from a score without EOS", "[0, inf)")
+    whiten_scores: bool = option("reward", False, "scores to mean 0, variance 1 in each rollout: a rise is lost")
+    normalize_scores: bool = option("reward", False, "the same by all scores of the run so far: a rise is kept")
     score_clip: float = option("reward", 0.0, "clip scores to plus or minus this; 0: off", "[0, inf)")
 
-    # sampling
     max_new_tokens: int = option("sampling", 48, "longest response in tokens", "[1, inf)")
     temperature: float = option("sampling", 1.0, "divides the logits; 0 is greedy, for generate only", "[0, inf)")
     top_k: int = option("sampling", 0, "draw among the k likeliest tokens, for generate only; 0: all", "[0, inf)")
     top_p: float = option("sampling", 1.0, "draw among the likeliest tokens of this mass, for generate only", "(0, 1]")
     min_new_tokens: int = option("sampling", 0, "no EOS before this many tokens, for generate only", "[0, inf)")
 
-    # ppo
     n_updates: int = option("ppo", 100, "rollouts, each followed by an update", "[1, inf)")
-    epochs: float = option(
-        "ppo", 0.0, "passes over the prompts, in place of n_updates; 0: as n_updates says", "[0, inf)"
-    )
+    epochs: float = option("ppo", 0.0, "passes over the prompts, in place of n_updates; 0: as it says", "[0, inf)")
     batch_size: int = option("ppo", 64, "prompts in a rollout", "[1, inf)")
     mini_batch_size: int = option("ppo", 16, "rows in a forward pass", "[1, inf)")
     gradient_accumulation_steps: int = option("ppo", 1, "forward passes in an optimizer step", "[1, inf)")
@@ -143,20 +123,12 @@ class Config:
     lam: float = option("ppo", 0.95, "lambda of GAE: 1 trusts returns, 0 trusts values", "[0, 1]")
     whiten_advantages: bool = option("ppo", True, "shift and scale advantages to mean 0, variance 1 over the rollout")
     kl_coef: float = option("ppo", 0.05, "price of one nat of KL to the reference, in reward units", "[0, inf)")
-    kl_estimator: str = option("ppo", "k1", "in the reward: only k1 has the right optimum", choices=KL_ESTIMATORS)
+    kl_estimator: str = option("ppo", "k1", "in the reward: only k1 has the right optimum", ("k1", "k2", "k3", "abs"))
     kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
     kl_horizon: float = option("ppo", 10000, "responses over which kl_coef adapts", "(0, inf)")
-    target_kl: float = option(
-        "ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 of this; 0: off", "[0, inf)"
-    )
-    eval_every: int = option(
-        "ppo",
-        0,
-        "updates between two looks at held-out prompts, to keep the best policy, not the last; 0: off",
-        "[0, inf)",
-    )
+    target_kl: float = option("ppo", 0.0, "end an update at 1.5 of this k3 to the sampler; 0: off", "[0, inf)")
+    eval_every: int = option("ppo", 0, "keep the policy best on held-out prompts, looking so often; 0: off", "[0, inf)")
 
-    # stages
     vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, inf)")
     context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, inf)")
     n_layer: int = option("stages", 2, "layers of the model trained here", "[1, inf)")
@@ -174,19 +146,10 @@ class Config:
     reward_batch_size: int = option("stages", 32, "texts a step", "[1, inf)")
     reward_learning_rate: float = option("stages", 1e-5, "AdamW's peak", "(0, inf)")
 
-    # evaluation
     eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, inf)")
-    eval_split: str = option(
-        "evaluation", "test", "to report on, or to choose by", choices=("test", "validation", "both")
-    )
-    policies: tuple[str, ...] = option(
-        "evaluation",
-        (),
-        "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several times; none: "
-        "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw",
-    )
+    eval_split: str = option("evaluation", "test", "to report on, or to choose by", ("test", "validation", "both"))
+    policies: tuple[str, ...] = option("evaluation", (), POLICIES)
 
-    # generate
     prompt: tuple[str, ...] = option("generate", (), "a prompt; may be given several times")
     prompts: str = option("generate", "", "a file of prompts: .txt (one a line), .jsonl or .json")
     num_samples: int = option("generate", 1, "responses a prompt", "[1, inf)")
@@ -196,41 +159,37 @@ class Config:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             check_value(spec, getattr(self, spec.name))
+        training, in_few_bits = self.task == "train", self.load_in_8bit or self.load_in_4bit
+        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
+        divisors = (d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0)
         step_rows = self.mini_batch_size * self.gradient_accumulation_steps
-        if self.task == "train" and self.batch_size % step_rows:
+        if training and self.batch_size % step_rows:
             raise UsageError(
                 f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
-                f"the nearest that does is {nearest_divisor(self.batch_size, step_rows)} rows in all"
+                f"the nearest that does is {min(divisors, key=lambda d: abs(d - step_rows))} rows in all"
             )
-        in_few_bits = self.load_in_8bit or self.load_in_4bit
-        if self.task == "train" and in_few_bits and self.merge:
-            raise UsageError("--merge would round the adapter away into weights of 8 or 4 bits: save the adapter alone")
+        if training and in_few_bits and self.merge:
+            raise UsageError("--merge would round the adapter away in weights of 8 or 4 bits: save the adapter alone")
         if in_few_bits and not self.has_adapter:
-            raise UsageError(
-                "--load_in_8bit and --load_in_4bit freeze the weights: name --peft_model_path or --lora_r, so that an "
-                "adapter is trained on them"
-            )
+            raise UsageError("--load_in_8bit and --load_in_4bit freeze the weights: add --lora_r or --peft_model_path")
         if self.critic == "encoder" and self.lam != 1:
-            raise UsageError(
-                f"--critic encoder values the prompt alone, which is unbiased for --lam 1 only, not {self.lam}"
-            )
+            raise UsageError(f"--critic encoder values the prompt alone, unbiased for --lam 1 only, not {self.lam}")
         if "" in self.stop:
             raise UsageError("--stop is empty, expected the text before which a response is to end")
         if self.whiten_scores and self.normalize_scores:
             raise UsageError("--whiten_scores undoes --normalize_scores: choose one of them")
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
-        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
         if self.task in ("train", "evaluate") and truncates:
             raise UsageError(
                 "--temperature 0, --top_k, --top_p, --min_new_tokens and --stop are for --task generate: training and "
                 "its evaluation must score the very distribution they sample from; use --temperature alone"
             )
-        if self.task == "train" and self.dtype != "float32" and not self.has_adapter:
+        if training and self.dtype != "float32" and not self.has_adapter:
             raise UsageError(
-                f"--dtype {self.dtype} would round most of Adam's small steps away; train in float32, with "
-                "--mixed_precision bf16 if it should be fast, or an adapter on such weights (--lora_r)"
+                f"--dtype {self.dtype} would round most of Adam's small steps away; train in float32 (fast with "
+                "--mixed_precision bf16), or an adapter on such weights (--lora_r)"
             )
 
     @property
@@ -254,7 +213,8 @@ def check_value(spec: dataclasses.Field, value) -> None:
     """Raise UsageError if a field's value is not among its choices or not in its interval."""
     choices, interval = spec.metadata["choices"], spec.metadata["interval"]
     if choices and value not in choices:
-        raise UsageError(f"--{spec.name} {value!r} is not one of {', '.join(choices)}{nearest(str(value), choices)}")
+        known = ", ".join(filter(None, choices)) + nearest(str(value), choices)
+        raise UsageError(f"--{spec.name} {value!r} is not one of {known}")
     if interval:
         low, high = (float(bound) for bound in interval[1:-1].split(","))
         above = value > low if interval[0] == "(" else value >= low
@@ -272,10 +232,6 @@ def nearest(word: str, choices) -> str:
     """A clause that proposes the choice most like the word, or nothing."""
     close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
     return f"; did you mean {close[0]}?" if close else ""
-
-
-def nearest_divisor(number: int, wanted: int) -> int:
-    return min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: abs(d - wanted))
 
 
 def coerce(spec: dataclasses.Field, value):
@@ -322,19 +278,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="main.py",
         usage=f"main.py [--task {{{','.join(TASKS)}}}] [--preset NAME] [--config FILE] [--field VALUE ...]",
-        description="PPO for language models. Without a preset or model it trains the tiny preset: a teaching "
-        "demonstration with a small model made here, offline. Defaults below are those without a preset.",
+        description="PPO for language models. Without a preset or model it trains tiny, a teaching demonstration with "
+        "a small model made here, offline. Defaults below are those without a preset.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings; flags override it")
-    groups: dict[str, argparse._ArgumentGroup] = {}
+    names = dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(Config))
+    groups = {name: parser.add_argument_group(name) for name in names}
     for spec in dataclasses.fields(Config):
-        group = spec.metadata["group"]
-        if group not in groups:
-            groups[group] = parser.add_argument_group(group)
-        choices = f"[{' | '.join(spec.metadata['choices'])}]" if spec.metadata["choices"] else ""
-        limits = spec.metadata["interval"] or choices
+        choices = " | ".join(filter(None, spec.metadata["choices"]))
+        limits = spec.metadata["interval"] or (choices and f"[{choices}]")
         default = "none" if spec.default in ("", ()) else spec.default
         text = " ".join(filter(None, [spec.metadata["help"], limits, f"(default {default})"]))
         if spec.type is bool:
@@ -343,78 +297,37 @@ def build_parser() -> argparse.ArgumentParser:
             settings = {"action": "append", "metavar": "TEXT"}
         else:
             settings = {"metavar": spec.type.__name__.upper()}
-        groups[group].add_argument(f"--{spec.name}", help=text.replace("%", "%%"), **settings)
+        groups[spec.metadata["group"]].add_argument(f"--{spec.name}", help=text.replace("%", "%%"), **settings)
     return parser
 
 
-def run_of(entry: str) -> tuple[str, str]:
-    """Name and folder of a run given as NAME=FOLDER, or as a folder alone, in whose own name there may be a `=`."""
-    name, sign, folder = entry.partition("=")
-    return (name, folder) if sign and not Path(entry).is_dir() else (Path(entry).name, entry)
-
-
-def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = "value_head.safetensors") -> Path:
-    """output_dir, or the newest run under saved_models/ that holds the file `marker`; of that name or preset, if any.
-
-    Raises UsageError if there is none.
-    """
-    if output_dir:
-        if not (Path(output_dir) / marker).exists():
-            raise UsageError(f"--output_dir {output_dir} holds no trained run; run `python main.py --task train` first")
-        return Path(output_dir)
-    check_preset(preset)
-    place = name.partition("{")[0] or f"{preset}*"
-    runs = [path.parent for path in Path("saved_models").glob(f"{place}/**/ppo*/{marker}")]
-    if not runs:
-        wanted = f"--run_name {name}: " if name else f"--preset {preset}: " if preset else ""
-        raise UsageError(f"{wanted}saved_models/ holds no trained run; run `python main.py --task train` first")
-    return max(runs, key=lambda run: (run / marker).stat().st_mtime)
-
-
-def run_settings(settings: dict) -> dict:
-    """The settings of a finished run, as the base of the tasks that use it; takes its folder out of `settings`."""
-    marker = "training_stats.json" if settings["task"] == "plot" else "value_head.safetensors"
-    named = settings.get("policies", ()) if settings["task"] == "plot" else ()
-    folder = settings.pop("output_dir", "") or (run_of(named[0])[1] if named else "")
-    run = newest_run(folder, settings.pop("run_name", ""), settings.pop("preset", ""), marker)
-    try:
-        stored = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{run / 'run_config.json'} cannot be read: {error}") from None
-    return stored | {"output_dir": str(run)}
-
-
-def parse_args(arguments: list[str] | None = None) -> Config:
-    """Resolve flags, file and preset into a Config. Raises UsageError, which names the nearest valid choice."""
-    given, unknown = build_parser().parse_known_args(arguments)
-    flags = vars(given)
-    specs = {spec.name: spec for spec in dataclasses.fields(Config)}
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        flags = [f"--{name}" for name in [*specs, "config"]]
-        close = f"; did you mean --task {flag}?" if flag in TASKS else nearest(flag, flags)
-        raise UsageError(f"unknown argument {flag}{close}")
-    path = flags.pop("config", "")
-    from_file = read_config_file(path) if path else {}
-    for name in from_file:
-        if name not in specs:
-            raise UsageError(f"--config {path} has an unknown field {name!r}{nearest(str(name), specs)}")
-    settings = {name: coerce(specs[name], value) for name, value in {**from_file, **flags}.items()}
-    base = run_settings(settings) if settings.get("task") in USES_A_RUN else preset_settings(settings)
-    merged = {name: coerce(specs[name], value) for name, value in {**base, **settings}.items() if name in specs}
-    return Config(**merged)
-
-
 def preset_settings(settings: dict) -> dict:
-    """The preset's row of values; tiny's where neither a preset nor a model is named. Raises UsageError if unknown."""
+    """The preset's row of values; tiny's where neither a preset nor a model is named."""
     preset = settings.get("preset") or ("" if settings.get("base_model_name") else "tiny")
-    check_preset(preset)
     return {"preset": preset} | PRESETS.get(preset, {})
 
 
-def check_preset(preset: str) -> None:
-    if preset and preset not in PRESETS:
-        raise UsageError(f"--preset {preset!r} is not one of {', '.join(PRESETS)}{nearest(preset, PRESETS)}")
+def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict], dict] = preset_settings) -> Config:
+    """Resolve flags, file, and preset into a Config; for a task that uses a run, its settings, by `run_settings`.
+
+    Raises UsageError, which names the nearest valid choice.
+    """
+    flags, unknown = build_parser().parse_known_args(arguments)
+    specs = {spec.name: spec for spec in dataclasses.fields(Config)}
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known = [f"--{name}" for name in (*specs, "config")]
+        close = f"; did you mean --task {flag}?" if flag in TASKS else nearest(flag, known)
+        raise UsageError(f"unknown argument {flag}{close}")
+    path = vars(flags).pop("config", "")
+    from_file = read_config_file(path) if path else {}
+    for name in from_file.keys() - specs.keys():
+        raise UsageError(f"--config {path} has an unknown field {name!r}{nearest(str(name), specs)}")
+    settings = {name: coerce(specs[name], value) for name, value in {**from_file, **vars(flags)}.items()}
+    check_value(specs["preset"], settings.get("preset", ""))
+    base = run_settings(settings) if settings.get("task") in USES_A_RUN else preset_settings(settings)
+    merged = {name: coerce(specs[name], value) for name, value in {**base, **settings}.items() if name in specs}
+    return Config(**merged)
 
 
 def describe(config: Config) -> str:

@@ -7,14 +7,10 @@ that had no part in the training: a bag-of-words classifier and a language model
 import itertools
 import json
 import math
-import re
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from checkpoint import stage_folder, trained_stage, write_table, write_whole
 from config import Config, UsageError
@@ -129,47 +125,19 @@ def perplexity_under(judge: PolicyModel, rows: list[dict], pad_id: int) -> float
     return math.exp(total / count)
 
 
-def words_and_pairs(text: str) -> list[str]:
-    """The features of the bag-of-words judge: lower-cased words, and pairs of neighbours, so that `not bad` is one."""
-    words = re.findall(r"[a-z']+", text.lower())
-    return words + [f"{a} {b}" for a, b in itertools.pairwise(words)]
+def bag_of_words_judge(texts: list[str], labels: list[int]):
+    """A classifier of scikit-learn, fitted: logistic regression on lower-cased words and pairs of neighbours, so that
+    `not bad` is one feature; of those that three texts hold.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer  # here, as only the models trained here have a judge
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    words_and_pairs = CountVectorizer(ngram_range=(1, 2), min_df=3, token_pattern="[a-z']+")
+    return make_pipeline(words_and_pairs, LogisticRegression(max_iter=1000)).fit(texts, labels)
 
 
-def bag_of_words_judge(texts: list[str], labels: list[int], min_count: int = 3) -> Callable[[list[str]], np.ndarray]:
-    """A logistic regression on words and word pairs; returns a function from texts to the probability of label 1."""
-    bags = [words_and_pairs(text) for text in texts]
-    counts = Counter(feature for bag in bags for feature in bag)
-    index = {feature: i for i, feature in enumerate(sorted(f for f, n in counts.items() if n >= min_count))}
-    weights = nn.EmbeddingBag(len(index) + 1, 1, mode="mean")  # the last feature stands for every unknown one
-    nn.init.zeros_(weights.weight)
-
-    def logits(some_bags: list[list[str]]) -> torch.Tensor:
-        features = [[index.get(feature, len(index)) for feature in bag] or [len(index)] for bag in some_bags]
-        offsets = torch.tensor([0, *np.cumsum([len(row) for row in features])[:-1]])
-        return weights(torch.tensor([i for row in features for i in row]), offsets)[:, 0]
-
-    optimizer = torch.optim.Adam(weights.parameters(), lr=0.3)
-    targets = torch.tensor(labels, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(6):
-        for rows in torch.randperm(len(bags), generator=generator).split(256):
-            loss = nn.functional.binary_cross_entropy_with_logits(logits([bags[i] for i in rows]), targets[rows])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-    def judge(some_texts: list[str]) -> np.ndarray:
-        with torch.no_grad():
-            return logits([words_and_pairs(text) for text in some_texts]).sigmoid().numpy()
-
-    return judge
-
-
-def judge_accuracy(judge: Callable, texts: list[str], labels: list[int]) -> float:
-    return float(((judge(texts) > 0.5) == np.array(labels)).mean())
-
-
-def load_text_judge(config: Config) -> Callable | None:
+def load_text_judge(config: Config):
     """The bag-of-words judge, its accuracy printed; None where the data has no labels of 0 and 1."""
     rows, held_out = load_rows(config, "judge"), load_rows(config, "test", 2000)
     if config.label_column not in rows[0] or {row[config.label_column] for row in rows} != {0, 1}:
@@ -182,7 +150,7 @@ def load_text_judge(config: Config) -> Callable | None:
     tests = {"held-out texts": held_out}
     if not config.dataset_path:
         tests |= {f"{kind} reviews": movie_reviews(1000, len(PARTS), kind) for kind in ("negated", "mixed")}
-    figures = [f"{judge_accuracy(judge, *texts_and_labels(some)):.1%} on {name}" for name, some in tests.items()]
+    figures = [f"{judge.score(*texts_and_labels(some)):.1%} on {name}" for name, some in tests.items()]
     print("independent judge (words and word pairs), accuracy: " + ", ".join(figures))
     return judge
 
@@ -197,7 +165,7 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
     return PolicyModel(load_language_model(str(folder), "float32", pick_device(config.device))).eval()
 
 
-def summarise(rows: list[dict], text_judge: Callable | None, fluency_judge: PolicyModel | None, pad_id: int) -> dict:
+def summarise(rows: list[dict], text_judge, fluency_judge: PolicyModel | None, pad_id: int) -> dict:
     """A policy's figures: means under the plain name; of `own_numbers` also `_std` (population), `_min` and `_max`."""
     summary = {}
     for name in own_numbers(rows[0]):
@@ -209,7 +177,7 @@ def summarise(rows: list[dict], text_judge: Callable | None, fluency_judge: Poli
     nats = -sum(row["reference_logprob"] for row in rows) / sum(row["length"] for row in rows)
     summary["reference_perplexity"] = math.exp(nats)
     if text_judge:
-        summary["positive"] = float((text_judge([row["text"] for row in rows]) > 0.5).mean())
+        summary["positive"] = float(text_judge.predict([row["text"] for row in rows]).mean())
     if fluency_judge:
         summary["perplexity"] = perplexity_under(fluency_judge, rows, pad_id)
     return summary
@@ -235,6 +203,26 @@ def side_by_side(tables: dict[str, list[dict]]) -> list[dict]:
             row |= {f"{name}_{policy}": own[name] for policy, own in zip(tables, rows, strict=True)}
         table.append(row | {"reward_diff": rows[-1]["reward"] - rows[0]["reward"]})
     return table
+
+
+def reward_difference(comparison: dict) -> str:
+    """A line a policy after the first: both mean rewards on the same prompts, and the interval of the difference."""
+    (first, before), *others = ((name, own["reward"]) for name, own in comparison["figures"].items())
+    return "\n".join(
+        f"reward on {comparison['n_prompts']} held-out prompts: {before:.3f} {first}, {after:.3f} {name}; difference "
+        "{:+.3f}, 95 % interval [{:+.3f}, {:+.3f}]".format(*comparison["differences"][name]["reward"].values())
+        for name, after in others
+    )
+
+
+def sample_pairs(comparison: dict, count: int = 3) -> str:
+    """A few prompts with each policy's response to it and the reward."""
+    lines = []
+    for row in comparison["samples"][:count]:
+        lines.append(f"prompt  {row['query']!r}")
+        for name in comparison["figures"]:
+            lines.append(f"  {name:6} ({row[f'reward_{name}']:+.2f}) {row[f'response_{name}'].strip()}")
+    return "\n".join(lines)
 
 
 def policy_paths(config: Config, base_model: str) -> dict[str, str]:

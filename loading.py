@@ -2,27 +2,20 @@
 
 import copy
 import functools
-import hashlib
 import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub
 import torch
+import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForTextEncoding,
-    AutoTokenizer,
-    BitsAndBytesConfig,
     GPT2Config,
     GPT2LMHeadModel,
     PretrainedConfig,
@@ -32,7 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from checkpoint import write_whole
+from checkpoint import whole_folder, write_manifest
 from config import Config, UsageError, first_line
 from model import PolicyModel, frozen_copy
 
@@ -47,14 +40,10 @@ def pick_device(name: str) -> torch.device:
     """`auto` is CUDA where there is one, else the CPU. Raises UsageError for a device that is not here."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda") from None
-    return device
+    with suppress(RuntimeError, AssertionError):
+        if torch.empty(0, device=name).device.type in ("cpu", "cuda"):
+            return torch.device(name)
+    raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda")
 
 
 @functools.cache
@@ -93,14 +82,14 @@ def load(from_pretrained: Callable, flag: str, path: str, **settings):
 
 def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokenizerBase:
     """A tokenizer that cuts long texts on the left and can pad: with its EOS where it has no pad token of its own."""
-    tokenizer = load(AutoTokenizer.from_pretrained, flag, path)
+    tokenizer = load(transformers.AutoTokenizer.from_pretrained, flag, path)
     tokenizer.truncation_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None or (flag != "reward_model_path" and tokenizer.eos_token_id is None):
         raise UsageError(f"--{flag} {path}: its tokenizer has no end-of-sequence token, so no response could ever end")
     base, n_ids = base_of(path), max(tokenizer.get_vocab().values()) + 1
-    config = load(AutoConfig.from_pretrained, flag if base == path else "base_model_name", base)
+    config = load(transformers.AutoConfig.from_pretrained, flag if base == path else "base_model_name", base)
     if n_ids > getattr(config, "vocab_size", n_ids):
         raise UsageError(f"--{flag} {path}: its tokenizer has {n_ids} tokens, its model embeds {config.vocab_size}")
     return tokenizer
@@ -133,14 +122,14 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dic
         return {}
     if not importlib.util.find_spec("bitsandbytes"):
         raise UsageError("loading in 8 or 4 bits needs bitsandbytes: pip install bitsandbytes")
-    settings = BitsAndBytesConfig(load_in_8bit=in_8bit, load_in_4bit=in_4bit, bnb_4bit_quant_type="nf4")
+    settings = transformers.BitsAndBytesConfig(load_in_8bit=in_8bit, load_in_4bit=in_4bit, bnb_4bit_quant_type="nf4")
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
 def load_language_model(path: str, dtype: str, device: torch.device, **settings) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, in the given dtype rather than the one it was stored in."""
-    config = with_fused_gelu(without_dropout(load(AutoConfig.from_pretrained, "base_model_name", path)))
-    factory = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    config = with_fused_gelu(without_dropout(load(transformers.AutoConfig.from_pretrained, "base_model_name", path)))
+    factory = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     settings |= {"config": config, "dtype": getattr(torch, dtype)}
     model = load(factory.from_pretrained, "base_model_name", path, **settings)
     if "device_map" not in settings:
@@ -158,14 +147,11 @@ def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> 
     """
     if not (path or config.lora_r):
         return language_model
-    try:
+    with one_sentence("--lora_r and --peft_model_path need peft, pip install peft"):
         import peft
-    except ImportError:
-        raise UsageError("--lora_r and --peft_model_path need peft: pip install peft") from None
     base = config.base_model_name or language_model.name_or_path
     if path:
-        files = list(Path(path).glob("adapter_*"))
-        if Path(path).exists() and len(files) < 2:  # peft would ask the Hub for what is missing
+        if Path(path).exists() and len(list(Path(path).glob("adapter_*"))) < 2:  # peft would ask the Hub for the other
             raise UsageError(f"--peft_model_path {path} lacks adapter_config.json or adapter_model.safetensors")
         settings = without_dropout(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
         settings.inference_mode = False
@@ -190,8 +176,8 @@ def load_critic(config: Config, run: str, base_model: str, device: torch.device)
         return None
     saved = Path(run) / "critic"
     path = str(saved) if saved.exists() else base_model
-    factory = AutoModel if config.critic == "separate" else AutoModelForTextEncoding
-    critic_config = without_dropout(load(AutoConfig.from_pretrained, "base_model_name", path))
+    factory = transformers.AutoModel if config.critic == "separate" else transformers.AutoModelForTextEncoding
+    critic_config = without_dropout(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
     return load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32).to(device)
 
 
@@ -235,55 +221,47 @@ def base_of(path: str) -> str:
         return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or path
 
 
-def save_policy(policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False) -> None:
+def save_policy(
+    policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False, replaces: str = ""
+) -> None:
     """The language model, or its adapter alone, and the tokenizer in the formats of transformers and peft, loadable
     without this project; value head and critic beside them; and a manifest that says what is there.
 
-    With `merge`, an adapter is folded into a copy of the whole model.
+    With `merge`, an adapter is folded into a copy of the whole model. `replaces` as in `whole_folder`.
     """
     language_model = policy.language_model
     if merge and hasattr(language_model, "merge_and_unload"):
         language_model = copy.deepcopy(language_model).merge_and_unload()
-    language_model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if policy.critic is not None:
-        policy.critic.save_pretrained(folder / "critic")
-    head = {name: tensor.contiguous().cpu() for name, tensor in policy.value_head.state_dict().items()}
-    save_file(head, folder / "value_head.safetensors")
-    write_manifest(folder, "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM")
-
-
-def write_manifest(folder: Path, factory: str) -> None:
-    """manifest.json: the line of Python that loads what the folder holds, and every file with its SHA-256."""
-    base, loads_with = base_of(str(folder)), f"transformers.{factory}.from_pretrained(FOLDER)"
-    if base != str(folder):
-        loads_with = f"peft.PeftModel.from_pretrained(transformers.{factory}.from_pretrained({base!r}), FOLDER)"
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    hashes = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    write_whole(folder / "manifest.json", json.dumps({"loads_with": loads_with, "sha256": hashes}, indent=2))
+    with whole_folder(folder, replaces) as scratch:
+        language_model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        if policy.critic is not None:
+            policy.critic.save_pretrained(scratch / "critic")
+        head = {name: tensor.contiguous().cpu() for name, tensor in policy.value_head.state_dict().items()}
+        save_file(head, scratch / "value_head.safetensors")
+        factory = "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM"
+        write_manifest(scratch, f"transformers.{factory}.from_pretrained({{}})", base_of(str(scratch)))
 
 
 def context_length(config: PretrainedConfig) -> int:
     """The most tokens a model can read at once; the relative positions of T5 and its kin have no limit."""
-    if hasattr(config, "relative_attention_num_buckets"):
+    limits = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings")]
+    if hasattr(config, "relative_attention_num_buckets") or not any(limits):
         return 10**9
-    for name in ("n_positions", "max_position_embeddings"):
-        if getattr(config, name, None):
-            # RoBERTa's positions start behind its padding index
-            return getattr(config, name) - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
-    return 10**9
+    # RoBERTa's positions start behind its padding index
+    return next(filter(None, limits)) - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
 
 
 def check_context(config: Config, policy: PolicyModel) -> None:
     """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
     context, apart = context_length(policy.language_model.config), policy.is_encoder_decoder
     prompt, response = config.max_prompt_length, config.max_new_tokens
-    flags = f"--max_prompt_length {prompt} {'or' if apart else 'plus'} --max_new_tokens {response} is more than"
-    if apart and max(prompt, response) > context:
-        raise UsageError(f"{flags} the {context} tokens that the model's encoder and decoder can each read")
-    if not apart and prompt + response > context:
-        left = f"beside such a response there is room for --max_prompt_length {max(context - response, 0)}"
-        raise UsageError(f"{flags} the {context} tokens that the model can read; {left}")
+    if (max(prompt, response) if apart else prompt + response) > context:
+        raise UsageError(
+            f"--max_prompt_length {prompt} {'or' if apart else 'plus'} --max_new_tokens {response} is more than the "
+            f"{context} tokens that the model can read; beside such a response "
+            f"there is room for --max_prompt_length {max(context - response, 0)}"
+        )
 
 
 def new_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:

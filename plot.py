@@ -3,14 +3,15 @@
 import json
 import math
 import textwrap
-from itertools import chain, cycle, groupby
+from itertools import chain, cycle
 from pathlib import Path
 from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from checkpoint import check_writable
-from config import UsageError, run_of
+from checkpoint import check_writable, run_of
+from config import UsageError
+from evaluation import reward_difference, sample_pairs
 
 PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
     "reward": ["reward"],
@@ -60,26 +61,6 @@ def comparison_table(comparison: dict) -> str:
             if name in paired:
                 line += "   {} - {} {:+.3f} [{:+.3f}, {:+.3f}]".format(other, first, *paired[name].values())
         lines.append(line)
-    return "\n".join(lines)
-
-
-def reward_difference(comparison: dict) -> str:
-    """A line a policy after the first: both mean rewards on the same prompts, and the interval of the difference."""
-    (first, before), *others = ((name, own["reward"]) for name, own in comparison["figures"].items())
-    return "\n".join(
-        f"reward on {comparison['n_prompts']} held-out prompts: {before:.3f} {first}, {after:.3f} {name}; difference "
-        "{:+.3f}, 95 % interval [{:+.3f}, {:+.3f}]".format(*comparison["differences"][name]["reward"].values())
-        for name, after in others
-    )
-
-
-def sample_pairs(comparison: dict, count: int = 3) -> str:
-    """A few prompts with each policy's response to it and the reward."""
-    lines = []
-    for row in comparison["samples"][:count]:
-        lines.append(f"prompt  {row['query']!r}")
-        for name in comparison["figures"]:
-            lines.append(f"  {name:6} ({row[f'reward_{name}']:+.2f}) {row[f'response_{name}'].strip()}")
     return "\n".join(lines)
 
 
@@ -175,15 +156,10 @@ def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = ()) -> None
 
 def plot_reliability(folder: Path, probabilities: list[float], right: list[bool], bins: int = 10) -> Path:
     """Draw how often a classifier is right against how certain it is: on the diagonal if its certainty is honest."""
-    points, (axis,) = reliability(probabilities, right, bins), new_figure(1)
+    from sklearn.calibration import calibration_curve  # here, as it takes a second to import
+
+    (axis,), (shares, certainties) = new_figure(1), calibration_curve(right, probabilities, n_bins=bins)
     axis.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
-    axis.scatter([p[0] for p in points], [p[1] for p in points], [10 + 200 * p[2] / len(right) for p in points])
+    axis.plot(certainties, shares, "o")
     axis.set(xlabel="certainty", ylabel="share that is right")
     return save_figure(axis, folder / "plots/reliability.png", f"{folder}: {len(right)} held-out rows")
-
-
-def reliability(probabilities: list[float], right: list[bool], bins: int) -> list[tuple[float, float, int]]:
-    """Mean certainty, share right and count of the rows in each bin of certainty that has any."""
-    grouped = groupby(sorted(zip(probabilities, right, strict=True)), lambda row: min(int(row[0] * bins), bins - 1))
-    columns = [tuple(zip(*group, strict=True)) for _, group in grouped]
-    return [(fmean(certainty), fmean(hits), len(hits)) for certainty, hits in columns]

@@ -122,16 +122,12 @@ def check_invariants(policy: PolicyModel, rollout: Rollout, sampled: Sample, con
         again = policy(rows.query_ids, rows.query_mask, rows.response_ids, rows.mask, config.temperature).logprobs
     ratio = importance_ratio(again, rows.logprobs, rows.mask)
     if not (ratio - 1).abs().max().item() <= tolerance:
-        raise RunError(
-            f"the importance ratio is {ratio.max().item():.4f} before any update, expected 1: scoring is random"
-        )
+        raise RunError(f"the importance ratio is {ratio.max().item():.4f} before any update, not 1: scoring is random")
     kl = torch.where(rollout.mask, (rollout.logprobs - rollout.ref_logprobs).abs(), 0.0).max().item()
     if config.reference_in_8bit:
         print(f"policy and 8-bit reference differ by at most {kl:.3g} nats on a token before any update")
     elif not kl <= tolerance:
-        raise RunError(
-            f"policy and reference differ by {kl:.3g} nats on a token before any update: not the same weights"
-        )
+        raise RunError(f"policy and reference differ by {kl:.3g} nats on a token before any update: other weights")
 
 
 def rollout_stats(

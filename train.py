@@ -9,6 +9,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -18,25 +19,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 import ppo
-from checkpoint import claim_folder, move_into, notice, whole_folder, write_whole
-from config import Config, RunError, to_json
+import report
+from checkpoint import claim_folder, move_into, notice
+from config import Config, RunError
 from dataset import Prompt, load_prompts, prompt_batches
-from evaluation import compare, evaluate_policy
+from evaluation import compare, evaluate_policy, reward_difference, sample_pairs
 from generate import Sample, eval_mode, respond
 from loading import check_context, load_policy, load_reference, load_tokenizer, pick_device, save_policy
 from model import PolicyModel, score_rows
-from plot import plot_training, reward_difference, sample_pairs
-from report import (
-    alarms,
-    bar_numbers,
-    batch_arithmetic,
-    check_invariants,
-    count_parameters,
-    memory_estimate,
-    rollout_stats,
-    timing,
-    write_logs,
-)
+from plot import plot_training
 from reward import RewardTerm, load_reward_terms, total_reward
 
 
@@ -109,7 +100,7 @@ def collect_rollout(
     behaviour = (logprobs, ref_logprobs, values)
     learned_from = (scores, kl, token_rewards, advantages, returns)
     rollout = ppo.Rollout(*batch, *behaviour, *learned_from)
-    stats = rollout_stats(rollout, term_rewards, rewards, responses)
+    stats = report.rollout_stats(rollout, term_rewards, rewards, responses)
     stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
     return Collected(rollout, sampled, responses, term_rewards, rewards, stats, moments)
 
@@ -122,18 +113,15 @@ def minibatch_loss(
     Token means with the divisor `n_tokens`, the count of the whole minibatch of which `rows` may be a part: losses,
     gradients and statistics of the parts add up to those of the whole.
     """
-    new = policy(
-        rows.query_ids, rows.query_mask, rows.response_ids, rows.mask, config.temperature, config.entropy_coef > 0
-    )
+    batch = (rows.query_ids, rows.query_mask, rows.response_ids, rows.mask)
+    new = policy(*batch, config.temperature, with_entropy=config.entropy_coef > 0)
     ratio = ppo.importance_ratio(new.logprobs, rows.logprobs, rows.mask)
     policy_losses, clipped = ppo.policy_losses(ratio, rows.advantages, rows.mask, config.clip_range)
     value_losses, value_clipped = ppo.value_losses(
         new.values, rows.values, rows.returns, rows.mask, config.clip_range_value
     )
 
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return ppo.masked_mean(x, rows.mask, n_tokens)
-
+    mean = partial(ppo.masked_mean, mask=rows.mask, count=n_tokens)
     policy_loss, value_loss = mean(policy_losses), mean(value_losses)
     loss = policy_loss + config.value_coef * value_loss
     if config.entropy_coef > 0:
@@ -206,15 +194,14 @@ def n_updates(config: Config, n_prompts: int) -> int:
 
 def train(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
+    torch.manual_seed(config.seed)
     models, prompts = load_models(config, base_model, reward_model_path)
     config = replace(config, n_updates=n_updates(config, len(prompts)))
-    validation = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
-    held_out = validation  # unless it chooses the policy: it cannot judge it then
-    if config.eval_every:
-        held_out = load_prompts(config, models.tokenizer, "test", config.eval_samples)
+    parts = ("validation", "test" if config.eval_every else "validation")  # what chooses a policy cannot judge it
+    validation, held_out = (load_prompts(config, models.tokenizer, part, config.eval_samples) for part in parts)
     check_context(config, models.policy)
-    print(f"{base_model}: {count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
-    print(f"{batch_arithmetic(config, len(prompts))}\n{memory_estimate(config, models.policy)}")
+    print(f"{base_model}: {report.count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
+    print(f"{report.batch_arithmetic(config, len(prompts))}\n{report.memory_estimate(config, models.policy)}")
 
     generator = torch.Generator().manual_seed(config.seed)
     batches = prompt_batches(prompts, config.batch_size, generator)
@@ -224,13 +211,14 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     if config.eval_every:
         models.policy.load_state_dict(best.weights, strict=False)
         print(f"the policy of update {best.step} is kept, with a reward of {best.reward:.3f} on validation prompts")
-    save(models, config, folder / "policy")
+    save_policy(models.policy, models.tokenizer, folder / "policy", config.merge)
     move_into(folder / "policy", folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if config.final_dir:
-        save(models, config, Path(config.final_dir).resolve(), replaces="manifest.json")
-    before, after = (evaluate_with(models, policy, held_out, config) for policy in (models.reference, models.policy))
-    comparison = compare({"before": before, "after": after})
+        final = Path(config.final_dir).resolve()
+        save_policy(models.policy, models.tokenizer, final, config.merge, replaces="manifest.json")
+    policies = {"before": models.reference, "after": models.policy}
+    comparison = compare({n: evaluate_policy(p, *models[1:], held_out, config) for n, p in policies.items()})
     figure = plot_training(folder, notice(config))
     print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     print(f"policy, tokenizer, logs: {folder}\ntraining curves: {figure}")
@@ -258,31 +246,28 @@ def run_updates(
         collected = collect_rollout(models, batch, config, kl_coef, generator, moments)
         moments = collected.moments
         if step == 0:
-            check_invariants(policy, collected.rollout, collected.sampled, config)
-            claim_folder(folder)
-            write_whole(folder / "run_config.json", to_json(config))
-            if config.trains_from_scratch:
-                write_whole(folder / "NOTICE.txt", notice(config) + "\n")
+            report.check_invariants(policy, collected.rollout, collected.sampled, config)
+            claim_folder(folder, config)
         sampled = time.perf_counter()
         optimizer.param_groups[0]["lr"] = rate = learning_rate(config, step)
         stats = update(policy, optimizer, collected.rollout, config, generator)
-        if not torch.isfinite(torch.tensor(stats["loss"])):
+        if not math.isfinite(stats["loss"]):
             raise RunError(f"the loss is {stats['loss']} at update {step}; try a lower --learning_rate")
         log.append({"step": step, **collected.stats, **stats, "kl_coef": kl_coef, "learning_rate": rate})
-        raised = alarms(log, config.batch_size)
+        raised = report.alarms(log, config.batch_size)
         log[-1]["alarms"] = list(raised.values())
         for name in [name for name in raised if name not in announced]:
             bar.write(f"alarm at update {step}: {raised[name]}")
         announced |= raised.keys()
-        timings.append(timing(step, started, sampled, collected.rollout))
+        timings.append(report.timing(step, started, sampled, collected.rollout))
         if config.eval_every and ((step + 1) % config.eval_every == 0 or step + 1 == config.n_updates):
             best = keep_best(models, validation, config, folder / "checkpoints/best", log[-1], best)
         if config.kl_target:
             kl_coef = ppo.adapt_kl_coef(
                 kl_coef, collected.stats["kl_k3"], config.kl_target, config.kl_horizon, config.batch_size
             )
-        write_logs(folder, log, timings, log_rows(step, batch, collected))
-        bar.set_postfix(bar_numbers(collected.stats), refresh=False)
+        report.write_logs(folder, log, timings, log_rows(step, batch, collected))
+        bar.set_postfix(report.bar_numbers(collected.stats), refresh=False)
     return best
 
 
@@ -291,21 +276,12 @@ def keep_best(models: Models, prompts: list[Prompt], config: Config, folder: Pat
 
     The one before gives way to it. What is on disk is for a run that does not live to its end.
     """
-    row["eval_reward"] = fmean(own["reward"] for own in evaluate_with(models, models.policy, prompts, config))
+    row["eval_reward"] = fmean(own["reward"] for own in evaluate_policy(*models, prompts, config))
     if row["eval_reward"] <= best.reward:
         return best
-    save(models, replace(config, merge=False), folder, replaces="manifest.json")
+    save_policy(models.policy, models.tokenizer, folder, replaces="manifest.json")
     weights = {name: p.detach().clone() for name, p in models.policy.named_parameters() if p.requires_grad}
     return Best(row["eval_reward"], row["step"], weights)
-
-
-def evaluate_with(models: Models, policy: PolicyModel, prompts: list[Prompt], config: Config) -> list[dict]:
-    return evaluate_policy(policy.eval(), models.reference, models.tokenizer, models.terms, prompts, config)
-
-
-def save(models: Models, config: Config, folder: Path, replaces: str = "") -> None:
-    with whole_folder(folder, replaces) as scratch:
-        save_policy(models.policy, models.tokenizer, scratch, config.merge)
 
 
 def log_rows(step: int, prompts: list[Prompt], collected: Collected) -> list[dict]:
@@ -330,7 +306,7 @@ def load_models(config: Config, base_model: str, reward_model_path: str) -> tupl
 def dry_run(models: Models, prompts: list[Prompt], config: Config, generator: torch.Generator) -> None:
     """Everything but the update: one rollout, the invariants, three samples with their rewards."""
     collected = collect_rollout(models, prompts, config, config.kl_coef, generator)
-    check_invariants(models.policy, collected.rollout, collected.sampled, config)
+    report.check_invariants(models.policy, collected.rollout, collected.sampled, config)
     print("start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout")
     for i in range(min(3, len(prompts))):
         terms = ", ".join(f"{name} {values[i].item():.3f}" for name, values in collected.terms.items())

@@ -13,13 +13,16 @@ from checkpoint import (
     move_into,
     new_ppo_folder,
     new_stage_folder,
+    newest_run,
+    notice,
+    run_of,
     stage_folder,
     trained_stage,
     whole_folder,
     write_table,
     write_whole,
 )
-from config import RunError, UsageError, newest_run, run_of, to_json
+from config import RunError, UsageError, to_json
 
 pytest_plugins = ["micro"]
 
@@ -192,10 +195,9 @@ def test_the_newest_run_is_the_one_whose_policy_was_saved_last(tmp_path, monkeyp
     (tmp_path / "saved_models/tiny/ppo-3").mkdir()  # unfinished: no policy in it yet
     assert str(newest_run("")) == "saved_models/tiny/ppo-2"
     assert str(newest_run("saved_models/tiny/ppo")) == "saved_models/tiny/ppo"
+    assert str(newest_run("saved_models/tiny")) == "saved_models/tiny/ppo-2"
     with pytest.raises(UsageError, match=r"--preset gpt2-imdb: .* no trained run"):
         newest_run("", preset="gpt2-imdb")
-    with pytest.raises(UsageError, match="did you mean tiny"):
-        newest_run("", preset="tinny")
     with pytest.raises(UsageError, match="ppo-3 holds no trained run"):
         newest_run("saved_models/tiny/ppo-3")
     named = tmp_path / "saved_models/kl=0.3/reviews/ppo"
@@ -237,11 +239,16 @@ def test_what_is_no_final_policy_does_not_give_way_to_one(change, words, tmp_pat
 
 
 def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path):
-    claim_folder(tmp_path / "deep" / "ppo")
-    claim_folder(tmp_path / "deep" / "ppo")  # made, and empty still
-    (tmp_path / "deep" / "ppo" / "run_config.json").write_text("{}")
+    folder, config = tmp_path / "deep" / "ppo", micro_config()
+    claim_folder(folder, config)
+    assert names(folder) == {"run_config.json", "NOTICE.txt"}
+    assert (folder / "run_config.json").read_text() == to_json(config)
+    assert (folder / "NOTICE.txt").read_text() == notice(config) + "\n"
     with pytest.raises(RunError, match="has been taken by another run"):
-        claim_folder(tmp_path / "deep" / "ppo")
+        claim_folder(folder, config)
+    (tmp_path / "empty").mkdir()
+    claim_folder(tmp_path / "empty", micro_config(base_model_name="gpt2"))
+    assert names(tmp_path / "empty") == {"run_config.json"}
 
 
 @pytest.mark.parametrize("change", [{"label_column": "stars"}, {"dataset_split": "test"}, {"base_model_name": "x"}])

@@ -18,14 +18,12 @@ from evaluation import (
     compare,
     diversity,
     evaluate_policy,
-    judge_accuracy,
     load_text_judge,
     paired_differences,
     perplexity_under,
     policy_paths,
     side_by_side,
     summarise,
-    words_and_pairs,
 )
 from loading import new_language_model
 from model import PolicyModel
@@ -171,20 +169,19 @@ def test_perplexity_under_another_model_equals_brute_force(tokenizer):
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def test_the_features_are_words_and_neighbouring_pairs():
-    assert words_and_pairs("It's NOT bad, at all!") == [
-        *("it's", "not", "bad", "at", "all"),
-        *("it's not", "not bad", "bad at", "at all"),
-    ]
-    assert words_and_pairs("?!") == []
+def test_the_features_are_words_and_neighbouring_pairs_of_three_texts():
+    texts = ["It's NOT bad, at all!"] * 3 + ["I saw 2 of it."] * 2
+    vectorizer = bag_of_words_judge(texts, [1, 1, 1, 0, 0])[0]
+    words, pairs = ["it's", "not", "bad", "at", "all"], ["it's not", "not bad", "bad at", "at all"]
+    assert sorted(vectorizer.vocabulary_) == sorted(words + pairs)
 
 
 def test_the_judge_tells_not_bad_from_bad():
     """Words alone cannot: each of them stands in as many positive texts as negative ones."""
     positive, negative = ["the film is not bad", "the film is good"], ["the film is bad", "the film is not good"]
     judge = bag_of_words_judge((positive + negative) * 100, [1, 1, 0, 0] * 100)
-    probabilities = judge(["it is not bad", "bad", "it is good", "it is not good", "the film is bad"])
-    assert (probabilities > 0.5).tolist() == [True, False, True, False, False]
+    labels = judge.predict(["it is not bad", "bad", "it is good", "it is not good", "the film is bad"])
+    assert labels.tolist() == [1, 0, 1, 0, 0]
 
 
 def test_the_judge_learns_the_built_in_reviews_and_repeats_itself():
@@ -192,20 +189,13 @@ def test_the_judge_learns_the_built_in_reviews_and_repeats_itself():
     texts, labels = ([row[name] for row in train] for name in ("text", "label"))
     held_out, known = ([row[name] for row in test] for name in ("text", "label"))
     judge = bag_of_words_judge(texts, labels)
-    assert judge_accuracy(judge, held_out, known) > 0.85
-    assert judge(held_out).tolist() == bag_of_words_judge(texts, labels)(held_out).tolist()
+    assert judge.score(held_out, known) > 0.95
+    assert (judge.predict_proba(held_out) == bag_of_words_judge(texts, labels).predict_proba(held_out)).all()
 
 
 def test_the_judge_has_an_answer_for_words_it_has_never_met():
     judge = bag_of_words_judge(["good film", "bad film"] * 10, [1, 0] * 10)
-    assert np.isfinite(judge(["xyzzy", "", "?"])).all()
-
-
-def test_accuracy_by_hand():
-    def judge(texts):
-        return np.array([0.9, 0.2, 0.6, 0.4])
-
-    assert judge_accuracy(judge, [""] * 4, [1, 0, 0, 1]) == pytest.approx(0.5, abs=1e-9)
+    assert set(judge.predict(["xyzzy", "", "?"])) <= {0, 1}
 
 
 def test_data_without_classes_has_no_judge(tmp_path):
@@ -288,10 +278,11 @@ def test_the_summary_of_a_policy_by_hand():
     ]
     read = []
 
-    def judge(texts):
+    def predict(texts):
         read.extend(texts)
-        return np.array([0.7, 0.5])
+        return np.array([1, 0])
 
+    judge = SimpleNamespace(predict=predict)
     figures = {
         **{"reward": 1.5, "reward_std": 0.5, "reward_min": 1, "reward_max": 2},
         **{"reward_fn": 4, "reward_fn_std": 2, "reward_fn_min": 2, "reward_fn_max": 6},

@@ -8,6 +8,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from config import Config, UsageError, to_json
+from evaluation import reward_difference, sample_pairs
 from main import main
 from plot import (
     BOUNDS,
@@ -19,8 +20,6 @@ from plot import (
     plot_comparison,
     plot_reliability,
     plot_training,
-    reward_difference,
-    sample_pairs,
     show_comparison,
 )
 
@@ -210,6 +209,13 @@ def boxes(figure) -> list:
     figure.draw_without_rendering()
     parts = [*figure.legends, figure._suptitle, figure._supxlabel]
     return [axis.get_tightbbox() for axis in figure.axes] + [part.get_window_extent() for part in parts]
+
+
+def test_the_reliability_figure_has_a_point_a_bin_of_certainty(tmp_path, figures):
+    plot_reliability(tmp_path, [0.55, 0.58, 1.0, 0.99], [True, False, True, True])
+    diagonal, points = figures[0].axes[0].lines
+    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
+    assert points.get_xydata().tolist() == [pytest.approx([0.565, 0.5]), pytest.approx([0.995, 1.0])]
 
 
 def test_nothing_on_a_figure_overlaps_or_is_cut_off(tmp_path, evaluated, figures):

@@ -144,7 +144,7 @@ def test_scoring_that_does_not_repeat_is_diagnosed(by, start):
     policy, rollout, sampled = start
     rollout = replace(rollout, logprobs=nudge(rollout.logprobs, by), ref_logprobs=nudge(rollout.ref_logprobs, by))
     sampled = Sample(sampled.response_ids, sampled.mask, nudge(sampled.logprobs, by))
-    with pytest.raises(RunError, match=r"the importance ratio is .* before any update, expected 1"):
+    with pytest.raises(RunError, match=r"the importance ratio is .* before any update, not 1"):
         check_invariants(policy, rollout, sampled, micro_config(batch_size=8, mini_batch_size=8))
 
 

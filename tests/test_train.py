@@ -591,7 +591,7 @@ def test_an_alarm_is_logged_at_every_step_and_printed_at_its_first(tmp_path, mon
         } <= history[-1].keys()
         return script[len(history) - 1]
 
-    monkeypatch.setattr(train, "alarms", alarms)
+    monkeypatch.setattr(report, "alarms", alarms)
     rows = run(tmp_path, settings(n_updates=5, batch_size=4, mini_batch_size=4))
     assert [row["alarms"] for row in rows] == [[], ["too short"], [], ["shorter", "cut"], ["cut off"]]
     assert seen == [list(range(n)) for n in (1, 2, 3, 4, 5)]
