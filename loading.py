@@ -98,20 +98,15 @@ def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokeni
 def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """Set every dropout probability to 0: with dropout, the same tokens would score differently each time.
 
-    In the configuration rather than in the modules, because T5 and Llama read some of theirs as plain numbers.
+    In the configuration rather than in the modules, because T5 and Llama read some of theirs as plain numbers. GPT-2's
+    and Flan-T5's activation gets its other name in transformers: the same function in one kernel, not eight.
     """
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):  # a model of several, each with a configuration of its own
             without_dropout(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-    return config
-
-
-def with_fused_gelu(config: PretrainedConfig) -> PretrainedConfig:
-    """GPT-2's and Flan-T5's activation by its other name in transformers, in one kernel, not eight."""
-    for name in ("activation_function", "dense_act_fn"):
-        if getattr(config, name, "") == "gelu_new":
+        elif value == "gelu_new":
             setattr(config, name, "gelu_pytorch_tanh")
     return config
 
@@ -128,7 +123,7 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dic
 
 def load_language_model(path: str, dtype: str, device: torch.device, **settings) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, in the given dtype rather than the one it was stored in."""
-    config = with_fused_gelu(without_dropout(load(transformers.AutoConfig.from_pretrained, "base_model_name", path)))
+    config = without_dropout(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
     factory = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     settings |= {"config": config, "dtype": getattr(torch, dtype)}
     model = load(factory.from_pretrained, "base_model_name", path, **settings)

@@ -197,8 +197,9 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     torch.manual_seed(config.seed)
     models, prompts = load_models(config, base_model, reward_model_path)
     config = replace(config, n_updates=n_updates(config, len(prompts)))
-    parts = ("validation", "test" if config.eval_every else "validation")  # what chooses a policy cannot judge it
-    validation, held_out = (load_prompts(config, models.tokenizer, part, config.eval_samples) for part in parts)
+    validation = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
+    # what chooses a policy cannot judge it
+    held_out = load_prompts(config, models.tokenizer, "test", config.eval_samples) if config.eval_every else validation
     check_context(config, models.policy)
     print(f"{base_model}: {report.count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
     print(f"{report.batch_arithmetic(config, len(prompts))}\n{report.memory_estimate(config, models.policy)}")
