@@ -14,7 +14,6 @@ import huggingface_hub
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,12 +22,9 @@ from transformers import (
     AutoModelForTextEncoding,
     AutoTokenizer,
     BitsAndBytesConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging
 
@@ -40,7 +36,6 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes|huggingface_hub")
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def pick_device(name: str) -> torch.device:
@@ -284,40 +279,3 @@ def check_context(config: Config, policy: PolicyModel) -> None:
     if not apart and prompt + response > context:
         left = f"beside such a response there is room for --max_prompt_length {max(context - response, 0)}"
         raise UsageError(f"{flags} the {context} tokens that the model can read; {left}")
-
-
-def new_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer trained on the texts: whatever a person types has tokens."""
-    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=EOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        truncation_side="left",
-        model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def new_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A small GPT-2 with random weights, sized by the config's stage fields."""
-    model_config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=config.context_length,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        activation_function="gelu_pytorch_tanh",
-        initializer_range=0.02 * (768 / config.n_embd) ** 0.5,  # GPT-2's is for a width of 768
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return GPT2LMHeadModel(without_dropout(model_config))

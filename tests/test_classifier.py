@@ -22,8 +22,8 @@ from classifier import (
     special_ends,
 )
 from config import UsageError
-from loading import new_tokenizer
 from plot import reliability
+from sft import new_tokenizer
 
 pytest_plugins = ["micro"]
 CPU = torch.device("cpu")

@@ -27,9 +27,9 @@ from evaluation import (
     summarise,
     words_and_pairs,
 )
-from loading import new_language_model
 from model import PolicyModel
 from reviews import movie_reviews
+from sft import new_language_model
 
 pytest_plugins = ["micro"]
 

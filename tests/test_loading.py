@@ -36,14 +36,13 @@ from loading import (
     load_language_model,
     load_policy,
     load_tokenizer,
-    new_language_model,
-    new_tokenizer,
     pick_device,
     save_policy,
     without_dropout,
 )
 from model import PolicyModel
 from reward import load_reward_model
+from sft import new_language_model, new_tokenizer
 
 CPU = torch.device("cpu")
 

@@ -40,12 +40,12 @@ from generate import sample
 from loading import (
     load_language_model,
     load_policy,
-    new_tokenizer,
     save_policy,
     without_dropout,
 )
 from model import PolicyModel, frozen_copy, position_ids, score_rows
 from report import TOLERANCE
+from sft import new_tokenizer
 
 CPU = torch.device("cpu")
 QUERIES = [[5, 3, 8, 2, 9], [4, 7], [6], [2, 2, 10]]

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import reward
 from config import RunError, UsageError
-from loading import new_tokenizer, save_policy
+from loading import save_policy
 from reward import (
     check_weights,
     checked_scores,
@@ -37,6 +37,7 @@ from reward import (
     text_logits,
     total_reward,
 )
+from sft import new_tokenizer
 
 pytest_plugins = ["micro"]
 CPU = torch.device("cpu")
