@@ -18,6 +18,7 @@ from config import Config, UsageError
 from dataset import column, load_rows, pad, prompt_texts
 from loading import context_length, load, load_tokenizer, pick_device
 from plot import plot_reliability
+from reward import text_logits
 from sft import fit, length_grouped, own_loss, save_stage
 
 
@@ -66,22 +67,19 @@ def pair_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     return bradley_terry_loss(*model(**batch).logits[:, 0].chunk(2))
 
 
-def pair_ids(rows: list[dict], config: Config, tokenizer, length: int) -> list[tuple[list[int], list[int]]]:
-    """Ids of prompt and chosen, and of prompt and rejected answer, by row; of a long text the last `length`."""
+def pair_texts(rows: list[dict], config: Config, tokenizer) -> tuple[list[str], list[str]]:
+    """Prompt and chosen answer of every row, and prompt and rejected answer."""
     prompts = prompt_texts(rows, config, tokenizer)
-    sides = []
-    for name, flag in ((config.chosen_column, "chosen_column"), (config.rejected_column, "rejected_column")):
-        answers = column(rows, name, flag)
-        texts = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, answers, strict=True)]
-        sides.append([ids[-length:] for ids in tokenizer(texts, add_special_tokens=False).input_ids])
-    return list(zip(*sides, strict=True))
+    chosen, rejected = (column(rows, getattr(config, flag), flag) for flag in ("chosen_column", "rejected_column"))
+    return tuple([f"{p}\n{answer}" for p, answer in zip(prompts, side, strict=True)] for side in (chosen, rejected))
 
 
 def pair_batches(
     rows: list[dict], config: Config, tokenizer, length: int, device: torch.device, generator: torch.Generator
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of chosen texts, then the rejected ones of the same rows."""
-    pairs = pair_ids(rows, config, tokenizer, length)
+    """Endless batches of chosen texts, then the rejected ones of the same rows; of a long one the last `length`."""
+    sides = [tokenizer(side, add_special_tokens=False).input_ids for side in pair_texts(rows, config, tokenizer)]
+    pairs = [(chosen[-length:], rejected[-length:]) for chosen, rejected in zip(*sides, strict=True)]
     for group in length_grouped([len(a) + len(b) for a, b in pairs], config.reward_batch_size, generator):
         texts = [pairs[i][side] for side in (0, 1) for i in group]
         yield classifier_batch(texts, [0] * len(texts), tokenizer.pad_token_id, device)
@@ -91,41 +89,12 @@ def class_batches(
     rows: list[dict], config: Config, tokenizer, length: int, device: torch.device, generator: torch.Generator
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches of labelled texts, half of them cut short."""
-    labels, texts = column(rows, config.label_column, "label_column", int), class_ids(rows, config, tokenizer)
+    labels = column(rows, config.label_column, "label_column", int)
+    texts = tokenizer(column(rows, config.prompt_column, "prompt_column"), add_special_tokens=False).input_ids
     before, behind = special_ends(tokenizer)
     for group in length_grouped([len(text) for text in texts], config.reward_batch_size, generator):
         cut = [before + cut_short(texts[i], length, generator) + behind for i in group]
         yield classifier_batch(cut, [labels[i] for i in group], tokenizer.pad_token_id, device)
-
-
-def class_ids(rows: list[dict], config: Config, tokenizer) -> list[list[int]]:
-    return tokenizer(column(rows, config.prompt_column, "prompt_column"), add_special_tokens=False).input_ids
-
-
-@torch.no_grad()
-def all_logits(model: PreTrainedModel, texts: list[list[int]], pad_id: int) -> torch.Tensor:
-    """The classifier's logits, a row a text, on the CPU."""
-    parts = []
-    for start in range(0, len(texts), 64):
-        batch = classifier_batch(texts[start : start + 64], [0] * len(texts[start : start + 64]), pad_id, model.device)
-        parts.append(model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float().cpu())
-    return torch.cat(parts)
-
-
-def class_predictions(model, texts: list[list[int]], labels: list[int], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probability that the model gives its likeliest label, and whether it is right, for each text."""
-    before, behind = special_ends(tokenizer)
-    logits = all_logits(model, [before + text + behind for text in texts], tokenizer.pad_token_id)
-    probability, label = logits.softmax(-1).max(-1)
-    return probability, label == torch.tensor(labels)
-
-
-def pair_predictions(model, pairs: list[tuple], tokenizer) -> tuple[torch.Tensor, torch.Tensor]:
-    """The probability σ(|Δr|) of the answer that the model prefers, and whether it is the chosen one, for each pair."""
-    chosen, rejected = (
-        all_logits(model, list(side), tokenizer.pad_token_id)[:, 0] for side in zip(*pairs, strict=True)
-    )
-    return (chosen - rejected).abs().sigmoid(), chosen > rejected
 
 
 def run_reward(config: Config, base_model: str) -> Path:
@@ -142,30 +111,36 @@ def run_reward(config: Config, base_model: str) -> Path:
     model = load(factory, "base_model_name", base_model, dtype=torch.float32, **settings).to(device)
     if model.config.is_encoder_decoder:
         raise UsageError(f"--task reward trains causal models and encoders here; {base_model} is neither")
-    ends = sum(map(len, special_ends(tokenizer)))
-    length = min(context_length(model.config), config.context_length) - ends
+    length = min(context_length(model.config), config.context_length)
+    room = length - sum(map(len, special_ends(tokenizer)))
     make, loss = (pair_batches, pair_loss) if config.chosen_column else (class_batches, own_loss)
     generator = torch.Generator().manual_seed(config.seed)
-    batches = make(rows, config, tokenizer, length, device, generator)
+    batches = make(rows, config, tokenizer, room, device, generator)
     fit(model, batches, config.reward_steps, config.reward_learning_rate, "reward model", loss)
-    if config.chosen_column:
-        predictions = pair_predictions(model, pair_ids(held_out, config, tokenizer, length), tokenizer)
-        figures = f"{predictions[1].float().mean():.1%} of {len(held_out)} pairs"
-    else:
-        predictions, figures = held_out_predictions(config, model, tokenizer, held_out, length)
     save_stage(folder, model, tokenizer, config)
-    figure = plot_reliability(folder, *(values.tolist() for values in predictions))
-    print(f"reward model: held-out accuracy {figures}, in {folder} (reliability: {figure})")
+    tokenizer.model_max_length = length  # of the texts that it has learned from
+    (certainty, right), accuracy = held_out_predictions(config, model, tokenizer, held_out)
+    figure = plot_reliability(folder, certainty.tolist(), right.tolist())
+    print(f"reward model: held-out accuracy {accuracy}, in {folder} (reliability: {figure})")
     return folder
 
 
 def held_out_predictions(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict], length: int
+    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], str]:
-    """Predictions on whole texts, of which the model reads the last `length` tokens; accuracy there and on halves."""
-    labels, texts = column(rows, config.label_column, "label_column", int), class_ids(rows, config, tokenizer)
-    whole = class_predictions(model, [text[-length:] for text in texts], labels, tokenizer)
-    halves = [text[: math.ceil(len(text) / 2)][-length:] for text in texts]
-    half = class_predictions(model, halves, labels, tokenizer)
-    accuracies = [predictions[1].float().mean().item() for predictions in (whole, half)]
-    return whole, f"{accuracies[0]:.1%} on whole texts, {accuracies[1]:.1%} on their first halves"
+    """The `predictions` for pairs or whole texts; and how many are right, also on first halves of texts, in words."""
+    if config.chosen_column:
+        chosen, rejected = (text_logits(model, tokenizer, side)[:, 0] for side in pair_texts(rows, config, tokenizer))
+        pairs = predictions(torch.stack([rejected, chosen], dim=1), [1] * len(rows))  # σ(Δr), as in the loss
+        return pairs, f"{pairs[1].float().mean():.1%} of {len(rows)} pairs"
+    labels = column(rows, config.label_column, "label_column", int)
+    texts = column(rows, config.prompt_column, "prompt_column")
+    halves = [" ".join(words[: math.ceil(len(words) / 2)]) for words in map(str.split, texts)]
+    whole, half = (predictions(text_logits(model, tokenizer, some), labels) for some in (texts, halves))
+    return whole, f"{whole[1].float().mean():.1%} on whole texts, {half[1].float().mean():.1%} on their first halves"
+
+
+def predictions(logits: TensorType["rows", "labels", is_float], labels: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probability of each row's likeliest label, and whether that label is right."""
+    probability, label = logits.softmax(-1).max(-1)
+    return probability, label == torch.tensor(labels)

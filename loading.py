@@ -14,15 +14,7 @@ import torch
 import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from checkpoint import whole_folder, write_manifest
@@ -33,7 +25,6 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes|huggingface_hub")
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
 def pick_device(name: str) -> torch.device:
@@ -95,7 +86,7 @@ def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokeni
     return tokenizer
 
 
-def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
     """Set every dropout probability to 0: with dropout, the same tokens would score differently each time.
 
     In the configuration rather than in the modules, because T5 and Llama read some of theirs as plain numbers. GPT-2's
@@ -103,7 +94,7 @@ def without_dropout(config: PretrainedConfig) -> PretrainedConfig:
     """
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):  # a model of several, each with a configuration of its own
-            without_dropout(value)
+            prepare_config(value)
         elif "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
         elif value == "gelu_new":
@@ -123,7 +114,7 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dic
 
 def load_language_model(path: str, dtype: str, device: torch.device, **settings) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, in the given dtype rather than the one it was stored in."""
-    config = without_dropout(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
+    config = prepare_config(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
     factory = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     settings |= {"config": config, "dtype": getattr(torch, dtype)}
     model = load(factory.from_pretrained, "base_model_name", path, **settings)
@@ -148,7 +139,7 @@ def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> 
     if path:
         if Path(path).exists() and len(list(Path(path).glob("adapter_*"))) < 2:  # peft would ask the Hub for the other
             raise UsageError(f"--peft_model_path {path} lacks adapter_config.json or adapter_model.safetensors")
-        settings = without_dropout(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
+        settings = prepare_config(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
         settings.inference_mode = False
         own = settings.base_model_name_or_path or base
         problem = f"--peft_model_path {path} is an adapter of {own}, not of {base}"
@@ -172,7 +163,7 @@ def load_critic(config: Config, run: str, base_model: str, device: torch.device)
     saved = Path(run) / "critic"
     path = str(saved) if saved.exists() else base_model
     factory = transformers.AutoModel if config.critic == "separate" else transformers.AutoModelForTextEncoding
-    critic_config = without_dropout(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
+    critic_config = prepare_config(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
     return load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32).to(device)
 
 
@@ -252,45 +243,8 @@ def check_context(config: Config, policy: PolicyModel) -> None:
     context, apart = context_length(policy.language_model.config), policy.is_encoder_decoder
     prompt, response = config.max_prompt_length, config.max_new_tokens
     if (max(prompt, response) if apart else prompt + response) > context:
+        room = context if apart else max(context - response, 0)
         raise UsageError(
             f"--max_prompt_length {prompt} {'or' if apart else 'plus'} --max_new_tokens {response} is more than the "
-            f"{context} tokens that the model can read; beside such a response "
-            f"there is room for --max_prompt_length {max(context - response, 0)}"
+            f"{context} tokens that the model can read; there is room for --max_prompt_length {room}"
         )
-
-
-def new_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
-    """A byte-level BPE tokenizer trained on the texts: whatever a person types has tokens."""
-    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=EOS,
-        eos_token=EOS,
-        pad_token=PAD,
-        truncation_side="left",
-        model_max_length=model_max_length,
-        clean_up_tokenization_spaces=False,
-    )
-
-
-def new_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A small GPT-2 with random weights, sized by the config's stage fields."""
-    model_config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=config.context_length,
-        n_embd=config.n_embd,
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        activation_function="gelu_pytorch_tanh",
-        initializer_range=0.02 * (768 / config.n_embd) ** 0.5,  # GPT-2's is for a width of 768
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return GPT2LMHeadModel(without_dropout(model_config))

@@ -10,21 +10,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from checkpoint import stage_folder, whole_folder, write_whole
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad, prompt_ids, prompt_texts
-from loading import (
-    context_length,
-    load_language_model,
-    load_tokenizer,
-    new_language_model,
-    new_tokenizer,
-    pick_device,
-)
+from loading import context_length, load_language_model, load_tokenizer, pick_device, prepare_config
 
+EOS, PAD = "<|endoftext|>", "<|pad|>"
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
@@ -155,6 +150,43 @@ def perplexity(model: PreTrainedModel, examples: list[Example], pad_id: int) -> 
         total += model(**batch).loss.item() * predicted
         count += predicted
     return math.exp(total / count)
+
+
+def new_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
+    """A byte-level BPE tokenizer trained on the texts: whatever a person types has tokens."""
+    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=EOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        truncation_side="left",
+        model_max_length=model_max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def new_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A small GPT-2 with random weights, sized by the config's stage fields."""
+    model_config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=config.context_length,
+        n_embd=config.n_embd,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        activation_function="gelu_pytorch_tanh",
+        initializer_range=0.02 * (768 / config.n_embd) ** 0.5,  # GPT-2's is for a width of 768
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return GPT2LMHeadModel(prepare_config(model_config))
 
 
 def train_language_model(

@@ -27,8 +27,8 @@ import dataset  # noqa: E402
 import evaluation  # noqa: E402
 import main  # noqa: E402
 from config import PRESETS, Config  # noqa: E402
-from loading import new_tokenizer  # noqa: E402
 from reviews import movie_reviews  # noqa: E402
+from sft import new_tokenizer  # noqa: E402
 
 SETTINGS = {
     "n_layer": 1,

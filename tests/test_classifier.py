@@ -11,18 +11,19 @@ from tiny_models import letter_tokenizer
 import classifier
 from classifier import (
     bradley_terry_loss,
-    class_predictions,
     classifier_batch,
     cut_short,
     held_out_predictions,
-    pair_ids,
+    pair_batches,
     pair_loss,
-    pair_predictions,
+    pair_texts,
+    predictions,
     run_reward,
     special_ends,
 )
 from config import UsageError
 from plot import reliability
+from sft import new_tokenizer
 
 pytest_plugins = ["micro"]
 CPU = torch.device("cpu")
@@ -48,13 +49,24 @@ def test_a_long_text_keeps_its_last_tokens():
     assert {tuple(cut) for cut in cuts} == {(0,), (0, 1), *((i, i + 1, i + 2) for i in range(8))}
 
 
+SEVEN = 24  # the id of "7" for `digits`
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """One token a letter or space, of which the last three are read."""
+    tokenizer = new_tokenizer(["z"], 300, 3)
+    assert tokenizer("17").input_ids[1] == SEVEN
+    return tokenizer
+
+
 class ContainsSeven:
     """Predicts label 1 for a text with a 7 in it."""
 
-    device = CPU
+    device, config = CPU, SimpleNamespace(num_labels=2)
 
     def __call__(self, input_ids, attention_mask):
-        positive = ((input_ids == 7) & attention_mask.bool()).any(1)
+        positive = ((input_ids == SEVEN) & attention_mask.bool()).any(1)
         return SimpleNamespace(logits=torch.stack([~positive, positive], dim=1).float())
 
 
@@ -75,13 +87,12 @@ def test_special_tokens_at_both_ends_are_found():
     assert special_ends(letter_tokenizer()) == ([], [])
 
 
-def test_predictions_of_labels_by_hand():
-    """Over more texts than a batch holds; the logits are 0 and 1, so the certainty is e / (1 + e)."""
-    texts = [[7, 1], [1], [1, 2, 3]] * 30 + [[7]]
-    labels = [1, 1, 0] * 30 + [1]
-    probability, right = class_predictions(ContainsSeven(), texts, labels, letter_tokenizer())
-    assert right.float().mean().item() == pytest.approx(61 / 91, abs=1e-6)
-    assert probability.tolist() == pytest.approx([0.7310586] * 91, abs=1e-6)
+def test_predictions_by_hand():
+    """Certainties e / (1 + e) and 2 / 3; of two labels as likely as each other, it is the first."""
+    logits = torch.tensor([[0.0, 1.0], [0.6931472, 0.0], [5.0, 5.0], [5.0, 5.0]])
+    probability, right = predictions(logits, [1, 1, 1, 0])
+    assert probability.tolist() == pytest.approx([0.7310586, 2 / 3, 0.5, 0.5], abs=1e-6)
+    assert right.tolist() == [True, False, False, True]
 
 
 def test_classifier_batches_keep_texts_and_labels_together():
@@ -93,19 +104,23 @@ def test_classifier_batches_keep_texts_and_labels_together():
     }
 
 
-def test_held_out_accuracy_is_measured_on_whole_texts_and_on_first_halves():
-    """The sevens stand at the end: seen in whole texts, of which the last two tokens are read, not in first halves."""
+def test_held_out_accuracy_is_measured_on_whole_texts_and_on_first_halves(digits):
+    """The sevens stand at the end: seen in whole texts, of which the last three tokens are read, not in first halves.
 
-    def tokenizer(texts, add_special_tokens=True):
-        texts = [texts] if isinstance(texts, str) else texts
-        ids = [[int(digit, 36) for digit in text] for text in texts]
-        return SimpleNamespace(input_ids=ids if len(ids) > 1 else ids[0])
-
-    tokenizer.pad_token_id = 0
-    rows = [{"text": text, "label": label} for text, label in [("1117", 1), ("71111", 0), ("11", 0), ("1171", 1)]]
-    (_, right), figures = held_out_predictions(micro_config(), ContainsSeven(), tokenizer, rows, 2)
-    assert right.tolist() == [True] * 4
+    Over more texts than a batch holds; the logits are 0 and 1, so the certainty is e / (1 + e).
+    """
+    labelled = [("1 1 1 7", 1), ("7 1 1 1 1", 0), ("1\n1", 0), ("1 1 7 1", 1)] * 30
+    rows = [{"text": text, "label": label} for text, label in labelled]
+    (probability, right), figures = held_out_predictions(micro_config(), ContainsSeven(), digits, rows)
+    assert probability.tolist() == pytest.approx([0.7310586] * 120, abs=1e-6)
+    assert right.tolist() == [True] * 120
     assert figures == "100.0% on whole texts, 50.0% on their first halves"
+
+
+def test_the_first_half_of_an_odd_number_of_words_has_the_middle_one(digits):
+    rows = [{"text": text, "label": 1} for text in ("1 7 1", "7", "1 1 7")]
+    _, figures = held_out_predictions(micro_config(), ContainsSeven(), digits, rows)
+    assert figures == "100.0% on whole texts, 66.7% on their first halves"
 
 
 def test_labels_that_are_true_and_false_are_refused():
@@ -138,31 +153,54 @@ def test_the_bradley_terry_loss_stays_finite_far_out():
 class CountsSevens:
     """A reward of 1 for every 7 in a text."""
 
-    device = CPU
+    device, config = CPU, SimpleNamespace(num_labels=1)
 
     def __call__(self, input_ids, attention_mask, labels=None):
-        return SimpleNamespace(logits=((input_ids == 7) & attention_mask.bool()).sum(1, keepdim=True).float())
+        return SimpleNamespace(logits=((input_ids == SEVEN) & attention_mask.bool()).sum(1, keepdim=True).float())
 
 
 def test_the_first_half_of_a_batch_of_pairs_is_the_chosen_one():
     """Two pairs with Δ = 2 and Δ = -1: (log(1 + exp(-2)) + log(1 + e)) / 2."""
-    batch = classifier_batch([[7, 7], [1], [1], [7]], [0] * 4, 0, CPU)
+    batch = classifier_batch([[SEVEN, SEVEN], [1], [1], [SEVEN]], [0] * 4, 0, CPU)
     assert pair_loss(CountsSevens(), batch).item() == pytest.approx((0.126928 + 1.313262) / 2, abs=1e-6)
 
 
-def test_predictions_of_pairs_by_hand():
-    probability, right = pair_predictions(CountsSevens(), [([7, 7], [1]), ([1], [7])], letter_tokenizer())
-    assert right.tolist() == [True, False]
-    assert probability.tolist() == pytest.approx([0.880797, 0.731059], abs=1e-6)
+PAIRED = {"chosen_column": "good", "rejected_column": "bad"}
+
+
+def test_predictions_of_pairs_by_hand(digits):
+    """σ(2), σ(1) for the wrong one, and of two answers that are worth the same none is preferred; the prompt is cut."""
+    rows = [
+        {"text": "7777", "good": good, "bad": bad} for good, bad in [("177", "111"), ("111", "711"), ("117", "711")]
+    ]
+    (probability, right), figures = held_out_predictions(micro_config(**PAIRED), CountsSevens(), digits, rows)
+    assert right.tolist() == [True, False, False]
+    assert probability.tolist() == pytest.approx([0.880797, 0.731059, 0.5], abs=1e-6)
+    assert figures == "33.3% of 3 pairs"
 
 
 def test_pairs_share_their_prompt(tokenizer):
     row = {"text": "Which film?", "good": "This one.", "bad": "None."}
-    config = micro_config(chosen_column="good", rejected_column="bad")
-    [(chosen, rejected)] = pair_ids([row], config, tokenizer, 100)
-    assert [tokenizer.decode(ids) for ids in (chosen, rejected)] == ["Which film?\nThis one.", "Which film?\nNone."]
-    [(short, _)] = pair_ids([row], config, tokenizer, 3)
-    assert short == chosen[-3:]
+    sides = pair_texts([row, row | {"good": "It."}], micro_config(**PAIRED), tokenizer)
+    assert sides == (["Which film?\nThis one.", "Which film?\nIt."], ["Which film?\nNone."] * 2)
+
+
+@pytest.mark.parametrize("length", [100, 3])
+def test_a_batch_of_pairs_is_the_chosen_texts_then_the_rejected_ones_of_the_same_rows(length, tokenizer):
+    """Each row once a pass; of a long text the last tokens."""
+    rows = [{"text": f"Film {n}:", "good": f"good {n}", "bad": f"bad {n}"} for n in range(6)]
+    config = micro_config(**PAIRED, reward_batch_size=2)
+    batches, seen = pair_batches(rows, config, tokenizer, length, CPU, generator()), []
+    for batch in [next(batches) for _ in range(3)]:
+        texts = [
+            ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        numbers = [int(tokenizer.decode(ids)[-1]) for ids in texts]
+        assert numbers[:2] == numbers[2:]
+        seen += numbers[:2]
+        whole = [f"Film {n}:\n{'good' if i < 2 else 'bad'} {n}" for i, n in enumerate(numbers)]
+        assert texts == [tokenizer(text).input_ids[-length:] for text in whole]
+    assert sorted(seen) == list(range(6))
 
 
 def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):
@@ -182,8 +220,14 @@ def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):
     assert (folder / "plots/reliability.png").exists()
     model = classifier.AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = classifier.load_tokenizer(str(folder))
-    _, right = pair_predictions(model, pair_ids(rows[:20], config, tokenizer, 48), tokenizer)
+    (_, right), _ = held_out_predictions(config, model, tokenizer, rows[:20])
     assert right.float().mean() > 0.9
+
+
+def test_the_tokenizer_is_saved_as_it_was(chain):
+    """Though texts are padded and cut where the accuracy is measured."""
+    stages = chain.root / "saved_models/tiny"
+    assert (stages / "reward/tokenizer.json").read_bytes() == (stages / "sft/tokenizer.json").read_bytes()
 
 
 def test_reliability_by_hand():

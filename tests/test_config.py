@@ -24,8 +24,9 @@ from checkpoint import new_ppo_folder, run_settings, stage_folder
 from config import PRESETS, Config, UsageError, coerce, parse_args, to_json
 from dataset import load_prompts, load_rows
 from generate import respond
-from loading import load_tokenizer, new_language_model, new_tokenizer, pick_device
+from loading import load_tokenizer, pick_device
 from reward import load_reward_terms
+from sft import new_language_model, new_tokenizer
 
 pytest_plugins = ["micro"]
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}

@@ -25,9 +25,9 @@ from evaluation import (
     side_by_side,
     summarise,
 )
-from loading import new_language_model
 from model import PolicyModel
 from reviews import movie_reviews
+from sft import new_language_model
 
 pytest_plugins = ["micro"]
 

@@ -21,8 +21,8 @@ import ppo
 from config import Config
 from dataset import Prompt, pad
 from generate import before_stop, draw, eval_mode, respond, sample, sample_tokens, stream, truncate_logits
-from loading import new_tokenizer
 from model import PolicyModel, frozen_copy
+from sft import new_tokenizer
 from train import Models, collect_rollout
 
 pytest_plugins = ["micro"]

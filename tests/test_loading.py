@@ -36,14 +36,13 @@ from loading import (
     load_language_model,
     load_policy,
     load_tokenizer,
-    new_language_model,
-    new_tokenizer,
     pick_device,
+    prepare_config,
     save_policy,
-    without_dropout,
 )
 from model import PolicyModel
 from reward import load_reward_model
+from sft import new_language_model, new_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -483,7 +482,7 @@ def test_the_fused_activation_is_the_same_function(model, tmp_path):
 
 
 def test_without_dropout_sets_every_rate_and_nothing_else():
-    config = without_dropout(GPT2Config(resid_pdrop=0.3, embd_pdrop=0.2, attn_pdrop=0.1, summary_first_dropout=0.4))
+    config = prepare_config(GPT2Config(resid_pdrop=0.3, embd_pdrop=0.2, attn_pdrop=0.1, summary_first_dropout=0.4))
     rates = (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout)
     assert rates == (0.0, 0.0, 0.0, 0.0)
     assert (
@@ -495,14 +494,14 @@ def test_without_dropout_sets_every_rate_and_nothing_else():
         (LlamaConfig(attention_dropout=0.3), ["attention_dropout"]),
         (BertConfig(hidden_dropout_prob=0.3), ["hidden_dropout_prob", "attention_probs_dropout_prob"]),
     ):
-        assert [getattr(without_dropout(other), name) for name in names] == [0.0] * len(names)
+        assert [getattr(prepare_config(other), name) for name in names] == [0.0] * len(names)
 
 
 def test_without_dropout_reaches_the_configurations_inside_a_configuration():
     parts = EncoderDecoderConfig.from_encoder_decoder_configs(
         BertConfig(hidden_dropout_prob=0.3), BertConfig(attention_probs_dropout_prob=0.2)
     )
-    without_dropout(parts)
+    prepare_config(parts)
     assert parts.encoder.hidden_dropout_prob == parts.decoder.attention_probs_dropout_prob == 0.0
 
 

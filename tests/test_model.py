@@ -40,12 +40,12 @@ from generate import sample
 from loading import (
     load_language_model,
     load_policy,
-    new_tokenizer,
+    prepare_config,
     save_policy,
-    without_dropout,
 )
 from model import PolicyModel, frozen_copy, position_ids, score_rows
 from report import TOLERANCE
+from sft import new_tokenizer
 
 CPU = torch.device("cpu")
 QUERIES = [[5, 3, 8, 2, 9], [4, 7], [6], [2, 2, 10]]
@@ -365,7 +365,7 @@ def test_without_dropout_train_mode_is_deterministic(name):
 
     torch.manual_seed(0)
     assert not repeats(copy.deepcopy(config)) or name == "gpt2 classifier"  # whose rate its classifier never reads
-    assert repeats(without_dropout(copy.deepcopy(config)))
+    assert repeats(prepare_config(copy.deepcopy(config)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -18,10 +18,10 @@ from checkpoint import notice
 from config import RunError
 from evaluation import diversity
 from generate import Sample
-from loading import new_language_model
 from model import PolicyModel, frozen_copy
 from ppo import Rollout
 from report import LIMITS, alarms, bar_numbers, batch_arithmetic, check_invariants, memory_estimate, rollout_stats
+from sft import new_language_model
 from train import Models, collect_rollout, load_prompts
 
 pytest_plugins = ["micro"]

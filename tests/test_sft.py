@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 import sft
 from config import RunError, UsageError
 from dataset import pad
-from loading import load_language_model, new_language_model
+from loading import load_language_model
 from sft import (
     IGNORED,
     Example,
@@ -24,6 +24,7 @@ from sft import (
     language_batch,
     length_grouped,
     n_steps,
+    new_language_model,
     own_loss,
     perplexity,
     run_sft,
