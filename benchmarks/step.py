@@ -35,7 +35,7 @@ from benchmarks.floor import Size, flops, matrix_products, measure_floor
 from benchmarks.machine import QUIET, cpu_seconds, foreign_cores, peak_mb, wait_quiet
 from config import Config, UsageError
 from dataset import Prompt
-from loading import load_policy, load_reference, without_dropout
+from loading import load_policy, load_reference, prepare_config
 
 SIZES = {
     "a": Size(128, 4, 4, 1024, batch=64, minibatch=64, query_len=8, response_len=24, ppo_epochs=4),
@@ -100,7 +100,7 @@ def new_models(size: Size, config: Config) -> train.Models:
     shape = {"vocab_size": size.vocab, "n_embd": size.hidden, "n_layer": size.layers, "n_head": size.heads}
     gpt2_config = GPT2Config(**shape, n_positions=max(1024, size.query_len + size.response_len))
     with tempfile.TemporaryDirectory() as folder:
-        GPT2LMHeadModel(without_dropout(gpt2_config)).save_pretrained(folder)
+        GPT2LMHeadModel(prepare_config(gpt2_config)).save_pretrained(folder)
         policy = load_policy(config, folder, torch.device("cpu"))
         reference = load_reference(config, folder, policy)
 

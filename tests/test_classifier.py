@@ -22,7 +22,6 @@ from classifier import (
     special_ends,
 )
 from config import UsageError
-from plot import reliability
 from sft import new_tokenizer
 
 pytest_plugins = ["micro"]
@@ -228,11 +227,3 @@ def test_the_tokenizer_is_saved_as_it_was(chain):
     """Though texts are padded and cut where the accuracy is measured."""
     stages = chain.root / "saved_models/tiny"
     assert (stages / "reward/tokenizer.json").read_bytes() == (stages / "sft/tokenizer.json").read_bytes()
-
-
-def test_reliability_by_hand():
-    """Certainties 0.55 and 0.58 share a bin, 1.0 belongs to the last one."""
-    points = reliability([0.55, 0.58, 1.0, 0.99], [True, False, True, True], 10)
-    assert [point[2] for point in points] == [2, 2]
-    assert points[0][:2] == pytest.approx((0.565, 0.5), abs=1e-9)
-    assert points[1][:2] == pytest.approx((0.995, 1.0), abs=1e-9)

@@ -299,6 +299,7 @@ def in_a_new_process(code: str, folder: Path, **environment: str) -> str:
 
 
 NOTHING = """
+from transformers import GPT2Config, GPT2LMHeadModel
 language_model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2))
 for flag, load_it in {
     "base_model_name": load_tokenizer,
@@ -481,14 +482,13 @@ def test_the_fused_activation_is_the_same_function(model, tmp_path):
     torch.testing.assert_close(fused(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_without_dropout_sets_every_rate_and_nothing_else():
+def test_dropout_is_off_the_activation_fused_and_the_rest_left():
     config = prepare_config(GPT2Config(resid_pdrop=0.3, embd_pdrop=0.2, attn_pdrop=0.1, summary_first_dropout=0.4))
     rates = (config.resid_pdrop, config.embd_pdrop, config.attn_pdrop, config.summary_first_dropout)
     assert rates == (0.0, 0.0, 0.0, 0.0)
-    assert (
-        config.to_dict()
-        == GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, summary_first_dropout=0.0).to_dict()
-    )
+    none = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "summary_first_dropout": 0.0}
+    assert config.to_dict() == GPT2Config(activation_function="gelu_pytorch_tanh", **none).to_dict()
+    assert prepare_config(GPT2Config(activation_function="relu")).activation_function == "relu"
     for other, names in (
         (T5Config(dropout_rate=0.3, classifier_dropout=0.2), ["dropout_rate", "classifier_dropout"]),
         (LlamaConfig(attention_dropout=0.3), ["attention_dropout"]),
@@ -497,7 +497,7 @@ def test_without_dropout_sets_every_rate_and_nothing_else():
         assert [getattr(prepare_config(other), name) for name in names] == [0.0] * len(names)
 
 
-def test_without_dropout_reaches_the_configurations_inside_a_configuration():
+def test_preparing_reaches_the_configurations_inside_a_configuration():
     parts = EncoderDecoderConfig.from_encoder_decoder_configs(
         BertConfig(hidden_dropout_prob=0.3), BertConfig(attention_probs_dropout_prob=0.2)
     )
