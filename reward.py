@@ -148,6 +148,7 @@ def text_logits(
     classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 64
 ) -> TensorType["batch", "labels", is_float]:
     """The classifier's logits on the CPU. A text beyond its length loses its beginning: the response is at the end."""
+    texts = [text or " " for text in texts]  # of no token at all, a batch could not be read
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length share a batch
     logits = torch.empty(len(texts), classifier.config.num_labels)
     for start in range(0, len(texts), batch_size):
@@ -177,8 +178,7 @@ def reward_from_logits(logits: TensorType["batch", "labels", is_float], label: i
     if output == "logit" or logits.shape[1] == 1:
         return logits[:, label]
     if output == "margin":
-        others = torch.arange(logits.shape[1]) != label
-        return logits[:, label] - logits[:, others].logsumexp(-1)
+        return logits[:, label] - logits[:, torch.arange(logits.shape[1]) != label].logsumexp(-1)
     logprobs = logits.log_softmax(-1)[:, label]
     return logprobs if output == "logprob" else logprobs.exp()
 

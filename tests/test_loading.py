@@ -290,7 +290,7 @@ def close(server: http.server.ThreadingHTTPServer) -> None:
 
 def in_a_new_process(code: str, folder: Path, **environment: str) -> str:
     """What the code prints with the loading functions at hand and an empty cache, and without a word of a library's."""
-    code = "import torch\nfrom config import *\nfrom loading import *\nfrom reward import *\n" + code
+    code = "import torch\nfrom config import *\nfrom loading import *\nfrom reward import *\nfrom sft import *\n" + code
     online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
     environment = {**os.environ, **online, "PYTHONPATH": str(Path(loading.__file__).parent), **environment}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)

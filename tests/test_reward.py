@@ -450,6 +450,14 @@ def test_neither_order_nor_batch_nor_padding_changes_a_reward(classifier_folder,
     assert_close(reward_model(texts[::-1]), alone.flip(0))
 
 
+def test_empty_texts_are_read_alone_as_beside_others(classifier_folder):
+    """A policy may come to answer nothing at all, to every prompt of a batch."""
+    reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
+    empty = reward_model(["", ""])
+    assert empty.isfinite().all() and empty[0] == empty[1]
+    assert_close(reward_model(["", "a longer text"])[0], empty[0])
+
+
 def test_a_text_beyond_the_classifiers_length_loses_its_beginning(classifier_folder):
     """One token a letter here, and 16 positions: only the last 16 letters count."""
     reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
