@@ -79,7 +79,8 @@ def pair_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches of chosen texts, then the rejected ones of the same rows; of a long one the last `length`."""
     sides = [tokenizer(side, add_special_tokens=False).input_ids for side in pair_texts(rows, config, tokenizer)]
-    pairs = [(chosen[-length:], rejected[-length:]) for chosen, rejected in zip(*sides, strict=True)]
+    before, behind = special_ends(tokenizer)
+    pairs = [[before + ids[-length:] + behind for ids in pair] for pair in zip(*sides, strict=True)]
     for group in length_grouped([len(a) + len(b) for a, b in pairs], config.reward_batch_size, generator):
         texts = [pairs[i][side] for side in (0, 1) for i in group]
         yield classifier_batch(texts, [0] * len(texts), tokenizer.pad_token_id, device)

@@ -1,4 +1,4 @@
-"""Tokenizers and models: from ids, folders or, for the models trained here, from configurations."""
+"""Tokenizers and models: from ids or folders, and saved again in formats that need none of this project."""
 
 import copy
 import functools
