@@ -389,6 +389,7 @@ def test_the_mask_ends_with_the_first_eos_whatever_the_pad_token(family):
         drawn = sample(policy, *encode(policy, QUERIES * 8, pad_id), 9, EOS, pad_id, generator=seeded())
         assert torch.equal(drawn.mask, ppo.response_mask(drawn.response_ids, EOS))
         assert (drawn.response_ids[~drawn.mask] == pad_id).all()
+        assert (drawn.logprobs[~drawn.mask] == 0).all()
         ended = (drawn.response_ids == EOS).any(1)
         last = drawn.mask.sum(1) - 1
         assert ended.any()
