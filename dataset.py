@@ -10,15 +10,17 @@ import json
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, first_line, nearest
-from loading import hub_error
+from loading import hub_error, one_sentence
 from reviews import movie_reviews
 
 PARTS = ("train", "judge", "validation", "test")
@@ -96,10 +98,8 @@ def column(rows: list[dict], name: str, flag: str, kind: type | tuple[type, ...]
     values = [row[name] for row in rows]
     for number, value in enumerate(values):
         if not isinstance(value, kind):
-            raise UsageError(
-                f"--{flag} {name!r} holds a {type(value).__name__} in row {number}, expected a "
-                + " or ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
-            )
+            kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
+            raise UsageError(f"--{flag} {name!r} holds a {type(value).__name__} in row {number}, expected a {kinds}")
     return values
 
 
@@ -113,10 +113,10 @@ def with_prompt_column(config: Config) -> Config:
 
 
 def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
-    """Prompts from the rows of a part, `limit` at most; see `prompt_texts`."""
-    filters = config.min_prompt_chars or config.max_prompt_chars
-    rows = load_rows(config, part, None if filters else limit)
-    rows = [row for row in rows if has_length(row, config)][:limit]
+    """Prompts from the rows of a part whose prompt column has a length as configured, `limit` at most."""
+    least, most = config.min_prompt_chars, config.max_prompt_chars or math.inf
+    rows = load_rows(config, part, limit if (least, most) == (0, math.inf) else None)
+    rows = [row for row in rows if least <= len(row.get(config.prompt_column) or "") <= most][:limit]
     texts = prompt_texts(rows, config, tokenizer) if rows else []
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
@@ -133,12 +133,6 @@ def prompt_ids(texts: list[str], rows: list[dict], config: Config, tokenizer) ->
     return tokenizer(texts, add_special_tokens=not is_chat).input_ids
 
 
-def has_length(row: dict, config: Config) -> bool:
-    """Whether the prompt column's text lies within --min_prompt_chars and --max_prompt_chars."""
-    size = len(row.get(config.prompt_column) or "")
-    return config.min_prompt_chars <= size <= (config.max_prompt_chars or math.inf)
-
-
 def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The prompt column, or --prompt_template filled in from the row; chat messages by the tokenizer's own template."""
     values = column(rows, config.prompt_column, "prompt_column", (str, list))
@@ -146,13 +140,8 @@ def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenize
         return [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in values]
     if not config.prompt_template:
         return values
-    try:
+    with one_sentence(f"--prompt_template {config.prompt_template!r} does not fit the columns {', '.join(rows[0])}"):
         return [config.prompt_template.format_map(row) for row in rows]
-    except (KeyError, ValueError, IndexError) as error:
-        raise UsageError(
-            f"--prompt_template {config.prompt_template!r} cannot be filled in ({error!r}); the columns are "
-            f"{', '.join(rows[0])}"
-        ) from None
 
 
 def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[str]:
@@ -168,28 +157,26 @@ def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: 
 
 def limit_length(prompts: list[Prompt], config: Config) -> list[Prompt]:
     """Cut prompts beyond max_prompt_length on the left, and say how many; or refuse them, if so configured."""
-    too_long = sum(len(prompt.ids) > config.max_prompt_length for prompt in prompts)
-    if too_long and config.long_prompts == "refuse":
-        raise UsageError(
-            f"{too_long} of {len(prompts)} prompts are longer than --max_prompt_length {config.max_prompt_length} "
-            f"tokens (the longest has {max(len(prompt.ids) for prompt in prompts)}); raise it, or let them be cut "
-            "with --long_prompts truncate"
-        )
-    if too_long:
-        print(f"{too_long} of {len(prompts)} prompts were cut on the left to {config.max_prompt_length} tokens")
-    return [prompt._replace(ids=prompt.ids[-config.max_prompt_length :]) for prompt in prompts]
+    limit, lengths = config.max_prompt_length, [len(prompt.ids) for prompt in prompts]
+    count = f"{sum(length > limit for length in lengths)} of {len(prompts)} prompts"
+    if max(lengths) > limit and config.long_prompts == "refuse":
+        longer = f"{count} are longer than --max_prompt_length {limit} tokens (the longest has {max(lengths)})"
+        raise UsageError(f"{longer}; raise it, or let them be cut with --long_prompts truncate")
+    if max(lengths) > limit:
+        print(f"{count} were cut on the left to {limit} tokens")
+    return [prompt._replace(ids=prompt.ids[-limit:]) for prompt in prompts]
 
 
 def given_prompts(config: Config) -> list[str]:
     """The prompts of --prompt and --prompts, else a line each from standard input; none where that is a terminal."""
-    try:
-        prompts = [*config.prompt, *(read_prompts(config.prompts, config.prompt_column) if config.prompts else [])]
-        if not prompts and not sys.stdin.isatty():
+    prompts, piped = [*config.prompt], not sys.stdin.isatty()
+    if config.prompts:
+        prompts += read_prompts(config.prompts, config.prompt_column)
+    with one_sentence("a prompt is not text in UTF-8"):
+        if not prompts and piped:
             prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
         "".join(prompts).encode()
-    except UnicodeError as error:
-        raise UsageError(f"a prompt is not text in UTF-8: {first_line(error)}") from None
-    if not prompts and (config.output or not sys.stdin.isatty()):
+    if not prompts and (config.output or piped):
         raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
     if not all(prompt.strip() for prompt in prompts):
         raise UsageError("a prompt is empty; expected some text for the model to go on from")
@@ -197,68 +184,43 @@ def given_prompts(config: Config) -> list[str]:
 
 
 def read_prompts(path: str, prompt_column: str) -> list[str]:
-    """Prompts from a file: texts, or objects that hold one under the prompt column's name, `prompt` or `query`.
+    """Prompts from a file: lines of text, or JSON texts or objects with one as the prompt column, `prompt` or `query`.
 
-    Raises UsageError naming the place in the file, what was found there and what was expected.
+    Raises UsageError naming the line, or the entry of a list, what was found there and what was expected.
     """
-    names, prompts = dict.fromkeys((prompt_column, "prompt", "query")), []
-    for place, entry in prompt_entries(path):
-        found = next((entry[name] for name in names if entry.get(name)), "") if isinstance(entry, dict) else entry
-        if not isinstance(found, str) or not found.strip():
-            shown = json.dumps(entry, ensure_ascii=False)[:80]
-            wanted = f"a text, or an object with one as {' or '.join(names)}"
-            raise UsageError(f"--prompts {path}, {place}: found {shown}, expected {wanted}")
-        prompts.append(found)
-    if not prompts:
-        raise UsageError(f"--prompts {path} holds no prompts")
-    return prompts
-
-
-def prompt_entries(path: str) -> list[tuple[str, object]]:
-    """The lines of a .txt or .jsonl file that are not blank, or the entries of a .json list, each with its place."""
-    file = Path(path)
-    if file.suffix not in ("", ".txt", ".jsonl", ".json"):
-        raise UsageError(f"--prompts {path} ends in {file.suffix}, expected .txt, .jsonl or .json")
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        others = [other.name for other in file.parent.glob("*")]
-        raise UsageError(f"--prompts {path} does not exist{nearest(file.name, others)}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path} cannot be read: {first_line(error)}") from None
-    if file.suffix == ".json":
-        entries = parse_json(text, path, 1)
+    kind, prompts, names = Path(path).suffix, [], dict.fromkeys((prompt_column, "prompt", "query"))
+    with one_sentence(f"--prompts {path}"):
+        if kind not in ("", ".txt", ".jsonl", ".json"):
+            raise ValueError(f"it ends in {kind}, expected .txt, .jsonl or .json")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        entries = json.loads(text) if kind == ".json" else text.split("\n")  # U+2028 ends no line
         if not isinstance(entries, list):
-            raise UsageError(f"--prompts {path} holds a {type(entries).__name__}, expected a list of prompts")
-        return [(f"entry {number}", entry) for number, entry in enumerate(entries, 1)]
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]  # U+2028 ends none
-    is_json = file.suffix == ".jsonl"
-    return [(f"line {number}", parse_json(line, path, number) if is_json else line) for number, line in lines]
-
-
-def parse_json(text: str, path: str, start: int) -> object:
-    """The JSON value of a text that begins at line `start` of a file. Raises UsageError naming line and column."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        found = repr(text[error.pos :].split("\n")[0][:40]) if text[error.pos :].strip() else "the end"
-        place = f"line {start + error.lineno - 1}, column {error.colno}"
-        raise UsageError(f"--prompts {path}, {place}: found {found}, expected JSON: {error.msg}") from None
-    except (ValueError, RecursionError) as error:  # a number too long, or lists too deep
-        raise UsageError(f"--prompts {path}, line {start}: {first_line(error)}") from None
+            raise ValueError(f"it holds a {type(entries).__name__}, expected a list of prompts")
+        for number, entry in enumerate(entries, 1):
+            if kind != ".json" and not entry.strip():
+                continue
+            found = None
+            with suppress(ValueError, RecursionError):
+                found = json.loads(entry) if kind == ".jsonl" else entry
+            if isinstance(found, dict):
+                found = next((found[name] for name in names if found.get(name)), None)
+            if not isinstance(found, str) or not found.strip():
+                shown = (json.dumps(entry, ensure_ascii=False) if kind == ".json" else entry)[:80]
+                wanted = f"a JSON text, or an object with one as {' or '.join(names)}"
+                raise ValueError(f"{'entry' if kind == '.json' else 'line'} {number}: found {shown}, expected {wanted}")
+            prompts.append(found)
+        if not prompts:
+            raise ValueError("it holds no prompts")
+    return prompts
 
 
 def pad(
     sequences: list[list[int]], pad_id: int, side: str
 ) -> tuple[TensorType["batch", "sequence"], TensorType["batch", "sequence", bool]]:
     """Ids and mask as wide as the longest sequence; the padding is on the `left` (causal prompts) or the `right`."""
-    width = max(map(len, sequences))
-    ids = torch.full((len(sequences), width), pad_id)
-    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for row, sequence in enumerate(sequences):
-        columns = slice(width - len(sequence), width) if side == "left" else slice(0, len(sequence))
-        ids[row, columns] = torch.tensor(sequence)
-        mask[row, columns] = True
+    rows = [torch.tensor(sequence, dtype=torch.long) for sequence in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True, padding_side=side)
     return ids, mask
 
 

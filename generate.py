@@ -7,14 +7,15 @@ training samples with none of them.
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torchtyping import TensorType, is_float
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TextStreamer, TopKLogitsWarper, TopPLogitsWarper
 
 from checkpoint import check_writable, write_whole
 from config import Config, UsageError
@@ -33,6 +34,7 @@ class Sample(NamedTuple):
     logprobs: TensorType["batch", "time", is_float]  # of the distribution each token was drawn from, in nats
 
 
+@torch.no_grad()
 def sample(
     policy: PolicyModel,
     query_ids: TensorType["batch", "query"],
@@ -40,34 +42,19 @@ def sample(
     max_new_tokens: int,
     eos_id: int,
     pad_id: int,
-    **options,
-) -> Sample:
-    """Sample one response a prompt, with the options of `sample_tokens`; `pad_id` fills what follows an EOS."""
-    steps = list(sample_tokens(policy, query_ids, query_mask, max_new_tokens, eos_id, **options))
-    ids, logprobs = (torch.stack(column, dim=1) for column in zip(*steps, strict=True))
-    mask = response_mask(ids, eos_id)
-    return Sample(torch.where(mask, ids, pad_id), mask, logprobs)
-
-
-@torch.no_grad()
-def sample_tokens(
-    policy: PolicyModel,
-    query_ids: TensorType["batch", "query"],
-    query_mask: TensorType["batch", "query", bool],
-    max_new_tokens: int,
-    eos_id: int,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     min_new_tokens: int = 0,
     generator: torch.Generator | None = None,
-) -> Iterator[tuple[TensorType["batch"], TensorType["batch", is_float]]]:
-    """Yield a token a row, and its log-probability, step by step until all rows drew EOS or max_new_tokens are out.
+    on_tokens: Callable = lambda tokens: None,
+    **options,
+) -> Sample:
+    """Sample one response a prompt with the options of `draw`; `pad_id` fills what follows an EOS.
 
     Each row draws with its own random numbers, so it does not change with its neighbours. Rows that have ended leave
-    the batch, and its key/value cache, once they are more than half of it; from then on they yield EOS.
+    the batch, and its key/value cache, once they are more than half of it. `on_tokens` is given each step's tokens.
     """
     uniforms = torch.rand(len(query_ids), max_new_tokens, generator=generator, dtype=torch.float64).to(query_ids.device)
+    ids = torch.full(uniforms.shape, eos_id, device=query_ids.device)
+    logprobs = torch.zeros(uniforms.shape, device=query_ids.device)
     rows = torch.arange(len(query_ids), device=query_ids.device)  # those still computed
     ended = torch.zeros_like(query_mask[:, 0])
     inputs = first_inputs(policy.language_model, query_ids, query_mask)
@@ -77,42 +64,28 @@ def sample_tokens(
         logits = output.logits[:, -1].float()
         if t < min_new_tokens:
             logits[:, eos_id] = float("-inf")
-        drawn, drawn_logprobs = draw(logits, uniforms[rows, t], temperature, top_k, top_p)
-        tokens, logprobs = torch.full_like(query_ids[:, 0], eos_id), torch.zeros(len(ended), device=ended.device)
-        tokens[rows] = torch.where(ended[rows], eos_id, drawn)
-        logprobs[rows] = torch.where(ended[rows], 0.0, drawn_logprobs)
-        yield tokens, logprobs
-        ended |= tokens == eos_id
+        ids[rows, t], logprobs[rows, t] = draw(logits, uniforms[rows, t], **options)
+        on_tokens(ids[:, t])
+        ended |= ids[:, t] == eos_id
         if ended.all():
-            return
-        inputs = next_inputs(inputs, drawn, output.past_key_values)
+            break
+        inputs = next_inputs(inputs, ids[rows, t], output.past_key_values)
         running = ~ended[rows]
         if running.sum() < len(rows) / 2:
             inputs, rows = select_inputs(inputs, running), rows[running]
+    ids, logprobs = ids[:, : t + 1], logprobs[:, : t + 1]
+    mask = response_mask(ids, eos_id)  # what a row draws after its end, while others go on, is no part of it
+    return Sample(torch.where(mask, ids, pad_id), mask, torch.where(mask, logprobs, 0.0))
 
 
 @contextmanager
 def eval_mode(policy: PolicyModel):
     """Eval mode for a while: in train mode, activation checkpointing would silently drop the key/value cache."""
     was_training = policy.training
-    policy.eval()
     try:
-        yield
+        yield policy.eval()
     finally:
         policy.train(was_training)
-
-
-def truncate_logits(
-    logits: TensorType["batch", "vocab", is_float], top_k: int, top_p: float
-) -> TensorType["batch", "vocab", is_float]:
-    """Keep the top_k likeliest tokens (0: all), then the fewest of them whose probabilities reach top_p (1: all)."""
-    if 0 < top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], float("-inf"))
-    if top_p < 1:
-        ordered, order = logits.sort(descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
-        logits = logits.masked_fill((before >= top_p).gather(-1, order.argsort(-1)), float("-inf"))
-    return logits
 
 
 def draw(
@@ -122,27 +95,23 @@ def draw(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> tuple[TensorType["batch"], TensorType["batch", is_float]]:
-    """Draw a token a row, and its log-probability, by inverting the cumulative distribution at u in [0, 1).
+    """Draw a token a row, and its log-probability: the first token whose cumulative probability exceeds u in [0, 1).
 
-    The token is the first whose cumulative probability exceeds u. At temperature 0 it is the likeliest, surely.
+    At temperature 0 it is the likeliest, surely. Else among the top_k likeliest (0: all), and among these the fewest
+    whose probabilities reach top_p.
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])
-    # float32 would round away tokens rarer than 1e-7
-    probabilities = truncate_logits(logits / temperature, top_k, top_p).double().softmax(-1)
+    logits = logits / temperature
+    if top_k:
+        logits = TopKLogitsWarper(top_k)(None, logits)
+    if top_p < 1:
+        logits = TopPLogitsWarper(top_p)(None, logits)
+    probabilities = logits.double().softmax(-1)  # float32 would round away tokens rarer than 1e-7
     cumulative = probabilities.cumsum(-1)
     thresholds = (uniforms * cumulative[:, -1])[:, None]
     tokens = torch.searchsorted(cumulative, thresholds, right=True).clamp(max=logits.shape[-1] - 1)
     return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log().float()
-
-
-class Responses(NamedTuple):
-    """A batch of prompts with the responses drawn for them, as tensors and as text."""
-
-    query_ids: TensorType["batch", "query"]
-    query_mask: TensorType["batch", "query", bool]
-    sampled: Sample
-    texts: list[str]
 
 
 def respond(
@@ -151,56 +120,21 @@ def respond(
     prompts: list[list[int]],
     config: Config,
     generator: torch.Generator,
-) -> Responses:
-    """Sample a response to each prompt, given as ids, with the config's sampling settings."""
-    query = encode(prompts, tokenizer, policy)
-    ends = tokenizer.eos_token_id, tokenizer.pad_token_id
-    sampled = sample(policy, *query, config.max_new_tokens, *ends, generator=generator, **sampling_options(config))
-    return Responses(*query, sampled, decode_responses(tokenizer, *query, *sampled[:2], policy.is_encoder_decoder))
+    on_tokens: Callable = lambda tokens: None,
+) -> tuple[torch.Tensor, torch.Tensor, Sample, list[str]]:
+    """Sample a response to each prompt, given as ids, with the config's sampling settings.
 
-
-def encode(prompts: list[list[int]], tokenizer: PreTrainedTokenizerBase, policy: PolicyModel) -> list[torch.Tensor]:
-    """Ids and mask on the policy's device, padded on the side that its family wants."""
+    Returns the padded prompts' ids and mask, (batch, query), what was drawn, and that as text.
+    """
     padded = pad(prompts, tokenizer.pad_token_id, "right" if policy.is_encoder_decoder else "left")
-    return [tensor.to(policy.language_model.device) for tensor in padded]
+    query = [tensor.to(policy.language_model.device) for tensor in padded]
+    ends, options = (tokenizer.eos_token_id, tokenizer.pad_token_id), sampling_options(config)
+    sampled = sample(policy, *query, config.max_new_tokens, *ends, generator=generator, on_tokens=on_tokens, **options)
+    return *query, sampled, decode_responses(tokenizer, *query, *sampled[:2], policy.is_encoder_decoder)
 
 
 def sampling_options(config: Config) -> dict:
     return {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_new_tokens")}
-
-
-def generate(config: Config, reward_model_path: str) -> None:
-    """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
-    prompts = given_prompts(config)
-    if config.output:
-        if not Path(config.output).parent.is_dir():
-            raise UsageError(f"--output {config.output} is in a folder that does not exist")
-        check_writable(Path(config.output).parent)
-    device = pick_device(config.device)
-    tokenizer = load_tokenizer(config.output_dir, "output_dir")
-    policy = load_policy(config, config.output_dir, device).eval()
-    check_context(config, policy)
-    generator = torch.Generator().manual_seed(config.seed)
-    if not prompts:
-        return converse(policy, tokenizer, config, generator)
-    if len(prompts) == config.num_samples == 1 and sys.stdout.isatty() and not config.output:
-        return stream(policy, tokenizer, prompts[0], config, generator)
-    terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
-    lines = []
-    prompts = [prompt for prompt in prompts for _ in range(config.num_samples)]
-    for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
-        texts = [before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, config, generator).texts]
-        if config.output:
-            rows = [{config.prompt_column: prompt} for prompt in batch]
-            rewards = total_reward(terms, batch, texts, rows, config)[0].tolist()
-            lines += map(json_line, batch, texts, rewards)
-        else:
-            print(*map(policy.separator.join, zip(batch, texts, strict=True)), sep="\n")
-    if config.output:
-        write_whole(Path(config.output), "".join(lines))
-        print(f"{len(lines)} responses: {config.output}")
 
 
 def before_stop(text: str, stop: tuple[str, ...]) -> str:
@@ -208,46 +142,57 @@ def before_stop(text: str, stop: tuple[str, ...]) -> str:
     return text[: min((text.index(word) for word in stop if word in text), default=len(text))]
 
 
-def settled(text: str, stop: tuple[str, ...]) -> str:
-    """The text without an end that is part of a letter, or may be the beginning of a stop string."""
-    text = text.rstrip("\ufffd")
-    begun = (n for word in stop for n in range(1, len(word)) if text.endswith(word[:n]))
-    return text[: len(text) - max(begun, default=0)]
+def generate(config: Config, reward_model_path: str) -> None:
+    """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
+    output = Path(config.output)
+    if config.output:
+        if output.exists():
+            raise UsageError(f"--output {output} exists already; name another file, so that nothing is overwritten")
+        check_writable(output.parent)
+    given = given_prompts(config)
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.output_dir, "output_dir")
+    policy = load_policy(config, config.output_dir, device).eval()
+    check_context(config, policy)
+    terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
+    generator = torch.Generator().manual_seed(config.seed)
+    prompts = (prompt for prompt in given or typed_prompts() for _ in range(config.num_samples))
+    size, lines = config.batch_size if given else config.num_samples, []
+    while batch := list(islice(prompts, size)):
+        ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
+        if len(batch) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
+            stream(policy, tokenizer, ids, config, generator)
+            continue
+        texts = [before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, config, generator)[-1]]
+        if config.output:
+            rows = [{config.prompt_column: prompt} for prompt in batch]
+            rewards = total_reward(terms, batch, texts, rows, config)[0].tolist()
+            found = zip(batch, texts, rewards, strict=True)
+            rows = [{"prompt": prompt, "response": text, "reward": reward} for prompt, text, reward in found]
+            lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        else:
+            print(*map(policy.separator.join, zip(batch, texts, strict=True)), sep="\n")
+    if config.output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, "".join(lines))
+        print(f"{len(lines)} responses: {output}")
 
 
-def json_line(prompt: str, response: str, reward: float) -> str:
-    return json.dumps({"prompt": prompt, "response": response, "reward": reward}, ensure_ascii=False) + "\n"
+def typed_prompts() -> Iterator[str]:
+    """The lines that are typed on the terminal, until the input ends; blank ones are asked for again."""
+    print("type the beginning of a text; end with Ctrl-D\n> ", end="", flush=True)
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\n")
+        print("> ", end="", flush=True)
+    print()
 
 
-def converse(policy: PolicyModel, tokenizer, config: Config, generator: torch.Generator) -> None:
-    """Ask for prompts on the terminal, and respond to each, until the input ends."""
-    print("type the beginning of a text; end with Ctrl-D")
-    while True:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            return print()
-        for _ in range(config.num_samples if prompt.strip() else 0):
-            stream(policy, tokenizer, prompt, config, generator)
-
-
-def stream(policy: PolicyModel, tokenizer, prompt: str, config: Config, generator: torch.Generator) -> None:
-    """Print the prompt, then its response as it is drawn, up to a stop string.
-
-    Decoded anew each time, as a letter may take two tokens; an end that further tokens may change waits for them.
-    """
-    query = encode([tokenizer(prompt).input_ids[-config.max_prompt_length :]], tokenizer, policy)
-    print(prompt, end=policy.separator, flush=True)
-    drawn, shown, options = query[0][:, :0], "", sampling_options(config)
-    end = tokenizer.eos_token_id
-    for tokens, _ in sample_tokens(policy, *query, config.max_new_tokens, end, generator=generator, **options):
-        drawn = torch.cat([drawn, tokens[:, None]], dim=1)
-        real = torch.ones_like(drawn, dtype=torch.bool)
-        text = decode_responses(tokenizer, *query, drawn, real, policy.is_encoder_decoder)[0]
-        response = before_stop(text, config.stop)
-        ready = min(response, settled(text, config.stop), key=len)
-        print(ready[len(shown) :], end="", flush=True)
-        shown = ready
-        if shown == response != text:
-            break
-    print(response[len(shown) :])
+def stream(policy: PolicyModel, tokenizer, ids: list[list[int]], config: Config, generator: torch.Generator) -> None:
+    """Print a prompt, given as ids, and its response word by word as it is drawn."""
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer.put(torch.tensor(ids[0]))  # together with its prompt, a response's first word keeps its space
+    if policy.is_encoder_decoder:
+        streamer.end()
+    respond(policy, tokenizer, ids, config, generator, streamer.put)
+    streamer.end()

@@ -51,10 +51,9 @@ class PolicyModel(nn.Module):
         self.language_model = language_model
         self.critic = critic
         self.critic_kind = critic_kind
-        self.value_head = nn.Linear((critic or language_model).config.hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self.value_head.to(language_model.device)
+        self.value_head = nn.Linear((critic or language_model).config.hidden_size, 1).to(language_model.device)
+        for parameter in self.value_head.parameters():
+            nn.init.zeros_(parameter)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -101,7 +100,9 @@ class PolicyModel(nn.Module):
     def critic_states(self, output, inputs: dict, predicting, query_mask) -> torch.Tensor:
         """What the value head reads: (batch, time, width), or (batch, 1, width) where the prompt alone is valued."""
         if self.critic_kind == "encoder":
-            return prompt_states(self.critic, inputs["input_ids"], query_mask)
+            states = self.critic(input_ids=inputs["input_ids"], attention_mask=query_mask.long()).last_hidden_state
+            weights = query_mask / query_mask.sum(1, keepdim=True)  # the mean over the prompt's real tokens
+            return weights[:, None].to(states.dtype) @ states
         if self.critic_kind == "separate":
             return self.critic(**inputs, use_cache=False).last_hidden_state[:, predicting]
         states = output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states
@@ -118,8 +119,7 @@ def causal_inputs(query_ids, query_mask, response_ids, response_mask, config) ->
     Left padding needs explicit positions: GPT-2 would count the padding.
     """
     mask = torch.cat([query_mask, response_mask[:, :-1]], dim=1)
-    first = query_ids.shape[1] - 1
-    predicting = torch.arange(first, first + response_ids.shape[1], device=mask.device)
+    predicting = query_ids.shape[1] - 1 + torch.arange(response_ids.shape[1], device=mask.device)
     ids = torch.cat([query_ids, response_ids[:, :-1]], dim=1)
     return {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}, predicting
 
@@ -134,15 +134,6 @@ def encoder_decoder_inputs(query_ids, query_mask, response_ids, response_mask, c
     decoder_ids = torch.cat([start, response_ids[:, :-1]], dim=1)
     inputs = {"input_ids": query_ids, "attention_mask": query_mask.long(), "decoder_input_ids": decoder_ids}
     return inputs, slice(None)
-
-
-def prompt_states(
-    encoder: PreTrainedModel, query_ids: TensorType["batch", "query"], query_mask: TensorType["batch", "query", bool]
-) -> TensorType["batch", 1, "width", is_float]:
-    """The mean of an encoder's states over the real tokens of the prompt."""
-    states = encoder(input_ids=query_ids, attention_mask=query_mask.long()).last_hidden_state
-    weights = query_mask / query_mask.sum(1, keepdim=True)
-    return weights[:, None].to(states.dtype) @ states
 
 
 @torch.no_grad()
@@ -213,10 +204,7 @@ def frozen_copy(policy: PolicyModel) -> PolicyModel:
     Modules with nothing to train are shared, not copied: under LoRA the reference is a copy of the adapter on the very
     same base weights. Everything that trains is copied, so that no update can reach it.
     """
-    shared = {}
-    for module in policy.language_model.modules():
-        trains = [parameter.requires_grad for parameter in module.parameters()]
-        if trains and not any(trains):
-            shared[id(module)] = module
+    modules = policy.language_model.modules()
+    shared = {id(module): module for module in modules if {p.requires_grad for p in module.parameters()} == {False}}
     reference = PolicyModel(copy.deepcopy(policy.language_model, shared), mixed_precision=policy.mixed_precision)
     return reference.requires_grad_(False).eval()

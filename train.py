@@ -229,7 +229,7 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
 
 def run_updates(
     models: Models,
-    batches: Iterator[list[Prompt]],
+    batches: Iterator,
     validation: list[Prompt],
     config: Config,
     generator: torch.Generator,

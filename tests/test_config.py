@@ -328,7 +328,7 @@ class Bench:
     def responses(self, config: Config) -> list[str]:
         models, _ = train.load_models(dataclasses.replace(config, task="generate"), self.sft, self.reward)
         ids = [models.tokenizer("The film").input_ids] * 4
-        return respond(models.policy, models.tokenizer, ids, config, torch.Generator().manual_seed(0)).texts
+        return respond(models.policy, models.tokenizer, ids, config, torch.Generator().manual_seed(0))[-1]
 
     def rewards(self, config: Config) -> list:
         terms = load_reward_terms(config, config.reward_model_path or self.reward, CPU)

@@ -12,15 +12,14 @@ import pytest
 import torch
 from tiny_models import EOS, FAMILIES, PAD, VOCAB, brute_force, letter_tokenizer, next_token, tiny_policy
 from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import generate
 import main
 import ppo
 from config import Config
 from dataset import Prompt, pad
-from generate import before_stop, draw, eval_mode, respond, sample, sample_tokens, stream, truncate_logits
+from generate import before_stop, draw, eval_mode, respond, sample, stream
 from model import PolicyModel, frozen_copy
 from sft import new_tokenizer
 from train import Models, collect_rollout
@@ -175,18 +174,22 @@ def test_every_token_of_a_large_vocabulary_can_be_drawn():
 @pytest.mark.parametrize("top_k", [0, 1, 3, 8, 20])
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.8, 0.999, 1.0])
 def test_truncation_equals_a_naive_loop(top_k, top_p):
-    logits = 2 * torch.randn(16, 8, generator=seeded(), dtype=torch.float64)
-    kept = truncate_logits(logits, top_k, top_p)
-    assert torch.equal(kept.isfinite(), torch.tensor([naive_truncation(row, top_k, top_p) for row in logits.tolist()]))
-    assert torch.equal(kept[kept.isfinite()], logits[kept.isfinite()])
+    """The middle of each kept token's interval draws it, with its share of their mass: no other token has a share."""
+    for logits in 2 * torch.randn(16, 8, generator=seeded(), dtype=torch.float64):
+        kept = torch.tensor(naive_truncation(logits.tolist(), top_k, top_p)).nonzero()[:, 0]
+        shares = logits[kept].softmax(0)
+        tokens, logprobs = draw(logits.expand(len(kept), 8), shares.cumsum(0) - shares / 2, top_k=top_k, top_p=top_p)
+        assert tokens.tolist() == kept.tolist()
+        assert_close(logprobs, shares.log().float())
 
 
 def test_truncation_by_hand():
     """Probabilities .5, .25, .125, .125: top_p .7 needs two tokens, .76 three, and .5 exactly one."""
-    logits = torch.tensor([[0.25, 0.125, 0.5, 0.125]]).log()
+    logits = torch.tensor([[0.25, 0.125, 0.5, 0.125]]).log().expand(1000, 4)
+    uniforms = torch.arange(1000, dtype=torch.float64) / 1000
 
     def kept(top_k: int, top_p: float) -> list[int]:
-        return truncate_logits(logits, top_k, top_p)[0].isfinite().nonzero()[:, 0].tolist()
+        return draw(logits, uniforms, top_k=top_k, top_p=top_p)[0].unique().tolist()
 
     assert kept(0, 0.7) == [0, 2]
     assert len(kept(0, 0.76)) == 3
@@ -363,10 +366,19 @@ def test_sampling_stops_when_every_row_has_ended():
 
 
 def test_a_token_behind_the_end_is_neither_real_nor_a_second_end():
-    """With an EOS drawn first, the counting policy would go on to 10, 11, ...; the row stays ended in the stream."""
+    """With an EOS drawn first, the counting policy goes on to 10, 11, ... while the others need it to."""
     policy = PolicyModel(Successor(12))
-    steps = [tokens.tolist() for tokens, _ in sample_tokens(policy, *pad([[8], [2], [2]], 0, "left"), 3, eos_id=9)]
-    assert steps == [[9, 3, 3], [9, 4, 4], [9, 5, 5]]
+    drawn = sample(policy, *pad([[8], [2], [2]], 0, "left"), 3, eos_id=9, pad_id=0)
+    assert drawn.response_ids.tolist() == [[9, 0, 0], [3, 4, 5], [3, 4, 5]]
+    assert drawn.mask.tolist() == [[True, False, False], [True] * 3, [True] * 3]
+    assert policy.language_model.read == [(3, 1), (3, 1), (3, 1)]
+
+
+def test_each_steps_tokens_are_reported_when_they_are_drawn():
+    policy, steps = PolicyModel(Successor(12)), []
+    query = pad([[7], [2]], 0, "left")
+    sample(policy, *query, 3, 9, 0, on_tokens=lambda ids: steps.append((ids.tolist(), len(policy.language_model.read))))
+    assert steps == [([8, 3], 1), ([9, 4], 2), ([10, 5], 3)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -377,6 +389,7 @@ def test_the_mask_ends_with_the_first_eos_whatever_the_pad_token(family):
         drawn = sample(policy, *encode(policy, QUERIES * 8, pad_id), 9, EOS, pad_id, generator=seeded())
         assert torch.equal(drawn.mask, ppo.response_mask(drawn.response_ids, EOS))
         assert (drawn.response_ids[~drawn.mask] == pad_id).all()
+        assert (drawn.logprobs[~drawn.mask] == 0).all()
         ended = (drawn.response_ids == EOS).any(1)
         last = drawn.mask.sum(1) - 1
         assert ended.any()
@@ -432,13 +445,13 @@ def test_a_seed_decides_what_is_drawn():
 def test_respond_pads_samples_and_decodes(family):
     policy = tiny_policy(family)
     config = Config(max_new_tokens=6, temperature=0.7, batch_size=4, mini_batch_size=4)
-    out = respond(policy, letter_tokenizer(), QUERIES, config, seeded())
-    assert torch.equal(out.query_ids, encode(policy)[0])
-    assert torch.equal(out.query_mask, encode(policy)[1])
+    query_ids, query_mask, sampled, texts = respond(policy, letter_tokenizer(), QUERIES, config, seeded())
+    assert torch.equal(query_ids, encode(policy)[0])
+    assert torch.equal(query_mask, encode(policy)[1])
     expected = sample(policy, *encode(policy), 6, EOS, PAD, temperature=0.7, generator=seeded())
-    for actual, wanted in zip(out.sampled, expected, strict=True):
+    for actual, wanted in zip(sampled, expected, strict=True):
         assert torch.equal(actual, wanted)
-    for text, ids in zip(out.texts, out.sampled.response_ids.tolist(), strict=True):
+    for text, ids in zip(texts, sampled.response_ids.tolist(), strict=True):
         assert text == "".join("..abcdefghi"[i] for i in ids if i > EOS)
 
 
@@ -471,48 +484,60 @@ def test_a_rollout_trains_on_the_sampled_ids_not_on_their_text_tokenised_again()
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Stop strings
+# Responses on the screen
 # ----------------------------------------------------------------------------------------------------------------
 
 
 class Screen(io.StringIO):
-    """Standard output that remembers what stands on it at every flush."""
+    """A terminal that remembers what stands on it at every flush."""
 
     def __init__(self):
         super().__init__()
         self.states = []
 
+    def isatty(self) -> bool:
+        return True
+
     def flush(self):
         self.states.append(self.getvalue())
 
 
-def watch(monkeypatch, policy: PolicyModel, tokenizer, config: Config, ids: list[int] | None = None):
-    """What stands on the screen after the prompt `a`, each token and the end of a stream, and how many tokens it drew.
-
-    Of `ids` where they are given, else of the policy.
-    """
-    drawn = []
-
-    def script(*_, **__):
-        for token in ids:
-            drawn.append(token)
-            yield torch.tensor([token]), None
-
-    with monkeypatch.context() as patch:
-        screen = Screen()
-        patch.setattr(sys, "stdout", screen)
-        if ids is not None:
-            patch.setattr(generate, "sample_tokens", script)
-        stream(policy, tokenizer, "a", config, seeded())
-    return [*screen.states, screen.getvalue()], len(drawn)
+KINDS = {"byte-level": "gpt2", "no leading space": "gpt2", "encoder-decoder": "t5"}
 
 
-def common_beginning(texts: list[str]) -> str:
-    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*texts, strict=False))
-    return "".join(letters[0] for letters in same)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_shows_word_by_word_what_a_batch_shows_at_once(kind, monkeypatch, tokenizer, t5_folder):
+    """The oracle is `respond`; each state of the screen begins the next, and ends with a word until the end."""
+    tokenizer = tokenizer if kind == "byte-level" else AutoTokenizer.from_pretrained(t5_folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    policy, prompt = tiny_policy(KINDS[kind], vocab_size=len(tokenizer), **ends), "The film was"
+    shown = 0
+    for seed in range(5):
+        config = Config(task="generate", max_new_tokens=30, seed=seed)
+        ids = [tokenizer(prompt).input_ids]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen := Screen())
+            stream(policy, tokenizer, ids, config, seeded(seed))
+        whole = prompt + policy.separator + respond(policy, tokenizer, ids, config, seeded(seed))[-1][0] + "\n"
+        assert screen.getvalue() == whole
+        assert all(after.startswith(before) for before, after in itertools.pairwise(screen.states))
+        assert all(state[-1].isspace() for state in screen.states if state)
+        shown += len(set(screen.states))
+    assert shown > 15
 
 
-STOPS = [("ab",), ("aa",), ("aab", "ba"), ("abb", "b"), ("aaba", "ab"), ("abab", "bb"), ("baab", "aa")]
+@pytest.mark.parametrize("stop", [[], ["--stop", "e", "--stop", "an"]], ids=["", "stop"])
+def test_a_terminal_shows_what_a_pipe_is_given(stop, workplace, monkeypatch, capsys):
+    """Word by word, but with a stop string at once: what follows one is never seen."""
+    for given in (["--prompt", "The film"], ["--prompt", "The film", "--prompt", "A comedy"]):
+        command = ["--task", "generate", *given, *stop]
+        assert main.main(command) == 0
+        piped = capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen := Screen())
+            assert main.main(command) == 0
+        assert screen.getvalue() == piped
+        assert (len(set(screen.states)) > 2) == (len(given) == 2 and not stop)
 
 
 def test_a_response_ends_before_the_first_stop_string_by_hand():
@@ -521,42 +546,6 @@ def test_a_response_ends_before_the_first_stop_string_by_hand():
     assert before_stop(text, ("The",)) == "good.\n\n"
     assert before_stop(text, ("The", "\n")) == before_stop(text, ("\n", "The")) == "good."
     assert before_stop(text, ("good",)) == ""
-
-
-@pytest.mark.parametrize("stop", STOPS, ids=str)
-def test_what_is_streamed_is_what_no_further_token_can_take_back(stop, monkeypatch):
-    """Oracle: the common beginning of the answers to every continuation, of as many letters as a stop string has.
-
-    All words of six letters a and b; a regular expression finds the first stop string in them.
-    """
-    first = re.compile("|".join(stop))
-    policy, config, tokenizer = PolicyModel(Successor(12)), Config(task="generate", stop=stop), letter_tokenizer()
-    endings = ["".join(letters) for n in range(5) for letters in itertools.product("ab", repeat=n)]
-    for word in map("".join, itertools.product("ab", repeat=6)):
-        answers = [[first.split(word[:n] + ending)[0] for ending in endings] for n in range(1, 7)]
-        known = next((n for n, some in enumerate(answers, 1) if len(set(some)) == 1), 6)
-        states, drawn = watch(monkeypatch, policy, tokenizer, config, tokenizer(word).input_ids)
-        assert states[:-1] == ["a", *("a" + common_beginning(some) for some in answers[:known])]
-        assert states[-1] == "a" + first.split(word)[0] + "\n"
-        assert drawn == known  # none more once the answer is known
-
-
-def test_a_stream_draws_no_token_behind_a_stop_string(monkeypatch):
-    """The policy that counts goes on from a with b, c, d, e, f; `ef` is known when the fifth of them is there."""
-    policy, config = PolicyModel(Successor(12)), Config(task="generate", max_new_tokens=8, stop=("ef", "x"))
-    states, _ = watch(monkeypatch, policy, letter_tokenizer(12), config)
-    assert states == ["a", "ab", "abc", "abcd", "abcd", "abcd", "abcd\n"]
-    assert len(policy.language_model.read) == 5
-
-
-def test_a_stream_shows_letters_whole_and_ends_as_the_response_does(monkeypatch):
-    """Three tokens a sign, of which the second response lacks one; a held back `\\n` comes when no second one does."""
-    tokenizer, policy = new_tokenizer(["a"], 300, 64), PolicyModel(Successor(300))
-    config = Config(task="generate", stop=("\n\n",))
-    states, _ = watch(monkeypatch, policy, tokenizer, config, tokenizer("\u4e2d\n\u6587\n\nb").input_ids)
-    assert list(dict.fromkeys(states)) == ["a", "a\u4e2d", "a\u4e2d\n\u6587", "a\u4e2d\n\u6587\n"]
-    states, _ = watch(monkeypatch, policy, tokenizer, config, tokenizer("\u4e2d\u6587").input_ids[:-1])
-    assert list(dict.fromkeys(states)) == ["a", "a\u4e2d", "a\u4e2d\ufffd\n"]
 
 
 def test_a_stop_string_ends_what_is_printed_written_and_rewarded(workplace, capsys):
@@ -568,6 +557,7 @@ def test_a_stop_string_ends_what_is_printed_written_and_rewarded(workplace, caps
     stop = ["--stop", "e", "--stop", "an"]
 
     def written(*flags: str) -> list[dict]:
+        Path("out.jsonl").unlink(missing_ok=True)
         assert main.main([*command, *flags, "--output", "out.jsonl"]) == 0
         return [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
 

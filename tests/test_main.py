@@ -773,7 +773,8 @@ def test_generate_answers_lines_from_standard_input(workplace, monkeypatch, caps
     output = generated(capsys)
     assert output.startswith("The film") and "\nA comedy" in output
     monkeypatch.setattr(sys, "stdin", io.StringIO("The film\n"))
-    assert "2 responses: out.jsonl" in generated(capsys, "--num_samples", "2", "--output", "out.jsonl")
+    assert "2 responses: new/out.jsonl" in generated(capsys, "--num_samples", "2", "--output", "new/out.jsonl")
+    assert len((workplace / "new/out.jsonl").read_text().splitlines()) == 2
 
 
 class Terminal(io.StringIO):
@@ -821,7 +822,10 @@ def test_generate_refuses_an_empty_prompt_and_what_cannot_be_done(workplace, mon
     assert_refused(capsys, workplace, [*generate, "--prompt", "A", "--max_new_tokens", "40"], "--max_new_tokens 40")
     (workplace / "file").write_text("no folder")
     output = [*generate, "--prompt", "The film", "--output", "file/out.jsonl"]
-    assert_refused(capsys, workplace, output, "--output file/out.jsonl is in a folder that does not exist")
+    assert_refused(capsys, workplace, output, "file is not a folder")
+    output[-1] = "file"
+    assert_refused(capsys, workplace, output, "--output file exists already; name another file")
+    assert (workplace / "file").read_text() == "no folder"
 
 
 def test_generate_takes_the_newest_run(workplace, capsys):

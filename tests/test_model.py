@@ -488,3 +488,17 @@ def test_rows_scored_by_length_keep_their_places(family, mini_batch_size):
         assert_close(actual[batch[3]], expected[batch[3]].detach())
     assert score_rows(policy, *batch, mini_batch_size, 0.7).entropy.abs().sum() == 0
     assert not parts.logprobs.requires_grad
+
+
+def test_an_encoder_critic_values_the_mean_state_of_the_prompts_real_tokens():
+    """Oracle: each prompt alone, without padding; the value is the same at every token of the response."""
+    language_model = tiny_policy("t5").language_model
+    policy = PolicyModel(language_model, language_model.get_encoder(), "encoder").eval()
+    with torch.no_grad():
+        policy.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    queries = [[5, 3, 8, 2, 9], [4, 7], [6]]
+    response = pad([[3, 4], [5, 6, 7], [8]], PAD, "right")
+    values = policy.score(*pad(queries, PAD, "right"), *response).values
+    for query, row in zip(queries, values, strict=True):
+        state = policy.critic(input_ids=torch.tensor([query])).last_hidden_state[0].mean(0)
+        assert_close(row, policy.value_head(state).expand(3))
