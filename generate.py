@@ -34,6 +34,16 @@ class Sample(NamedTuple):
     logprobs: TensorType["batch", "time", is_float]  # of the distribution each token was drawn from, in nats
 
 
+@contextmanager
+def eval_mode(policy: PolicyModel):
+    """Eval mode for a while: in train mode, activation checkpointing would silently drop the key/value cache."""
+    was_training = policy.training
+    try:
+        yield policy.eval()
+    finally:
+        policy.train(was_training)
+
+
 @torch.no_grad()
 def sample(
     policy: PolicyModel,
@@ -57,35 +67,25 @@ def sample(
     logprobs = torch.zeros(uniforms.shape, device=query_ids.device)
     rows = torch.arange(len(query_ids), device=query_ids.device)  # those still computed
     ended = torch.zeros_like(query_mask[:, 0])
-    inputs = first_inputs(policy.language_model, query_ids, query_mask)
-    for t in range(max_new_tokens):
-        with eval_mode(policy), policy.autocast():
+    with eval_mode(policy), policy.autocast():
+        inputs = first_inputs(policy.language_model, query_ids, query_mask)
+        for t in range(max_new_tokens):
             output = policy.language_model(**inputs, use_cache=True)
-        logits = output.logits[:, -1].float()
-        if t < min_new_tokens:
-            logits[:, eos_id] = float("-inf")
-        ids[rows, t], logprobs[rows, t] = draw(logits, uniforms[rows, t], **options)
-        on_tokens(ids[:, t])
-        ended |= ids[:, t] == eos_id
-        if ended.all():
-            break
-        inputs = next_inputs(inputs, ids[rows, t], output.past_key_values)
-        running = ~ended[rows]
-        if running.sum() < len(rows) / 2:
-            inputs, rows = select_inputs(inputs, running), rows[running]
+            logits = output.logits[:, -1].float()
+            if t < min_new_tokens:
+                logits[:, eos_id] = float("-inf")
+            ids[rows, t], logprobs[rows, t] = draw(logits, uniforms[rows, t], **options)
+            on_tokens(ids[:, t])
+            ended |= ids[:, t] == eos_id
+            if ended.all():
+                break
+            inputs = next_inputs(inputs, ids[rows, t], output.past_key_values)
+            running = ~ended[rows]
+            if running.sum() < len(rows) / 2:
+                inputs, rows = select_inputs(inputs, running), rows[running]
     ids, logprobs = ids[:, : t + 1], logprobs[:, : t + 1]
     mask = response_mask(ids, eos_id)  # what a row draws after its end, while others go on, is no part of it
     return Sample(torch.where(mask, ids, pad_id), mask, torch.where(mask, logprobs, 0.0))
-
-
-@contextmanager
-def eval_mode(policy: PolicyModel):
-    """Eval mode for a while: in train mode, activation checkpointing would silently drop the key/value cache."""
-    was_training = policy.training
-    try:
-        yield policy.eval()
-    finally:
-        policy.train(was_training)
 
 
 def draw(
