@@ -6,11 +6,8 @@ PPO), `judge` (the independent judges of an evaluation), `validation` (to choose
 
 import dataclasses
 import functools
-import json
 import math
-import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,53 +164,6 @@ def limit_length(prompts: list[Prompt], config: Config) -> list[Prompt]:
     return [prompt._replace(ids=prompt.ids[-limit:]) for prompt in prompts]
 
 
-def given_prompts(config: Config) -> list[str]:
-    """The prompts of --prompt and --prompts, else a line each from standard input; none where that is a terminal."""
-    prompts, piped = [*config.prompt], not sys.stdin.isatty()
-    if config.prompts:
-        prompts += read_prompts(config.prompts, config.prompt_column)
-    with one_sentence("a prompt is not text in UTF-8"):
-        if not prompts and piped:
-            prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
-        "".join(prompts).encode()
-    if not prompts and (config.output or piped):
-        raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
-    if not all(prompt.strip() for prompt in prompts):
-        raise UsageError("a prompt is empty; expected some text for the model to go on from")
-    return prompts
-
-
-def read_prompts(path: str, prompt_column: str) -> list[str]:
-    """Prompts from a file: lines of text, or JSON texts or objects with one as the prompt column, `prompt` or `query`.
-
-    Raises UsageError naming the line, or the entry of a list, what was found there and what was expected.
-    """
-    kind, prompts, names = Path(path).suffix, [], dict.fromkeys((prompt_column, "prompt", "query"))
-    with one_sentence(f"--prompts {path}"):
-        if kind not in ("", ".txt", ".jsonl", ".json"):
-            raise ValueError(f"it ends in {kind}, expected .txt, .jsonl or .json")
-        text = Path(path).read_text(encoding="utf-8-sig")
-        entries = json.loads(text) if kind == ".json" else text.split("\n")  # U+2028 ends no line
-        if not isinstance(entries, list):
-            raise ValueError(f"it holds a {type(entries).__name__}, expected a list of prompts")
-        for number, entry in enumerate(entries, 1):
-            if kind != ".json" and not entry.strip():
-                continue
-            found = None
-            with suppress(ValueError, RecursionError):
-                found = json.loads(entry) if kind == ".jsonl" else entry
-            if isinstance(found, dict):
-                found = next((found[name] for name in names if found.get(name)), None)
-            if not isinstance(found, str) or not found.strip():
-                shown = (json.dumps(entry, ensure_ascii=False) if kind == ".json" else entry)[:80]
-                wanted = f"a JSON text, or an object with one as {' or '.join(names)}"
-                raise ValueError(f"{'entry' if kind == '.json' else 'line'} {number}: found {shown}, expected {wanted}")
-            prompts.append(found)
-        if not prompts:
-            raise ValueError("it holds no prompts")
-    return prompts
-
-
 def pad(
     sequences: list[list[int]], pad_id: int, side: str
 ) -> tuple[TensorType["batch", "sequence"], TensorType["batch", "sequence", bool]]:
@@ -232,6 +182,11 @@ def prompt_batches(prompts: list[Prompt], batch_size: int, generator: torch.Gene
             order += torch.randperm(len(prompts), generator=generator).tolist()
         yield [prompts[i] for i in order[:batch_size]]
         order = order[batch_size:]
+
+
+def n_rollouts(config: Config, n_prompts: int) -> int:
+    """As many batches as `epochs` passes over the prompts take, or as --n_updates says where epochs is 0."""
+    return math.ceil(config.epochs * n_prompts / config.batch_size) or config.n_updates
 
 
 def decode_responses(

@@ -15,8 +15,8 @@ import torch
 from checkpoint import stage_folder, trained_stage, write_table, write_whole
 from config import Config, UsageError
 from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
-from generate import respond
-from loading import check_context, load_language_model, load_policy, load_tokenizer, pick_device
+from generate import check_context, respond
+from loading import load_language_model, load_policy, load_tokenizer, pick_device
 from model import PolicyModel, score_rows
 from ppo import kl_estimate, masked_mean
 from reviews import movie_reviews

@@ -1,29 +1,23 @@
-"""How text is sampled: the loop written out, and the `generate` task.
+"""How text is sampled: the loop written out.
 
 The sampling contract: what `sample` draws from is exactly what `PolicyModel.score` computes. Temperature is applied in
-both. Top-k, top-p, a minimum length and greedy choice change the distribution, so they are for `--task generate` alone:
-training samples with none of them.
+both. Top-k, top-p, a minimum length and greedy choice change the distribution, so they are for `--task generate` alone
+(ask.py): training samples with none of them.
 """
 
-import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
-from itertools import islice
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torchtyping import TensorType, is_float
-from transformers import PreTrainedTokenizerBase, TextStreamer, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
-from checkpoint import check_writable, write_whole
 from config import Config, UsageError
-from dataset import decode_responses, given_prompts, pad
-from loading import check_context, load_policy, load_tokenizer, pick_device
+from dataset import decode_responses, pad
+from loading import context_length
 from model import PolicyModel, first_inputs, next_inputs, select_inputs
 from ppo import response_mask
-from reward import load_reward_terms, total_reward
 
 
 class Sample(NamedTuple):
@@ -114,6 +108,18 @@ def draw(
     return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log().float()
 
 
+def check_context(config: Config, policy: PolicyModel) -> None:
+    """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
+    context, apart = context_length(policy.language_model.config), policy.is_encoder_decoder
+    prompt, response = config.max_prompt_length, config.max_new_tokens
+    if (max(prompt, response) if apart else prompt + response) > context:
+        room = context if apart else max(context - response, 0)
+        raise UsageError(
+            f"--max_prompt_length {prompt} {'or' if apart else 'plus'} --max_new_tokens {response} is more than the "
+            f"{context} tokens that the model can read; there is room for --max_prompt_length {room}"
+        )
+
+
 def respond(
     policy: PolicyModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -135,64 +141,3 @@ def respond(
 
 def sampling_options(config: Config) -> dict:
     return {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_new_tokens")}
-
-
-def before_stop(text: str, stop: tuple[str, ...]) -> str:
-    """The text up to where the first of the stop strings begins; all of it where there is none."""
-    return text[: min((text.index(word) for word in stop if word in text), default=len(text))]
-
-
-def generate(config: Config, reward_model_path: str) -> None:
-    """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
-    output = Path(config.output)
-    if config.output:
-        if output.exists():
-            raise UsageError(f"--output {output} exists already; name another file, so that nothing is overwritten")
-        check_writable(output.parent)
-    given = given_prompts(config)
-    device = pick_device(config.device)
-    tokenizer = load_tokenizer(config.output_dir, "output_dir")
-    policy = load_policy(config, config.output_dir, device).eval()
-    check_context(config, policy)
-    terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
-    generator = torch.Generator().manual_seed(config.seed)
-    prompts = (prompt for prompt in given or typed_prompts() for _ in range(config.num_samples))
-    size, lines = config.batch_size if given else config.num_samples, []
-    while batch := list(islice(prompts, size)):
-        ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
-        if len(batch) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
-            stream(policy, tokenizer, ids, config, generator)
-            continue
-        texts = [before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, config, generator)[-1]]
-        if config.output:
-            rows = [{config.prompt_column: prompt} for prompt in batch]
-            rewards = total_reward(terms, batch, texts, rows, config)[0].tolist()
-            found = zip(batch, texts, rewards, strict=True)
-            rows = [{"prompt": prompt, "response": text, "reward": reward} for prompt, text, reward in found]
-            lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
-        else:
-            print(*map(policy.separator.join, zip(batch, texts, strict=True)), sep="\n")
-    if config.output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, "".join(lines))
-        print(f"{len(lines)} responses: {output}")
-
-
-def typed_prompts() -> Iterator[str]:
-    """The lines that are typed on the terminal, until the input ends; blank ones are asked for again."""
-    print("type the beginning of a text; end with Ctrl-D\n> ", end="", flush=True)
-    for line in sys.stdin:
-        if line.strip():
-            yield line.rstrip("\n")
-        print("> ", end="", flush=True)
-    print()
-
-
-def stream(policy: PolicyModel, tokenizer, ids: list[list[int]], config: Config, generator: torch.Generator) -> None:
-    """Print a prompt, given as ids, and its response word by word as it is drawn."""
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    streamer.put(torch.tensor(ids[0]))  # together with its prompt, a response's first word keeps its space
-    if policy.is_encoder_decoder:
-        streamer.end()
-    respond(policy, tokenizer, ids, config, generator, streamer.put)
-    streamer.end()

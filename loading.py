@@ -39,10 +39,7 @@ def pick_device(name: str) -> torch.device:
 
 @functools.cache
 def hub_error() -> str:
-    """Why the Hub cannot be reached, if it cannot: then its cache alone is read, without minutes of retries.
-
-    It is asked as the library asks, through the same proxy or mirror, and has as long to answer (HF_HUB_ETAG_TIMEOUT).
-    """
+    """Why the Hub cannot be reached, asked as the library asks, if it cannot: then its cache alone is read, at once."""
     try:
         huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # whatever the library's HTTP client raises
@@ -177,9 +174,8 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
     language_model = load_language_model(base, config.dtype, device, **settings)
     critic = load_critic(config, path, base, device)
-    policy = PolicyModel(
-        with_adapter(language_model, config, adapter), critic, config.critic, config.mixed_precision == "bf16"
-    )
+    adapted = with_adapter(language_model, config, adapter)
+    policy = PolicyModel(adapted, critic, config.critic, mixed_precision=config.mixed_precision == "bf16")
     value_head = Path(path) / "value_head.safetensors"
     if value_head.exists():
         with one_sentence(f"{value_head} is no value head of this model"):
@@ -236,15 +232,3 @@ def context_length(config: PretrainedConfig) -> int:
         return 10**9
     # RoBERTa's positions start behind its padding index
     return next(filter(None, limits)) - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
-
-
-def check_context(config: Config, policy: PolicyModel) -> None:
-    """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
-    context, apart = context_length(policy.language_model.config), policy.is_encoder_decoder
-    prompt, response = config.max_prompt_length, config.max_new_tokens
-    if (max(prompt, response) if apart else prompt + response) > context:
-        room = context if apart else max(context - response, 0)
-        raise UsageError(
-            f"--max_prompt_length {prompt} {'or' if apart else 'plus'} --max_new_tokens {response} is more than the "
-            f"{context} tokens that the model can read; there is room for --max_prompt_length {room}"
-        )

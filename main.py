@@ -23,7 +23,7 @@ def run(config: Config) -> None:
         return run_training(config, base_model, reward_model)
     print(f"using {config.output_dir}")
     if config.task == "generate":
-        from generate import generate
+        from ask import generate
 
         return generate(config, reward_model)
     from plot import plot, show_comparison

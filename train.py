@@ -22,10 +22,10 @@ import ppo
 import report
 from checkpoint import claim_folder, move_into, notice
 from config import Config, RunError
-from dataset import Prompt, load_prompts, prompt_batches
+from dataset import Prompt, load_prompts, n_rollouts, prompt_batches
 from evaluation import compare, evaluate_policy, reward_difference, sample_pairs
-from generate import Sample, eval_mode, respond
-from loading import check_context, load_policy, load_reference, load_tokenizer, pick_device, save_policy
+from generate import Sample, check_context, eval_mode, respond
+from loading import load_policy, load_reference, load_tokenizer, pick_device, save_policy
 from model import PolicyModel, score_rows
 from plot import plot_training
 from reward import RewardTerm, load_reward_terms, total_reward
@@ -97,9 +97,7 @@ def collect_rollout(
     returns = ppo.estimate_returns(advantages, values, mask)
     if config.whiten_advantages:
         advantages = ppo.masked_whiten(advantages, mask)
-    behaviour = (logprobs, ref_logprobs, values)
-    learned_from = (scores, kl, token_rewards, advantages, returns)
-    rollout = ppo.Rollout(*batch, *behaviour, *learned_from)
+    rollout = ppo.Rollout(*batch, logprobs, ref_logprobs, values, scores, kl, token_rewards, advantages, returns)
     stats = report.rollout_stats(rollout, term_rewards, rewards, responses)
     stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
     return Collected(rollout, sampled, responses, term_rewards, rewards, stats, moments)
@@ -187,23 +185,17 @@ def learning_rate(config: Config, step: int) -> float:
     return config.learning_rate * (1 - step / config.n_updates)
 
 
-def n_updates(config: Config, n_prompts: int) -> int:
-    """As many rollouts as `epochs` passes over the prompts take, or as --n_updates says where epochs is 0."""
-    return math.ceil(config.epochs * n_prompts / config.batch_size) or config.n_updates
-
-
 def train(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
     torch.manual_seed(config.seed)
     models, prompts = load_models(config, base_model, reward_model_path)
-    config = replace(config, n_updates=n_updates(config, len(prompts)))
+    config = replace(config, n_updates=n_rollouts(config, len(prompts)))
     validation = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
     # what chooses a policy cannot judge it
     held_out = load_prompts(config, models.tokenizer, "test", config.eval_samples) if config.eval_every else validation
     check_context(config, models.policy)
     print(f"{base_model}: {report.count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
     print(f"{report.batch_arithmetic(config, len(prompts))}\n{report.memory_estimate(config, models.policy)}")
-
     generator = torch.Generator().manual_seed(config.seed)
     batches = prompt_batches(prompts, config.batch_size, generator)
     if config.dry_run:
@@ -220,9 +212,8 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
         save_policy(models.policy, models.tokenizer, final, config.merge, replaces="manifest.json")
     policies = {"before": models.reference, "after": models.policy}
     comparison = compare({n: evaluate_policy(p, *models[1:], held_out, config) for n, p in policies.items()})
-    figure = plot_training(folder, notice(config))
     print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
-    print(f"policy, tokenizer, logs: {folder}\ntraining curves: {figure}")
+    print(f"policy, tokenizer, logs: {folder}\ntraining curves: {plot_training(folder, notice(config))}")
     print(f"now try: python main.py --task generate --output_dir {folder} --prompt {shlex.quote(held_out[0].text)}")
     print(notice(config))
 
@@ -264,18 +255,16 @@ def run_updates(
         if config.eval_every and ((step + 1) % config.eval_every == 0 or step + 1 == config.n_updates):
             best = keep_best(models, validation, config, folder / "checkpoints/best", log[-1], best)
         if config.kl_target:
-            kl_coef = ppo.adapt_kl_coef(
-                kl_coef, collected.stats["kl_k3"], config.kl_target, config.kl_horizon, config.batch_size
-            )
+            kl, n = collected.stats["kl_k3"], config.batch_size
+            kl_coef = ppo.adapt_kl_coef(kl_coef, kl, config.kl_target, config.kl_horizon, n)
         report.write_logs(folder, log, timings, log_rows(step, batch, collected))
         bar.set_postfix(report.bar_numbers(collected.stats), refresh=False)
     return best
 
 
 def keep_best(models: Models, prompts: list[Prompt], config: Config, folder: Path, row: dict, best: Best) -> Best:
-    """Note the mean reward on held-out prompts in the log row; a policy that is the best so far is saved in `folder`.
-
-    The one before gives way to it. What is on disk is for a run that does not live to its end.
+    """Note the mean reward on held-out prompts in the log row; the best policy so far is saved in `folder`, in place
+    of the one before, for the case that the run does not live to its end.
     """
     row["eval_reward"] = fmean(own["reward"] for own in evaluate_policy(*models, prompts, config))
     if row["eval_reward"] <= best.reward:

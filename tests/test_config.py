@@ -22,7 +22,7 @@ import sft
 import train
 from checkpoint import new_ppo_folder, run_settings, stage_folder
 from config import PRESETS, Config, UsageError, coerce, parse_args, to_json
-from dataset import load_prompts, load_rows
+from dataset import load_prompts, load_rows, n_rollouts
 from generate import respond
 from loading import load_tokenizer, pick_device
 from reward import load_reward_terms
@@ -398,7 +398,7 @@ EFFECTS = {
     "prompt_template": ("See {text}", PROMPTS, {}),
     "min_prompt_chars": (120, PROMPTS, {}),
     "max_prompt_chars": (200, PROMPTS, {}),
-    "epochs": (0.5, lambda bench, config: train.n_updates(config, 100), {}),
+    "epochs": (0.5, lambda bench, config: n_rollouts(config, 100), {}),
     "sft_epochs": (0.5, SFT, {}),
     "completion_column": ("other", SFT, DATA),
     "chosen_column": ("other", REWARD, DATA | {"rejected_column": "text"}),
@@ -480,7 +480,7 @@ ELSEWHERE = {
     "prompts": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
     "num_samples": "test_main.py: test_generate_draws_several_samples",
     "output": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
-    "stop": "test_generate.py: test_a_stop_string_ends_what_is_printed_written_and_rewarded",
+    "stop": "test_ask.py: test_a_stop_string_ends_what_is_printed_written_and_rewarded",
     "policies": "test_main.py: test_evaluate_compares_any_number_of_policies",
     "reference_column": "test_main.py: test_evaluate_reports_rouge_and_values_on_both_splits",
 }

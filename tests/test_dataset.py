@@ -1,10 +1,7 @@
 """Rows, their parts, prompts, padding and decoding."""
 
 import collections
-import io
 import json
-import re
-import sys
 from pathlib import Path
 
 import pandas
@@ -21,13 +18,11 @@ from dataset import (
     column,
     decode_responses,
     first_words,
-    given_prompts,
     limit_length,
     load_prompts,
     load_rows,
     pad,
     prompt_batches,
-    read_prompts,
     with_prompt_column,
 )
 
@@ -210,71 +205,6 @@ def test_blank_prompts_are_left_out(tmp_path, tokenizer):
     config = micro_config(dataset_path=write(tmp_path, "rows.jsonl", rows))
     prompts = load_prompts(config, tokenizer, "train", 24)
     assert {prompt.text for prompt in prompts} == {"A film."} and 0 < len(prompts) < 24
-
-
-def test_prompts_are_read_from_files(tmp_path):
-    def read(name: str, text: str) -> list[str]:
-        (tmp_path / name).write_text(text, encoding="utf-8")
-        return read_prompts(str(tmp_path / name), "text")
-
-    assert read("a.txt", "Ein Café\n\n  \nB\n") == ["Ein Café", "B"]
-    assert read("a.jsonl", '{"prompt": "A"}\n"B"\n\n{"query": "C"}\n') == ["A", "B", "C"]
-    assert read("a.json", '["A", {"query": "B"}]') == ["A", "B"]
-    assert read("b.txt", "\ufeffA\r\nB") == ["A", "B"]  # as Windows writes it
-    assert read("b.json", '["A", "B"]') == read("c.json", '[{"text": "A"}, {"text": "B"}]') == ["A", "B"]
-
-
-def test_the_prompt_column_comes_before_the_usual_names(tmp_path):
-    rows = [{"query": "A", "dialogue": "B", "prompt": "C"}, {"query": "A", "prompt": "C"}, {"query": "A", "prompt": ""}]
-    assert read_prompts(write(tmp_path, "rows.jsonl", rows), "dialogue") == ["B", "C", "A"]
-    assert read_prompts(write(tmp_path, "rows.json", rows), "text") == ["C", "C", "A"]
-
-
-WANTED = "expected a JSON text, or an object with one as text or prompt or query"
-BROKEN = {  # what a file of prompts holds: what is said of it
-    "a.jsonl": ('{"text": "A"}\n\n{"text": B}\n', f'a.jsonl: line 3: found {{"text": B}}, {WANTED}'),
-    "b.jsonl": ('"A"\n{"text": \n', f'b.jsonl: line 2: found {{"text": , {WANTED}'),
-    "c.jsonl": ('{"a": 1}', f'c.jsonl: line 1: found {{"a": 1}}, {WANTED}'),
-    "d.jsonl": ('"A"\n\n["B"]', f'd.jsonl: line 3: found ["B"], {WANTED}'),
-    "e.jsonl": ('{"prompt": null}', f'e.jsonl: line 1: found {{"prompt": null}}, {WANTED}'),
-    "f.jsonl": ("[" * 100_000, f"f.jsonl: line 1: found {'[' * 80}, {WANTED}"),
-    "g.jsonl": ('"A"\nThe film', f"g.jsonl: line 2: found The film, {WANTED}"),
-    "a.json": ('[\n  "A"\n  "B"\n]', "a.json: Expecting ',' delimiter: line 3 column 3"),
-    "b.json": ('["A"', "b.json: Expecting ',' delimiter: line 1 column 5"),
-    "c.json": ('["A", {"text": " "}]', f'c.json: entry 2: found {{"text": " "}}, {WANTED}'),
-    "d.json": ('["Ä", 2]', f"d.json: entry 2: found 2, {WANTED}"),
-    "e.json": ('{"prompt": "A"}', "e.json: it holds a dict, expected a list of prompts"),
-    "f.json": ("[]", "f.json: it holds no prompts"),
-    "g.json": ('["A", " "]', f'g.json: entry 2: found " ", {WANTED}'),
-    "a.txt": ("\n \n", "a.txt: it holds no prompts"),
-    "a.csv": ("text\nA\n", "a.csv: it ends in .csv, expected .txt, .jsonl or .json"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_file_of_prompts_is_refused_with_place_and_finding(name, tmp_path):
-    text, message = BROKEN[name]
-    (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(UsageError, match=f"--prompts .*{re.escape(message)}"):
-        read_prompts(str(tmp_path / name), "text")
-
-
-def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path):
-    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
-    reasons = {"x.jsonl": "No such file", "no/x.txt": "No such file", "": "it ends in|Is a dir", "bytes.txt": "end of"}
-    for path, reason in reasons.items():
-        with pytest.raises(UsageError, match=rf"--prompts {tmp_path / path}: .*({reason})"):
-            read_prompts(str(tmp_path / path), "text")
-
-
-def test_prompts_that_are_no_text_are_refused(tmp_path, monkeypatch):
-    """Half of a surrogate pair: what a byte that is not UTF-8 becomes on the command line, and what JSON may hold."""
-    (tmp_path / "half.jsonl").write_text('"\\ud800"')
-    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
-    monkeypatch.setattr(sys, "stdin", piped)
-    for given in ({"prompt": ("caf\udce9",)}, {"prompts": str(tmp_path / "half.jsonl")}, {}):
-        with pytest.raises(UsageError, match="a prompt is not text in UTF-8: 'utf-8' codec can't"):
-            given_prompts(micro_config(task="generate", **given))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -1,25 +1,18 @@
 """The sampler: greedy against transformers' own, sampled against the softmax, and what becomes of rows that end."""
 
-import io
-import itertools
-import json
 import math
-import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import EOS, FAMILIES, PAD, VOCAB, brute_force, letter_tokenizer, next_token, tiny_policy
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-import main
 import ppo
 from config import Config
 from dataset import Prompt, pad
-from generate import before_stop, draw, eval_mode, respond, sample, stream
+from generate import draw, eval_mode, respond, sample
 from model import PolicyModel, frozen_copy
 from sft import new_tokenizer
 from train import Models, collect_rollout
@@ -481,94 +474,6 @@ def test_a_rollout_trains_on_the_sampled_ids_not_on_their_text_tokenised_again()
     again = [tokenizer(text).input_ids for text in seen]
     assert sum(one != other for one, other in zip(sampled, again, strict=True)) == 4
     assert any("\ufffd" in text for text in seen)  # bytes that are no character: the text cannot bring them back
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Responses on the screen
-# ----------------------------------------------------------------------------------------------------------------
-
-
-class Screen(io.StringIO):
-    """A terminal that remembers what stands on it at every flush."""
-
-    def __init__(self):
-        super().__init__()
-        self.states = []
-
-    def isatty(self) -> bool:
-        return True
-
-    def flush(self):
-        self.states.append(self.getvalue())
-
-
-KINDS = {"byte-level": "gpt2", "no leading space": "gpt2", "encoder-decoder": "t5"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_stream_shows_word_by_word_what_a_batch_shows_at_once(kind, monkeypatch, tokenizer, t5_folder):
-    """The oracle is `respond`; each state of the screen begins the next, and ends with a word until the end."""
-    tokenizer = tokenizer if kind == "byte-level" else AutoTokenizer.from_pretrained(t5_folder)
-    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    policy, prompt = tiny_policy(KINDS[kind], vocab_size=len(tokenizer), **ends), "The film was"
-    shown = 0
-    for seed in range(5):
-        config = Config(task="generate", max_new_tokens=30, seed=seed)
-        ids = [tokenizer(prompt).input_ids]
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", screen := Screen())
-            stream(policy, tokenizer, ids, config, seeded(seed))
-        whole = prompt + policy.separator + respond(policy, tokenizer, ids, config, seeded(seed))[-1][0] + "\n"
-        assert screen.getvalue() == whole
-        assert all(after.startswith(before) for before, after in itertools.pairwise(screen.states))
-        assert all(state[-1].isspace() for state in screen.states if state)
-        shown += len(set(screen.states))
-    assert shown > 15
-
-
-@pytest.mark.parametrize("stop", [[], ["--stop", "e", "--stop", "an"]], ids=["", "stop"])
-def test_a_terminal_shows_what_a_pipe_is_given(stop, workplace, monkeypatch, capsys):
-    """Word by word, but with a stop string at once: what follows one is never seen."""
-    for given in (["--prompt", "The film"], ["--prompt", "The film", "--prompt", "A comedy"]):
-        command = ["--task", "generate", *given, *stop]
-        assert main.main(command) == 0
-        piped = capsys.readouterr().out
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", screen := Screen())
-            assert main.main(command) == 0
-        assert screen.getvalue() == piped
-        assert (len(set(screen.states)) > 2) == (len(given) == 2 and not stop)
-
-
-def test_a_response_ends_before_the_first_stop_string_by_hand():
-    text = "good.\n\nThe end. The"
-    assert before_stop(text, ()) == before_stop(text, ("the", "END")) == text
-    assert before_stop(text, ("The",)) == "good.\n\n"
-    assert before_stop(text, ("The", "\n")) == before_stop(text, ("\n", "The")) == "good."
-    assert before_stop(text, ("good",)) == ""
-
-
-def test_a_stop_string_ends_what_is_printed_written_and_rewarded(workplace, capsys):
-    """Beside the same responses without one; the reward is the length of what it is given."""
-    Path("reward.py").write_text(
-        "def reward(prompts, responses, rows):\n    return [len(text) for text in responses]\n"
-    )
-    command = ["--task", "generate", "--prompt", "The film", "--num_samples", "6", "--reward_fn", "reward.py:reward"]
-    stop = ["--stop", "e", "--stop", "an"]
-
-    def written(*flags: str) -> list[dict]:
-        Path("out.jsonl").unlink(missing_ok=True)
-        assert main.main([*command, *flags, "--output", "out.jsonl"]) == 0
-        return [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
-
-    whole, cut = written(), written(*stop)
-    expected = [re.split("e|an", row["response"])[0] for row in whole]
-    assert [row["response"] for row in cut] == expected != [row["response"] for row in whole]
-    assert [row["reward"] for row in cut] == [len(text) for text in expected]
-    capsys.readouterr()
-    assert main.main([*command, *stop]) == 0
-    printed = capsys.readouterr().out.split("\n", 1)[1]
-    assert printed == "".join(f"The film{text}\n" for text in expected)
 
 
 def test_a_vocabulary_of_eleven_is_enough():

@@ -29,8 +29,8 @@ from transformers import (
 
 import loading
 from config import Config, UsageError
+from generate import check_context
 from loading import (
-    check_context,
     context_length,
     load,
     load_language_model,

@@ -1,0 +1,126 @@
+"""The `generate` task: prompts from flags, a file or the keyboard; responses on the screen or in a file."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+
+import torch
+from transformers import TextStreamer
+
+from checkpoint import check_writable, write_whole
+from config import Config, UsageError
+from generate import check_context, respond
+from loading import load_policy, load_tokenizer, one_sentence, pick_device
+from model import PolicyModel
+from reward import load_reward_terms, total_reward
+
+
+def generate(config: Config, reward_model_path: str) -> None:
+    """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
+    output = Path(config.output)
+    if config.output:
+        if output.exists():
+            raise UsageError(f"--output {output} exists already; name another file, so that nothing is overwritten")
+        check_writable(output.parent)
+    given = given_prompts(config)
+    device = pick_device(config.device)
+    tokenizer = load_tokenizer(config.output_dir, "output_dir")
+    policy = load_policy(config, config.output_dir, device).eval()
+    check_context(config, policy)
+    terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
+    generator = torch.Generator().manual_seed(config.seed)
+    prompts = (prompt for prompt in given or typed_prompts() for _ in range(config.num_samples))
+    size, lines = config.batch_size if given else config.num_samples, []
+    while batch := list(islice(prompts, size)):
+        ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
+        if len(batch) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
+            stream(policy, tokenizer, ids, config, generator)
+            continue
+        texts = [before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, config, generator)[-1]]
+        if config.output:
+            rows = [{config.prompt_column: prompt} for prompt in batch]
+            rewards = total_reward(terms, batch, texts, rows, config)[0].tolist()
+            found = zip(batch, texts, rewards, strict=True)
+            rows = [{"prompt": prompt, "response": text, "reward": reward} for prompt, text, reward in found]
+            lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        else:
+            print(*map(policy.separator.join, zip(batch, texts, strict=True)), sep="\n")
+    if config.output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, "".join(lines))
+        print(f"{len(lines)} responses: {output}")
+
+
+def before_stop(text: str, stop: tuple[str, ...]) -> str:
+    """The text up to where the first of the stop strings begins; all of it where there is none."""
+    return text[: min((text.index(word) for word in stop if word in text), default=len(text))]
+
+
+def given_prompts(config: Config) -> list[str]:
+    """The prompts of --prompt and --prompts, else a line each from standard input; none where that is a terminal."""
+    prompts, piped = [*config.prompt], not sys.stdin.isatty()
+    if config.prompts:
+        prompts += read_prompts(config.prompts, config.prompt_column)
+    with one_sentence("a prompt is not text in UTF-8"):
+        if not prompts and piped:
+            prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        "".join(prompts).encode()
+    if not prompts and (config.output or piped):
+        raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
+    if not all(prompt.strip() for prompt in prompts):
+        raise UsageError("a prompt is empty; expected some text for the model to go on from")
+    return prompts
+
+
+def read_prompts(path: str, prompt_column: str) -> list[str]:
+    """Prompts from a file: lines of text, or JSON texts or objects with one as the prompt column, `prompt` or `query`.
+
+    Raises UsageError naming the line, or the entry of a list, what was found there and what was expected.
+    """
+    kind, prompts, names = Path(path).suffix, [], dict.fromkeys((prompt_column, "prompt", "query"))
+    with one_sentence(f"--prompts {path}"):
+        if kind not in ("", ".txt", ".jsonl", ".json"):
+            raise ValueError(f"it ends in {kind}, expected .txt, .jsonl or .json")
+        text = Path(path).read_text(encoding="utf-8-sig")
+        entries = json.loads(text) if kind == ".json" else text.split("\n")  # U+2028 ends no line
+        if not isinstance(entries, list):
+            raise ValueError(f"it holds a {type(entries).__name__}, expected a list of prompts")
+        for number, entry in enumerate(entries, 1):
+            if kind != ".json" and not entry.strip():
+                continue
+            found = None
+            with suppress(ValueError, RecursionError):
+                found = json.loads(entry) if kind == ".jsonl" else entry
+            if isinstance(found, dict):
+                found = next((found[name] for name in names if found.get(name)), None)
+            if not isinstance(found, str) or not found.strip():
+                shown = (json.dumps(entry, ensure_ascii=False) if kind == ".json" else entry)[:80]
+                wanted = f"a JSON text, or an object with one as {' or '.join(names)}"
+                raise ValueError(f"{'entry' if kind == '.json' else 'line'} {number}: found {shown}, expected {wanted}")
+            prompts.append(found)
+        if not prompts:
+            raise ValueError("it holds no prompts")
+    return prompts
+
+
+def typed_prompts() -> Iterator[str]:
+    """The lines that are typed on the terminal, until the input ends; blank ones are asked for again."""
+    print("type the beginning of a text; end with Ctrl-D\n> ", end="", flush=True)
+    for line in sys.stdin:
+        if line.strip():
+            yield line.rstrip("\n")
+        print("> ", end="", flush=True)
+    print()
+
+
+def stream(policy: PolicyModel, tokenizer, ids: list[list[int]], config: Config, generator: torch.Generator) -> None:
+    """Print a prompt, given as ids, and its response word by word as it is drawn."""
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    streamer.put(torch.tensor(ids[0]))  # together with its prompt, a response's first word keeps its space
+    if policy.is_encoder_decoder:
+        streamer.end()
+    respond(policy, tokenizer, ids, config, generator, streamer.put)
+    streamer.end()

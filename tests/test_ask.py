@@ -1,0 +1,185 @@
+"""The `generate` task: what is asked, by flags, files or the keyboard, and what is shown or written."""
+
+import io
+import itertools
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from micro import micro_config
+from tiny_models import tiny_policy
+from transformers import AutoTokenizer
+
+import main
+from ask import before_stop, given_prompts, read_prompts, stream
+from config import Config, UsageError
+from generate import respond
+
+pytest_plugins = ["micro"]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Prompts
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_read_from_files(tmp_path):
+    def read(name: str, text: str) -> list[str]:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return read_prompts(str(tmp_path / name), "text")
+
+    assert read("a.txt", "Ein Café\n\n  \nB\n") == ["Ein Café", "B"]
+    assert read("a.jsonl", '{"prompt": "A"}\n"B"\n\n{"query": "C"}\n') == ["A", "B", "C"]
+    assert read("a.json", '["A", {"query": "B"}]') == ["A", "B"]
+    assert read("b.txt", "\ufeffA\r\nB") == ["A", "B"]  # as Windows writes it
+    assert read("b.json", '["A", "B"]') == read("c.json", '[{"text": "A"}, {"text": "B"}]') == ["A", "B"]
+
+
+def test_the_prompt_column_comes_before_the_usual_names(tmp_path):
+    rows = [{"query": "A", "dialogue": "B", "prompt": "C"}, {"query": "A", "prompt": "C"}, {"query": "A", "prompt": ""}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert read_prompts(str(tmp_path / "rows.jsonl"), "dialogue") == ["B", "C", "A"]
+    assert read_prompts(str(tmp_path / "rows.json"), "text") == ["C", "C", "A"]
+
+
+WANTED = "expected a JSON text, or an object with one as text or prompt or query"
+BROKEN = {  # what a file of prompts holds: what is said of it
+    "a.jsonl": ('{"text": "A"}\n\n{"text": B}\n', f'a.jsonl: line 3: found {{"text": B}}, {WANTED}'),
+    "b.jsonl": ('"A"\n{"text": \n', f'b.jsonl: line 2: found {{"text": , {WANTED}'),
+    "c.jsonl": ('{"a": 1}', f'c.jsonl: line 1: found {{"a": 1}}, {WANTED}'),
+    "d.jsonl": ('"A"\n\n["B"]', f'd.jsonl: line 3: found ["B"], {WANTED}'),
+    "e.jsonl": ('{"prompt": null}', f'e.jsonl: line 1: found {{"prompt": null}}, {WANTED}'),
+    "f.jsonl": ("[" * 100_000, f"f.jsonl: line 1: found {'[' * 80}, {WANTED}"),
+    "g.jsonl": ('"A"\nThe film', f"g.jsonl: line 2: found The film, {WANTED}"),
+    "a.json": ('[\n  "A"\n  "B"\n]', "a.json: Expecting ',' delimiter: line 3 column 3"),
+    "b.json": ('["A"', "b.json: Expecting ',' delimiter: line 1 column 5"),
+    "c.json": ('["A", {"text": " "}]', f'c.json: entry 2: found {{"text": " "}}, {WANTED}'),
+    "d.json": ('["Ä", 2]', f"d.json: entry 2: found 2, {WANTED}"),
+    "e.json": ('{"prompt": "A"}', "e.json: it holds a dict, expected a list of prompts"),
+    "f.json": ("[]", "f.json: it holds no prompts"),
+    "g.json": ('["A", " "]', f'g.json: entry 2: found " ", {WANTED}'),
+    "a.txt": ("\n \n", "a.txt: it holds no prompts"),
+    "a.csv": ("text\nA\n", "a.csv: it ends in .csv, expected .txt, .jsonl or .json"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_of_prompts_is_refused_with_place_and_finding(name, tmp_path):
+    text, message = BROKEN[name]
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(UsageError, match=f"--prompts .*{re.escape(message)}"):
+        read_prompts(str(tmp_path / name), "text")
+
+
+def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path):
+    (tmp_path / "bytes.txt").write_bytes(b"caf\xe9")
+    reasons = {"x.jsonl": "No such file", "no/x.txt": "No such file", "": "it ends in|Is a dir", "bytes.txt": "end of"}
+    for path, reason in reasons.items():
+        with pytest.raises(UsageError, match=rf"--prompts {tmp_path / path}: .*({reason})"):
+            read_prompts(str(tmp_path / path), "text")
+
+
+def test_prompts_that_are_no_text_are_refused(tmp_path, monkeypatch):
+    """Half of a surrogate pair: what a byte that is not UTF-8 becomes on the command line, and what JSON may hold."""
+    (tmp_path / "half.jsonl").write_text('"\\ud800"')
+    piped = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", piped)
+    for given in ({"prompt": ("caf\udce9",)}, {"prompts": str(tmp_path / "half.jsonl")}, {}):
+        with pytest.raises(UsageError, match="a prompt is not text in UTF-8: 'utf-8' codec can't"):
+            given_prompts(micro_config(task="generate", **given))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Responses on the screen
+# ----------------------------------------------------------------------------------------------------------------
+
+
+class Screen(io.StringIO):
+    """A terminal that remembers what stands on it at every flush."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = []
+
+    def isatty(self) -> bool:
+        return True
+
+    def flush(self):
+        self.states.append(self.getvalue())
+
+
+KINDS = {"byte-level": "gpt2", "no leading space": "gpt2", "encoder-decoder": "t5"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_stream_shows_word_by_word_what_a_batch_shows_at_once(kind, monkeypatch, tokenizer, t5_folder):
+    """The oracle is `respond`; each state of the screen begins the next, and ends with a word until the end."""
+    tokenizer = tokenizer if kind == "byte-level" else AutoTokenizer.from_pretrained(t5_folder)
+    ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    policy, prompt = tiny_policy(KINDS[kind], vocab_size=len(tokenizer), **ends), "The film was"
+    shown = 0
+    for seed in range(5):
+        config = Config(task="generate", max_new_tokens=30, seed=seed)
+        ids = [tokenizer(prompt).input_ids]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen := Screen())
+            stream(policy, tokenizer, ids, config, seeded(seed))
+        whole = prompt + policy.separator + respond(policy, tokenizer, ids, config, seeded(seed))[-1][0] + "\n"
+        assert screen.getvalue() == whole
+        assert all(after.startswith(before) for before, after in itertools.pairwise(screen.states))
+        assert all(state[-1].isspace() for state in screen.states if state)
+        shown += len(set(screen.states))
+    assert shown > 15
+
+
+@pytest.mark.parametrize("stop", [[], ["--stop", "e", "--stop", "an"]], ids=["", "stop"])
+def test_a_terminal_shows_what_a_pipe_is_given(stop, workplace, monkeypatch, capsys):
+    """Word by word, but with a stop string at once: what follows one is never seen."""
+    for given in (["--prompt", "The film"], ["--prompt", "The film", "--prompt", "A comedy"]):
+        command = ["--task", "generate", *given, *stop]
+        assert main.main(command) == 0
+        piped = capsys.readouterr().out
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen := Screen())
+            assert main.main(command) == 0
+        assert screen.getvalue() == piped
+        assert (len(set(screen.states)) > 2) == (len(given) == 2 and not stop)
+
+
+def test_a_response_ends_before_the_first_stop_string_by_hand():
+    text = "good.\n\nThe end. The"
+    assert before_stop(text, ()) == before_stop(text, ("the", "END")) == text
+    assert before_stop(text, ("The",)) == "good.\n\n"
+    assert before_stop(text, ("The", "\n")) == before_stop(text, ("\n", "The")) == "good."
+    assert before_stop(text, ("good",)) == ""
+
+
+def test_a_stop_string_ends_what_is_printed_written_and_rewarded(workplace, capsys):
+    """Beside the same responses without one; the reward is the length of what it is given."""
+    Path("reward.py").write_text(
+        "def reward(prompts, responses, rows):\n    return [len(text) for text in responses]\n"
+    )
+    command = ["--task", "generate", "--prompt", "The film", "--num_samples", "6", "--reward_fn", "reward.py:reward"]
+    stop = ["--stop", "e", "--stop", "an"]
+
+    def written(*flags: str) -> list[dict]:
+        Path("out.jsonl").unlink(missing_ok=True)
+        assert main.main([*command, *flags, "--output", "out.jsonl"]) == 0
+        return [json.loads(line) for line in Path("out.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    whole, cut = written(), written(*stop)
+    expected = [re.split("e|an", row["response"])[0] for row in whole]
+    assert [row["response"] for row in cut] == expected != [row["response"] for row in whole]
+    assert [row["reward"] for row in cut] == [len(text) for text in expected]
+    capsys.readouterr()
+    assert main.main([*command, *stop]) == 0
+    printed = capsys.readouterr().out.split("\n", 1)[1]
+    assert printed == "".join(f"The film{text}\n" for text in expected)
