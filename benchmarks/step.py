@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -30,6 +31,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+import ppo
 import train
 from benchmarks.floor import Size, flops, matrix_products, measure_floor
 from benchmarks.machine import QUIET, cpu_seconds, foreign_cores, peak_mb, wait_quiet
@@ -61,7 +63,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     for name in Size._fields:
         option("--" + name.replace("_", "-"), type=positive)
     option("--steps", type=positive, default=3, help="timed steps; one that is not counted comes first")
-    option("--max-steps", type=int, default=0, help="go on until --steps of them were quiet, at most this many")
+    option("--max-steps", type=positive, help="go on until --steps of them were quiet, at most this many")
     option("--wait-quiet", type=float, default=0, help="wait at most these seconds for idle cores before each step")
     option("--threads", type=positive, default=2)
     option("--matmul-precision", default="highest", choices=("highest", "high", "medium"), help="of float32, in torch")
@@ -69,6 +71,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--lr", type=float, default=1.41e-5)
     option("--kl-coef", type=float, default=0.2)
     option("--seed", type=int, default=0)
+    option("--ragged", action="store_true", help="cut the responses to random lengths before the update")
     option("--stages", action="store_true", help="show where a step's time goes")
     option("--profile", default="", help="write torch.profiler's table of one more step to this file")
     args = parser.parse_args(arguments)
@@ -131,7 +134,14 @@ def stopwatch(reference: torch.nn.Module) -> Iterator[Counter]:
         yield spent
 
 
-def new_steps(bench: train.Models, config: Config, seed: int) -> Iterator[dict]:
+def ragged(rollout: ppo.Rollout, rng: np.random.Generator) -> ppo.Rollout:
+    """The rollout with its responses cut to lengths uniform in 1 to the longest."""
+    rows, longest = rollout.mask.shape
+    lengths = torch.from_numpy(rng.integers(1, longest + 1, (rows, 1)))
+    return replace(rollout, mask=torch.arange(longest) < lengths)
+
+
+def new_steps(bench: train.Models, config: Config, seed: int, is_ragged: bool = False) -> Iterator[dict]:
     """Endless steps, each as it was: seconds in all and in its parts, CPU seconds, foreign cores, reward, KL."""
     optimizer = torch.optim.Adam(bench.policy.parameters(), config.learning_rate, eps=1e-5, fused=True)  # as train.py
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
@@ -142,7 +152,8 @@ def new_steps(bench: train.Models, config: Config, seed: int) -> Iterator[dict]:
         with stopwatch(bench.reference) as parts:
             before = cpu_seconds()
             collected = train.collect_rollout(bench, prompts, config, config.kl_coef, generator)
-            train.update(bench.policy, optimizer, collected.rollout, config, generator)
+            rollout = ragged(collected.rollout, rng) if is_ragged else collected.rollout
+            train.update(bench.policy, optimizer, rollout, config, generator)
             total = parts["rollout"] + parts["update"]
             load = {"cpu": time.process_time() - before[0], "foreign": foreign_cores(before, total)}
         yield {"total": total, "parts": parts, **load, **{name: collected.stats[name] for name in ("reward", "kl")}}
@@ -217,11 +228,11 @@ def run(args: argparse.Namespace) -> dict:
     size, config = Size(*(getattr(args, name) for name in Size._fields)), settings(args)
     floor = measure_floor(size, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
     bench = new_models(size, config)
-    steps = new_steps(bench, config, args.seed)
+    steps = new_steps(bench, config, args.seed, args.ragged)
     laps = timed_steps(steps, args)
     times, peak = summary(laps), peak_mb()
     if args.stages:
-        print_parts(laps, size, floor["gflops_squares"])
+        print_parts([lap for lap in laps if lap["foreign"] < QUIET] or laps, size, floor["gflops_squares"])
     if args.profile:
         write_profile(steps, args.profile)
     return {

@@ -2,14 +2,17 @@
 
 from collections import Counter
 from contextlib import ExitStack
+from dataclasses import fields
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import floor, step
+from benchmarks import cost, floor, step
 from benchmarks.floor import Size, backward_products, flops, forward_products, matrix_products
+from ppo import Rollout
 
 TINY = Size(32, 2, 2, vocab=64, batch=4, minibatch=2, query_len=9, response_len=60, ppo_epochs=3)
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY._asdict().items()]
@@ -91,6 +94,43 @@ def test_steps_go_on_until_enough_were_quiet():
     assert [lap["foreign"] for lap in laps] == [1.0, 0.0, 1.0, 0.0]
     busy = ({"foreign": 1.0} for _ in range(9))
     assert len(step.timed_steps(busy, step.parse(["--steps=2", "--max-steps=3"]))) == 3
+
+
+def test_ragged_responses_have_every_length_and_nothing_else_is_changed():
+    others = {field.name: None for field in fields(Rollout)} | {"rewards": torch.randn(2000, 7)}
+    rollout = Rollout(**others | {"mask": torch.ones(2000, 7, dtype=torch.bool)})
+    cut = step.ragged(rollout, np.random.default_rng(0))
+    assert cut.rewards is rollout.rewards
+    assert (cut.mask.long().diff(dim=1) <= 0).all()  # a prefix of each row
+    counts = torch.bincount(cut.mask.sum(1), minlength=8)
+    assert counts[0] == 0 and (counts[1:] > 200).all()  # 286 expected of each, standard deviation 16
+
+
+def test_slopes_by_hand():
+    assert cost.slope([1, 2, 4, 8], [3, 6, 12, 24]) == pytest.approx(1)
+    assert cost.slope([1, 2, 4], [5, 20, 80]) == pytest.approx(2)
+    assert cost.slope([1, 2, 4], [4, 2, 1]) == pytest.approx(-1)
+
+
+def test_the_table_of_costs_has_a_row_a_point_and_the_slopes_of_both(tmp_path):
+    rows = [
+        {"batch": n, "seconds": 0.5 * n, "gflop": n**2, "memory_mb": 100 + n, "above_static_mb": n} for n in (1, 2, 4)
+    ]
+    lines = cost.table({"batch": rows}).splitlines()
+    assert [line.split() for line in lines[1:]] == [
+        ["batch", "1", "0.500", "1.0", "101", "1"],
+        ["batch", "2", "1.000", "4.0", "102", "2"],
+        ["batch", "4", "2.000", "16.0", "104", "4"],
+        ["slope", "1.00", "2.00"],
+    ]
+
+
+def test_each_series_of_costs_grows_in_one_thing_alone():
+    for name, (_, sizes) in cost.SERIES.items():
+        assert len(sizes) >= 4
+        for size in sizes:
+            same = {"minibatch": cost.BASE.minibatch} if name == "batch" else {}
+            assert size._replace(**{name: getattr(cost.BASE, name)}, **same) == cost.BASE
 
 
 def test_a_size_is_a_starting_point():
