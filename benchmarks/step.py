@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as main.py has it
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # this and the next as main.py has them
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
