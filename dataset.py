@@ -189,6 +189,19 @@ def n_rollouts(config: Config, n_prompts: int) -> int:
     return math.ceil(config.epochs * n_prompts / config.batch_size) or config.n_updates
 
 
+def batch_arithmetic(config: Config, n_prompts: int) -> str:
+    """prompts -> rollouts -> forward passes -> optimizer steps, in words."""
+    rows = config.mini_batch_size * config.gradient_accumulation_steps
+    steps = config.batch_size // rows
+    return (
+        f"{n_prompts:,} prompts; {config.n_updates} updates x {config.batch_size} prompts a rollout "
+        f"= {config.n_updates * config.batch_size / n_prompts:.2f} passes over them\n"
+        f"each update: epochs {config.ppo_epochs} x optimizer steps {steps} x forward passes "
+        f"{config.gradient_accumulation_steps} x rows {config.mini_batch_size}; "
+        f"optimizer steps in all: {config.n_updates * config.ppo_epochs * steps:,}"
+    )
+
+
 def decode_responses(
     tokenizer: PreTrainedTokenizerBase,
     query_ids: TensorType["batch", "query"],

@@ -1,4 +1,4 @@
-"""What a run says about itself: arithmetic and memory before it starts, its invariants, its log rows, its alarms."""
+"""What a run says about itself: its memory before it starts, its start-up invariants, its log rows, its alarms."""
 
 import csv
 import json
@@ -53,19 +53,6 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
             f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} "
             f"is more than the {config.context_length} tokens of --context_length"
         )
-
-
-def batch_arithmetic(config: Config, n_prompts: int) -> str:
-    """prompts -> rollouts -> forward passes -> optimizer steps, in words."""
-    rows = config.mini_batch_size * config.gradient_accumulation_steps
-    steps = config.batch_size // rows
-    return (
-        f"{n_prompts:,} prompts; {config.n_updates} updates x {config.batch_size} prompts a rollout "
-        f"= {config.n_updates * config.batch_size / n_prompts:.2f} passes over them\n"
-        f"each update: epochs {config.ppo_epochs} x optimizer steps {steps} x forward passes "
-        f"{config.gradient_accumulation_steps} x rows {config.mini_batch_size}; "
-        f"optimizer steps in all: {config.n_updates * config.ppo_epochs * steps:,}"
-    )
 
 
 def count_parameters(policy: PolicyModel) -> str:

@@ -22,7 +22,7 @@ import ppo
 import report
 from checkpoint import claim_folder, move_into, notice
 from config import Config, RunError
-from dataset import Prompt, load_prompts, n_rollouts, prompt_batches
+from dataset import Prompt, batch_arithmetic, load_prompts, n_rollouts, prompt_batches
 from evaluation import compare, evaluate_policy, reward_difference, sample_pairs
 from generate import Sample, check_context, eval_mode, respond
 from loading import load_policy, load_reference, load_tokenizer, pick_device, save_policy
@@ -118,7 +118,6 @@ def minibatch_loss(
     value_losses, value_clipped = ppo.value_losses(
         new.values, rows.values, rows.returns, rows.mask, config.clip_range_value
     )
-
     mean = partial(ppo.masked_mean, mask=rows.mask, count=n_tokens)
     policy_loss, value_loss = mean(policy_losses), mean(value_losses)
     loss = policy_loss + config.value_coef * value_loss
@@ -195,7 +194,7 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     held_out = load_prompts(config, models.tokenizer, "test", config.eval_samples) if config.eval_every else validation
     check_context(config, models.policy)
     print(f"{base_model}: {report.count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
-    print(f"{report.batch_arithmetic(config, len(prompts))}\n{report.memory_estimate(config, models.policy)}")
+    print(f"{batch_arithmetic(config, len(prompts))}\n{report.memory_estimate(config, models.policy)}")
     generator = torch.Generator().manual_seed(config.seed)
     batches = prompt_batches(prompts, config.batch_size, generator)
     if config.dry_run:
@@ -208,8 +207,7 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     move_into(folder / "policy", folder)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     if config.final_dir:
-        final = Path(config.final_dir).resolve()
-        save_policy(models.policy, models.tokenizer, final, config.merge, replaces="manifest.json")
+        save_policy(models.policy, models.tokenizer, Path(config.final_dir).resolve(), config.merge, "manifest.json")
     policies = {"before": models.reference, "after": models.policy}
     comparison = compare({n: evaluate_policy(p, *models[1:], held_out, config) for n, p in policies.items()})
     print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")

@@ -15,6 +15,7 @@ from config import UsageError
 from dataset import (
     PARTS,
     Prompt,
+    batch_arithmetic,
     column,
     decode_responses,
     first_words,
@@ -210,6 +211,15 @@ def test_blank_prompts_are_left_out(tmp_path, tokenizer):
 # ----------------------------------------------------------------------------------------------------------------
 # Batches
 # ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_batch_arithmetic_by_hand():
+    """10 rollouts of 64 from 1,000 prompts; 64 / (4 x 8) = 2 steps an epoch, 3 epochs an update, 10 updates."""
+    config = micro_config(n_updates=10, batch_size=64, mini_batch_size=4, gradient_accumulation_steps=8, ppo_epochs=3)
+    text = batch_arithmetic(config, 1000)
+    assert "1,000 prompts; 10 updates x 64 prompts a rollout = 0.64 passes over them" in text
+    assert "each update: epochs 3 x optimizer steps 2 x forward passes 8 x rows 4" in text
+    assert text.endswith("optimizer steps in all: 60")
 
 
 def test_padding_is_on_the_side_asked_for():

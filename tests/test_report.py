@@ -20,7 +20,7 @@ from evaluation import diversity
 from generate import Sample
 from model import PolicyModel, frozen_copy
 from ppo import Rollout
-from report import LIMITS, alarms, bar_numbers, batch_arithmetic, check_invariants, memory_estimate, rollout_stats
+from report import LIMITS, alarms, bar_numbers, check_invariants, memory_estimate, rollout_stats
 from sft import new_language_model
 from train import Models, collect_rollout, load_prompts
 
@@ -38,15 +38,6 @@ def new_policy(tokenizer, **settings) -> PolicyModel:
 # ----------------------------------------------------------------------------------------------------------------
 # Before the run
 # ----------------------------------------------------------------------------------------------------------------
-
-
-def test_the_batch_arithmetic_by_hand():
-    """10 rollouts of 64 from 1,000 prompts; 64 / (4 x 8) = 2 steps an epoch, 3 epochs an update, 10 updates."""
-    config = micro_config(n_updates=10, batch_size=64, mini_batch_size=4, gradient_accumulation_steps=8, ppo_epochs=3)
-    text = batch_arithmetic(config, 1000)
-    assert "1,000 prompts; 10 updates x 64 prompts a rollout = 0.64 passes over them" in text
-    assert "each update: epochs 3 x optimizer steps 2 x forward passes 8 x rows 4" in text
-    assert text.endswith("optimizer steps in all: 60")
 
 
 def estimate(monkeypatch, tokenizer, **settings) -> tuple[int, int]:
