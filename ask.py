@@ -1,6 +1,7 @@
 """The `generate` task: prompts from flags, a file or the keyboard; responses on the screen or in a file."""
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -8,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from transformers import TextStreamer
 
 from checkpoint import check_writable, write_whole
 from config import Config, UsageError
@@ -22,7 +22,7 @@ def generate(config: Config, reward_model_path: str) -> None:
     """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
     output = Path(config.output)
     if config.output:
-        if output.exists():
+        if os.path.lexists(output):
             raise UsageError(f"--output {output} exists already; name another file, so that nothing is overwritten")
         check_writable(output.parent)
     given = given_prompts(config)
@@ -37,7 +37,7 @@ def generate(config: Config, reward_model_path: str) -> None:
     while batch := list(islice(prompts, size)):
         ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
         if len(batch) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
-            stream(policy, tokenizer, ids, config, generator)
+            stream(policy, tokenizer, batch[0], ids, config, generator)
             continue
         texts = [before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, config, generator)[-1]]
         if config.output:
@@ -61,12 +61,12 @@ def before_stop(text: str, stop: tuple[str, ...]) -> str:
 
 def given_prompts(config: Config) -> list[str]:
     """The prompts of --prompt and --prompts, else a line each from standard input; none where that is a terminal."""
-    prompts, piped = [*config.prompt], not sys.stdin.isatty()
+    prompts, piped = [*config.prompt], not (sys.stdin and sys.stdin.isatty())
     if config.prompts:
         prompts += read_prompts(config.prompts, config.prompt_column)
     with one_sentence("a prompt is not text in UTF-8"):
         if not prompts and piped:
-            prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+            prompts = [line.rstrip("\n") for line in sys.stdin or () if line.strip()]
         "".join(prompts).encode()
     if not prompts and (config.output or piped):
         raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
@@ -116,11 +116,20 @@ def typed_prompts() -> Iterator[str]:
     print()
 
 
-def stream(policy: PolicyModel, tokenizer, ids: list[list[int]], config: Config, generator: torch.Generator) -> None:
-    """Print a prompt, given as ids, and its response word by word as it is drawn."""
-    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
-    streamer.put(torch.tensor(ids[0]))  # together with its prompt, a response's first word keeps its space
-    if policy.is_encoder_decoder:
-        streamer.end()
-    respond(policy, tokenizer, ids, config, generator, streamer.put)
-    streamer.end()
+def stream(policy: PolicyModel, tokenizer, prompt: str, ids: list[list[int]], config: Config, generator) -> None:
+    """Print a prompt, and the response to its ids as it is drawn.
+
+    All of it is decoded anew each time, behind the prompt: what a token looks like may depend on those around it.
+    """
+    drawn, shown = [] if policy.is_encoder_decoder else list(ids[0]), ""
+    start = len(tokenizer.decode(drawn, skip_special_tokens=True))
+
+    def show(tokens: torch.Tensor) -> None:
+        nonlocal shown
+        drawn.extend(tokens.tolist())
+        text = tokenizer.decode(drawn, skip_special_tokens=True)[start:].rstrip("\ufffd")  # half a letter has to wait
+        print(text[len(shown) :], end="", flush=True)
+        shown = max(shown, text, key=len)
+
+    print(prompt, end=policy.separator, flush=True)
+    print(respond(policy, tokenizer, ids, config, generator, show)[-1][0][len(shown) :])

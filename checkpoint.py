@@ -148,7 +148,7 @@ def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = 
     Raises UsageError if there is none.
     """
     place, given = name.partition("{")[0] or f"{preset}*", Path(output_dir)
-    folders = [given, *given.glob("ppo*")] if output_dir else Path("saved_models").glob(f"{place}/**/ppo*")
+    folders = [given, *given.glob("*")] if output_dir else Path("saved_models").glob(f"{place}/**/ppo*")
     runs = [folder for folder in folders if (folder / marker).exists()]
     if not runs:
         flags = {"run_name": name, "preset": preset} if not output_dir else {}

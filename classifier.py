@@ -103,7 +103,6 @@ def run_reward(config: Config, base_model: str) -> Path:
 
     Prints the held-out accuracy, draws how far the model's own certainty can be relied on, and saves all whole.
     """
-    torch.manual_seed(config.seed)
     folder, device, tokenizer = stage_folder(config, "reward"), pick_device(config.device), load_tokenizer(base_model)
     rows, held_out = load_rows(config, "train"), load_rows(config, "validation", 2000)
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
@@ -129,14 +128,14 @@ def run_reward(config: Config, base_model: str) -> Path:
 def held_out_predictions(
     config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
 ) -> tuple[tuple[torch.Tensor, torch.Tensor], str]:
-    """The `predictions` for pairs or whole texts; and how many are right, also on first halves of texts, in words."""
+    """The `predictions` for pairs or whole texts; and how many are right, also on first halves of texts, in letters."""
     if config.chosen_column:
         chosen, rejected = (text_logits(model, tokenizer, side)[:, 0] for side in pair_texts(rows, config, tokenizer))
         pairs = predictions(torch.stack([rejected, chosen], dim=1), [1] * len(rows))  # σ(Δr), as in the loss
         return pairs, f"{pairs[1].float().mean():.1%} of {len(rows)} pairs"
     labels = column(rows, config.label_column, "label_column", int)
     texts = column(rows, config.prompt_column, "prompt_column")
-    halves = [" ".join(words[: math.ceil(len(words) / 2)]) for words in map(str.split, texts)]
+    halves = [text[: math.ceil(len(text) / 2)] for text in texts]
     whole, half = (predictions(text_logits(model, tokenizer, some), labels) for some in (texts, halves))
     return whole, f"{whole[1].float().mean():.1%} on whole texts, {half[1].float().mean():.1%} on their first halves"
 

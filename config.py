@@ -126,8 +126,10 @@ class Config:
     kl_estimator: str = option("ppo", "k1", "in the reward: only k1 has the right optimum", ("k1", "k2", "k3", "abs"))
     kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
     kl_horizon: float = option("ppo", 10000, "responses over which kl_coef adapts", "(0, inf)")
-    target_kl: float = option("ppo", 0.0, "end an update at 1.5 of this k3 to the sampler; 0: off", "[0, inf)")
-    eval_every: int = option("ppo", 0, "keep the policy best on held-out prompts, looking so often; 0: off", "[0, inf)")
+    target_kl: float = option("ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 x this; 0: off", "[0, inf)")
+    eval_every: int = option(
+        "ppo", 0, "updates between looks at held-out prompts, to keep the best; 0: off", "[0, inf)"
+    )
 
     vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, inf)")
     context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, inf)")
@@ -154,7 +156,7 @@ class Config:
     prompts: str = option("generate", "", "a file of prompts: .txt (one a line), .jsonl or .json")
     num_samples: int = option("generate", 1, "responses a prompt", "[1, inf)")
     stop: tuple[str, ...] = option("generate", (), "text that ends a response, as $'\\n'; may be given several times")
-    output: str = option("generate", "", "write JSON Lines of prompt, response, reward here instead of printing")
+    output: str = option("generate", "", "a new file for JSON Lines of prompt, response, reward, in place of printing")
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -307,8 +309,8 @@ def preset_settings(settings: dict) -> dict:
     return {"preset": preset} | PRESETS.get(preset, {})
 
 
-def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict], dict] = preset_settings) -> Config:
-    """Resolve flags, file, and preset into a Config; for a task that uses a run, its settings, by `run_settings`.
+def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict], dict] | None = None) -> Config:
+    """Resolve flags, file, and preset into a Config; a task that uses a run needs `run_settings` of checkpoint.py.
 
     Raises UsageError, which names the nearest valid choice.
     """
@@ -321,7 +323,7 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
         raise UsageError(f"unknown argument {flag}{close}")
     path = vars(flags).pop("config", "")
     from_file = read_config_file(path) if path else {}
-    for name in from_file.keys() - specs.keys():
+    for name in (name for name in from_file if name not in specs):
         raise UsageError(f"--config {path} has an unknown field {name!r}{nearest(str(name), specs)}")
     settings = {name: coerce(specs[name], value) for name, value in {**from_file, **vars(flags)}.items()}
     check_value(specs["preset"], settings.get("preset", ""))

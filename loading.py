@@ -32,8 +32,10 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with suppress(RuntimeError, AssertionError):
-        if torch.empty(0, device=name).device.type in ("cpu", "cuda"):
-            return torch.device(name)
+        device = torch.device(name)
+        if device.type in ("cpu", "cuda"):
+            torch.empty(0, device=device)
+            return device
     raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda")
 
 

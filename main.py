@@ -1,4 +1,4 @@
-"""The command line: parse, run the stages a task needs, dispatch."""
+"""The command line: parse, seed, run the stages a task needs, dispatch."""
 
 import os
 import sys
@@ -41,6 +41,8 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     """The task sft, reward or train, and before it the stages whose folders are not there yet."""
     folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
     print(*filter(None, [notice(config), describe(config)]), sep="\n")
+    import torch
+
     from classifier import run_reward
     from dataset import with_prompt_column
     from report import check_before_training
@@ -54,10 +56,13 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     check_before_training(config, trains_reward)
     wants_model = base_model == str(stage_folder(config, "sft"))
     if config.task == "sft" or (wants_model and not trained(config, base_model, "sft")):
+        torch.manual_seed(config.seed)  # for every stage, so that its result does not hang on those before it
         run_sft(config)
     if trains_reward:
+        torch.manual_seed(config.seed)
         run_reward(config, base_model)
     if config.task == "train":
+        torch.manual_seed(config.seed)
         train(config, base_model, reward_model, folder)
 
 

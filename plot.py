@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from checkpoint import check_writable, run_of
 from config import UsageError
-from evaluation import reward_difference, sample_pairs
 
 PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
     "reward": ["reward"],
@@ -61,6 +60,26 @@ def comparison_table(comparison: dict) -> str:
             if name in paired:
                 line += "   {} - {} {:+.3f} [{:+.3f}, {:+.3f}]".format(other, first, *paired[name].values())
         lines.append(line)
+    return "\n".join(lines)
+
+
+def reward_difference(comparison: dict) -> str:
+    """A line a policy after the first: both mean rewards on the same prompts, and the interval of the difference."""
+    (first, before), *others = ((name, own["reward"]) for name, own in comparison["figures"].items())
+    return "\n".join(
+        f"reward on {comparison['n_prompts']} held-out prompts: {before:.3f} {first}, {after:.3f} {name}; difference "
+        "{:+.3f}, 95 % interval [{:+.3f}, {:+.3f}]".format(*comparison["differences"][name]["reward"].values())
+        for name, after in others
+    )
+
+
+def sample_pairs(comparison: dict, count: int = 3) -> str:
+    """A few prompts with each policy's response to it and the reward."""
+    lines = []
+    for row in comparison["samples"][:count]:
+        lines.append(f"prompt  {row['query']!r}")
+        for name in comparison["figures"]:
+            lines.append(f"  {name:6} ({row[f'reward_{name}']:+.2f}) {row[f'response_{name}'].strip()}")
     return "\n".join(lines)
 
 

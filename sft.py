@@ -210,7 +210,6 @@ def train_language_model(
 
 def run_sft(config: Config) -> Path:
     """The `sft` stage: train the language model, print its held-out perplexity, and save it whole."""
-    torch.manual_seed(config.seed)  # as every stage does, so that its result does not hang on those before it
     folder = stage_folder(config, "sft")
     rows, held_out = load_rows(config, "train"), load_rows(config, "validation", 1000)
     if config.trains_from_scratch:

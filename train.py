@@ -23,11 +23,11 @@ import report
 from checkpoint import claim_folder, move_into, notice
 from config import Config, RunError
 from dataset import Prompt, batch_arithmetic, load_prompts, n_rollouts, prompt_batches
-from evaluation import compare, evaluate_policy, reward_difference, sample_pairs
+from evaluation import compare, evaluate_policy
 from generate import Sample, check_context, eval_mode, respond
 from loading import load_policy, load_reference, load_tokenizer, pick_device, save_policy
 from model import PolicyModel, score_rows
-from plot import plot_training
+from plot import plot_training, reward_difference, sample_pairs
 from reward import RewardTerm, load_reward_terms, total_reward
 
 
@@ -186,7 +186,6 @@ def learning_rate(config: Config, step: int) -> float:
 
 def train(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
-    torch.manual_seed(config.seed)
     models, prompts = load_models(config, base_model, reward_model_path)
     config = replace(config, n_updates=n_rollouts(config, len(prompts)))
     validation = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
@@ -209,7 +208,7 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     if config.final_dir:
         save_policy(models.policy, models.tokenizer, Path(config.final_dir).resolve(), config.merge, "manifest.json")
     policies = {"before": models.reference, "after": models.policy}
-    comparison = compare({n: evaluate_policy(p, *models[1:], held_out, config) for n, p in policies.items()})
+    comparison = compare({n: evaluate_policy(p.eval(), *models[1:], held_out, config) for n, p in policies.items()})
     print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     print(f"policy, tokenizer, logs: {folder}\ntraining curves: {plot_training(folder, notice(config))}")
     print(f"now try: python main.py --task generate --output_dir {folder} --prompt {shlex.quote(held_out[0].text)}")
@@ -264,7 +263,8 @@ def keep_best(models: Models, prompts: list[Prompt], config: Config, folder: Pat
     """Note the mean reward on held-out prompts in the log row; the best policy so far is saved in `folder`, in place
     of the one before, for the case that the run does not live to its end.
     """
-    row["eval_reward"] = fmean(own["reward"] for own in evaluate_policy(*models, prompts, config))
+    table = evaluate_policy(models.policy.eval(), *models[1:], prompts, config)
+    row["eval_reward"] = fmean(own["reward"] for own in table)
     if row["eval_reward"] <= best.reward:
         return best
     save_policy(models.policy, models.tokenizer, folder, replaces="manifest.json")

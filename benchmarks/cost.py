@@ -2,9 +2,10 @@
 
     python benchmarks/cost.py costs/
 
-One of four things grows at a time, from a small base. Each point is a run of step.py in a process of its own, for the
-memory's sake. Beside what was measured stands what theory gives: time in proportion to the matrix products that
-floor.py counts. A slope is that of the logarithms, 1 for what doubles with its cause. Some ten minutes on two cores.
+One of four things grows at a time, from a small base; with the batch its minibatch. Each point is a run of step.py in a
+process of its own, for the memory's sake. Beside what was measured stands what theory gives: time in proportion to the
+matrix products that floor.py counts. A slope is that of the logarithms, 1 for what doubles with its cause. Some ten
+minutes on two cores.
 """
 
 import argparse
@@ -35,7 +36,8 @@ def measure(size: Size, steps: int) -> dict:
     script = Path(__file__).with_name("step.py")
     done = subprocess.run([sys.executable, script, *flags, f"--steps={steps}"], capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"error: step.py {' '.join(flags)}: {done.stderr.splitlines()[-1]}")
+        *_, reason = [f"exit code {done.returncode}", *done.stderr.splitlines()]
+        sys.exit(f"error: step.py {' '.join(flags)}: {reason}")
     report = json.loads(done.stdout)
     above = report["peak_rss_mb"] - sum(report["static_mb"].values())
     gflop = sum(map(flops, matrix_products(size).values())) / 1e9
@@ -88,7 +90,7 @@ def main() -> None:
     for name, (_, sizes) in SERIES.items():
         results[name] = [{name: getattr(size, name)} | measure(size, args.steps) for size in sizes]
         print(table({name: results[name]}), flush=True)
-    (args.folder / "cost.json").write_text(json.dumps(results, indent=1))
+        (args.folder / "cost.json").write_text(json.dumps(results, indent=1))
     (args.folder / "cost.txt").write_text(table(results) + "\n")
     draw(results, args.folder / "cost.png")
 

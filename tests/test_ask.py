@@ -3,16 +3,20 @@
 import io
 import itertools
 import json
+import os
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from micro import micro_config
 from tiny_models import tiny_policy
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import ask
 import main
 from ask import before_stop, given_prompts, read_prompts, stream
 from config import Config, UsageError
@@ -121,7 +125,7 @@ KINDS = {"byte-level": "gpt2", "no leading space": "gpt2", "encoder-decoder": "t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_stream_shows_word_by_word_what_a_batch_shows_at_once(kind, monkeypatch, tokenizer, t5_folder):
-    """The oracle is `respond`; each state of the screen begins the next, and ends with a word until the end."""
+    """The oracle is `respond`; each state of the screen begins the next."""
     tokenizer = tokenizer if kind == "byte-level" else AutoTokenizer.from_pretrained(t5_folder)
     ends = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     policy, prompt = tiny_policy(KINDS[kind], vocab_size=len(tokenizer), **ends), "The film was"
@@ -131,13 +135,79 @@ def test_a_stream_shows_word_by_word_what_a_batch_shows_at_once(kind, monkeypatc
         ids = [tokenizer(prompt).input_ids]
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", screen := Screen())
-            stream(policy, tokenizer, ids, config, seeded(seed))
+            stream(policy, tokenizer, prompt, ids, config, seeded(seed))
         whole = prompt + policy.separator + respond(policy, tokenizer, ids, config, seeded(seed))[-1][0] + "\n"
         assert screen.getvalue() == whole
         assert all(after.startswith(before) for before, after in itertools.pairwise(screen.states))
-        assert all(state[-1].isspace() for state in screen.states if state)
         shown += len(set(screen.states))
-    assert shown > 15
+    assert shown > 30
+
+
+def metaspace_tokenizer() -> PreTrainedTokenizerFast:
+    """Like Llama's: a word's space is the beginning of its token, and is dropped in front of a text."""
+    vocabulary = {token: i for i, token in enumerate(["</s>", "<pad>", "▁a", "▁", "b", "\n", "▁c", "d"])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>")
+
+
+@pytest.mark.parametrize("ids", [[2, 4], [2, 5]], ids=["", "a prompt that ends its line"])
+def test_a_stream_keeps_the_spaces_that_begin_a_line(ids, monkeypatch):
+    tokenizer, drawn = metaspace_tokenizer(), [6, 5, 3, 4, 6, 5, 6]
+    assert tokenizer.decode(drawn) == "c\n b c\n c"
+
+    def drawing(policy, tokenizer, prompts, config, generator, on_tokens):
+        for token in drawn:
+            on_tokens(torch.tensor([token]))
+        return [" c\n b c\n c"]
+
+    monkeypatch.setattr(ask, "respond", lambda *arguments: (None, drawing(*arguments)))
+    monkeypatch.setattr(sys, "stdout", screen := Screen())
+    stream(SimpleNamespace(is_encoder_decoder=False, separator=""), tokenizer, "A long prompt", [ids], None, None)
+    assert screen.getvalue() == "A long prompt c\n b c\n c\n"
+    assert len(set(screen.states)) == 1 + len(drawn)
+
+
+def test_half_a_letter_waits_for_the_rest_of_it(monkeypatch, tokenizer):
+    ids = tokenizer("é ü").input_ids
+    responses = [tokenizer.decode(ids), tokenizer.decode(ids[:-1])]
+    for end, response in zip((len(ids), len(ids) - 1), responses, strict=True):
+
+        def drawing(*arguments, end=end, response=response):
+            for token in ids[:end]:
+                arguments[-1](torch.tensor([token]))
+            return None, [response]
+
+        monkeypatch.setattr(ask, "respond", drawing)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen := Screen())
+            stream(SimpleNamespace(is_encoder_decoder=False, separator=""), tokenizer, "x", [[5]], None, None)
+        assert not any("\ufffd" in state for state in screen.states)
+        assert screen.getvalue() == f"x{response}\n"
+
+
+def test_a_prompt_is_answered_where_there_is_no_standard_input(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert given_prompts(micro_config(task="generate", prompt=("A",))) == ["A"]
+    with pytest.raises(UsageError, match="there is no prompt"):
+        given_prompts(micro_config(task="generate"))
+
+
+def test_a_terminal_shows_all_of_a_long_prompt(workplace, monkeypatch, capsys):
+    prompt = "My brother and I saw this film last night at the cinema, and we laughed"
+    command = ["--task", "generate", "--prompt", prompt]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", screen := Screen())
+        assert main.main(command) == 0
+    assert main.main(command) == 0
+    assert screen.getvalue() == capsys.readouterr().out and prompt in screen.getvalue()
+
+
+def test_no_link_and_no_name_is_written_over(workplace, capsys):
+    os.symlink("nowhere", "link.jsonl")
+    assert main.main(["--task", "generate", "--prompt", "A", "--output", "link.jsonl"]) == 2
+    assert "link.jsonl exists already" in capsys.readouterr().err
+    assert os.path.islink("link.jsonl") and not Path("nowhere").exists()
 
 
 @pytest.mark.parametrize("stop", [[], ["--stop", "e", "--stop", "an"]], ids=["", "stop"])

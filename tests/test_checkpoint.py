@@ -196,6 +196,9 @@ def test_the_newest_run_is_the_one_whose_policy_was_saved_last(tmp_path, monkeyp
     assert str(newest_run("")) == "saved_models/tiny/ppo-2"
     assert str(newest_run("saved_models/tiny/ppo")) == "saved_models/tiny/ppo"
     assert str(newest_run("saved_models/tiny")) == "saved_models/tiny/ppo-2"
+    (tmp_path / "sweep/0.02").mkdir(parents=True)
+    (tmp_path / "sweep/0.02/value_head.safetensors").touch()
+    assert str(newest_run("sweep")) == "sweep/0.02"
     with pytest.raises(UsageError, match=r"--preset gpt2-imdb: .* no trained run"):
         newest_run("", preset="gpt2-imdb")
     with pytest.raises(UsageError, match="ppo-3 holds no trained run"):

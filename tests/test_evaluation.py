@@ -198,6 +198,16 @@ def test_the_judge_has_an_answer_for_words_it_has_never_met():
     assert set(judge.predict(["xyzzy", "", "?"])) <= {0, 1}
 
 
+def test_texts_in_any_script_have_a_judge_and_too_few_of_them_none(monkeypatch, capsys):
+    rows = {"many": [{"text": f"这部 电影 {'好' if label else '坏'}", "label": label} for label in (0, 1)] * 5}
+    rows["few"] = rows["many"][:2]
+    for name, judged in (("many", True), ("few", False)):
+        monkeypatch.setattr("evaluation.load_rows", lambda *_, name=name: rows[name])
+        judge = load_text_judge(micro_config(dataset_path="x"))
+        assert (judge is not None) == judged
+    assert "there is no independent judge of these texts: " in capsys.readouterr().out
+
+
 def test_data_without_classes_has_no_judge(tmp_path):
     rows = "text,label\n" + "".join(f"Text {number}.,{number % 3}\n" for number in range(60))
     (tmp_path / "three.csv").write_text(rows)

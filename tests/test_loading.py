@@ -355,7 +355,7 @@ def test_a_folder_is_loaded_without_asking_the_hub(tmp_path, monkeypatch):
 def test_devices():
     assert pick_device("cpu") == CPU
     assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "cuda:99"):
+    for name in ("gpu", "cuda:99", "hpu", "privateuseone", "meta"):
         with pytest.raises(UsageError, match=f"--device {name} cannot be used here; expected auto, cpu or cuda"):
             pick_device(name)
 

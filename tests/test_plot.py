@@ -8,7 +8,6 @@ import pytest
 from matplotlib.figure import Figure
 
 from config import Config, UsageError, to_json
-from evaluation import reward_difference, sample_pairs
 from main import main
 from plot import (
     BOUNDS,
@@ -20,6 +19,8 @@ from plot import (
     plot_comparison,
     plot_reliability,
     plot_training,
+    reward_difference,
+    sample_pairs,
     show_comparison,
 )
 
