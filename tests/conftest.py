@@ -28,3 +28,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if unexpected_skips and session.exitstatus == 0:
         print("\nskipped, and not on the list of agreed skips:", *unexpected_skips, sep="\n  ")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.fixture(autouse=True)
+def same_random_numbers():
+    """No test's result hangs on those that ran before it in the same process."""
+    torch.manual_seed(0)
