@@ -74,11 +74,12 @@ def reward_difference(comparison: dict) -> str:
 
 
 def sample_pairs(comparison: dict, count: int = 3) -> str:
-    """A few prompts with each policy's response to it and the reward."""
-    lines = []
-    for row in comparison["samples"][:count]:
+    """A few prompts with each policy's response to it and the reward; those to which all respond alike come last."""
+    lines, names = [], comparison["figures"]
+    alike = [len({row[f"response_{name}"] for name in names}) == 1 for row in comparison["samples"]]
+    for _, row in sorted(zip(alike, comparison["samples"], strict=True), key=lambda pair: pair[0])[:count]:
         lines.append(f"prompt  {row['query']!r}")
-        for name in comparison["figures"]:
+        for name in names:
             lines.append(f"  {name:6} ({row[f'reward_{name}']:+.2f}) {row[f'response_{name}'].strip()}")
     return "\n".join(lines)
 

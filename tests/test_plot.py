@@ -343,6 +343,10 @@ def test_samples_stand_one_below_the_other():
     text = sample_pairs(comparison(1.0, 2.0))
     assert text.count("prompt  ") == 3
     assert text.splitlines()[3:6] == ["prompt  'Film 1'", "  p0     (-1.00) is p0.", "  p1     (+0.00) is p1."]
+    changed = comparison(1.0, 2.0)
+    changed["samples"][0] |= {"response_p0": " is.", "response_p1": " is."}
+    order = [line for line in sample_pairs(changed, count=99).splitlines() if line.startswith("prompt")]
+    assert order[0] == "prompt  'Film 1'" and order[-1] == "prompt  'Film 0'"
 
 
 @pytest.fixture
