@@ -70,9 +70,7 @@ class Config:
     load_in_8bit: bool = option("model", False, "base weights under LoRA in 8 bits, by bitsandbytes")
     load_in_4bit: bool = option("model", False, "base weights under LoRA in 4 bits, by bitsandbytes")
     reference_in_8bit: bool = option("model", False, "the frozen reference in 8 bits, apart from the policy's weights")
-    critic: str = option(
-        "model", "shared", "what the value head reads, see model.py", ("shared", "separate", "encoder")
-    )
+    critic: str = option("model", "shared", "what the value head reads (model.py)", ("shared", "separate", "encoder"))
     gradient_checkpointing: bool = option("model", False, "recompute activations in the update, to save memory")
 
     dataset_path: str = option("data", "", "Hub id, folder or file; none: the built-in generated movie reviews")
@@ -127,9 +125,7 @@ class Config:
     kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
     kl_horizon: float = option("ppo", 10000, "responses over which kl_coef adapts", "(0, inf)")
     target_kl: float = option("ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 x this; 0: off", "[0, inf)")
-    eval_every: int = option(
-        "ppo", 0, "updates between looks at held-out prompts, to keep the best; 0: off", "[0, inf)"
-    )
+    eval_every: int = option("ppo", 0, "updates between looks at held-out prompts to keep the best; 0: off", "[0, inf)")
 
     vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, inf)")
     context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, inf)")
