@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl import AutoModelForCausalLMWithValueHead, PPOConfig, PPOTrainer
 
 
@@ -33,14 +33,14 @@ def new_trainer(settings: dict, models: Path, seed: int) -> PPOTrainer:
         accelerator_kwargs={"cpu": True},
     )
     optimizer = torch.optim.Adam(policy.parameters(), settings["learning_rate"], eps=1e-5, fused=True)
-    tokenizer = AutoTokenizer.from_pretrained(models / "sft")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(models / "sft")
     return PPOTrainer(config=config, model=policy, ref_model=reference, tokenizer=tokenizer, optimizer=optimizer)
 
 
 def new_classifier(models: Path, tokenizer):
     """A function from texts to the probability of the last label."""
     classifier = AutoModelForSequenceClassification.from_pretrained(models / "reward").eval()
-    tokenizer = AutoTokenizer.from_pretrained(models / "reward", padding_side="right")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(models / "reward", padding_side="right")
 
     @torch.no_grad()
     def rewards(texts: list[str]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cost, floor, step
+from benchmarks import cost, floor, learning, step
 from benchmarks.floor import Size, backward_products, flops, forward_products, matrix_products
 from ppo import Rollout
 
@@ -131,6 +131,21 @@ def test_each_series_of_costs_grows_in_one_thing_alone():
         for size in sizes:
             same = {"minibatch": cost.BASE.minibatch} if name == "batch" else {}
             assert size._replace(**{name: getattr(cost.BASE, name)}, **same) == cost.BASE
+
+
+def test_the_time_to_a_reward_that_every_run_reaches_by_hand():
+    """Means of three: ours .2, .5 and .52, theirs .1, .3 and .50; both reach .5, after 30 and 100 s."""
+
+    def run(seconds: int, *rewards: float) -> list[dict]:
+        return [{"seconds": n * seconds, "reward": x, "kl": n, "length": 5} for n, x in enumerate(rewards)]
+
+    ours, theirs = run(10, 0.1, 0.2, 0.3, 1.0, 0.26), run(25, 0.0, 0.1, 0.2, 0.6, 0.7)
+    assert [row["reward"] for row in learning.smooth(ours)] == pytest.approx([0.2, 0.5, 0.52])
+    result = learning.compare({"ours": [ours], "theirs": [theirs]}, step=0.1)
+    assert result["reward"] == pytest.approx(0.5)
+    assert result["at_reward"]["ours"] == [{"seconds": 30, "reward": pytest.approx(0.5), "kl": 2, "length": 5}]
+    assert result["at_reward"]["theirs"] == [{"seconds": 100, "reward": pytest.approx(0.5), "kl": 3, "length": 5}]
+    assert result["ratios"] == [pytest.approx(0.3)] and result["median_ratio"] == pytest.approx(0.3)
 
 
 def test_a_size_is_a_starting_point():
