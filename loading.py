@@ -32,10 +32,8 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     with suppress(RuntimeError, AssertionError):
-        device = torch.device(name)
-        if device.type in ("cpu", "cuda"):
-            torch.empty(0, device=device)
-            return device
+        if torch.device(name).type in ("cpu", "cuda"):
+            return torch.empty(0, device=name).device
     raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda")
 
 
@@ -175,8 +173,7 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     adapter = config.peft_model_path if base == path else path
     settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
     language_model = load_language_model(base, config.dtype, device, **settings)
-    critic = load_critic(config, path, base, device)
-    adapted = with_adapter(language_model, config, adapter)
+    critic, adapted = load_critic(config, path, base, device), with_adapter(language_model, config, adapter)
     policy = PolicyModel(adapted, critic, config.critic, mixed_precision=config.mixed_precision == "bf16")
     value_head = Path(path) / "value_head.safetensors"
     if value_head.exists():

@@ -6,12 +6,13 @@
 
 Both train the same language model for the same classifier's probability, with the same prompts, numbers of rows and
 passes, learning rates, losses and KL coefficient, at temperature 1, as TRL scores at no other. They take turns, one run
-a seed each. What counts is the time until the mean reward of three updates is one that every run reaches. Loading is
-not timed.
+a seed each, with the same threads and wait policy; main.py also asks for large memory pages. What counts is the time
+until the mean reward of three updates is one that every run reaches. Loading is not timed.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,8 @@ def run_ours(models: Path, folder: Path, seed: int, flags: list[str]) -> list[di
 def run_trl(python: str, models: Path, run: Path, prompts: Path, seed: int, log: Path) -> list[dict]:
     script = Path(__file__).with_name("learning_trl.py")
     command = [python, script, run / "run_config.json", models, prompts, str(seed), log]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # as main.py has it
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return json.loads(log.read_text())
 
 

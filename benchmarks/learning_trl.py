@@ -60,9 +60,10 @@ def main() -> None:
     parser.add_argument("log", type=Path, help="written: a row an update")
     args = parser.parse_args()
     settings, prompts = (json.loads(path.read_text()) for path in (args.settings, args.prompts))
+    threads = torch.get_num_threads()
     trainer = new_trainer(settings, args.models, args.seed)
     tokenizer, rewards = trainer.tokenizer, new_classifier(args.models, trainer.tokenizer)
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)  # accelerate may have changed them
     torch.manual_seed(args.seed)
     sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "min_length": -1}
     sampling |= {"max_new_tokens": settings["max_new_tokens"], "pad_token_id": tokenizer.pad_token_id}
