@@ -29,6 +29,7 @@ Ziegler et al. 2019 (arXiv:1909.08593); Schulman 2020, "Approximating KL Diverge
 from dataclasses import dataclass, fields
 
 import torch
+from torch.autograd.function import once_differentiable
 from torchtyping import TensorType, is_float
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
@@ -105,18 +106,39 @@ def masked_whiten(
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
+class LogSoftmaxAt(torch.autograd.Function):
+    """log softmax(z)[y]. Its gradient for z_a, 1[a = y] - softmax(z)_a, is written over the log-probabilities, where
+    autograd by itself has three tensors as large as the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits, tokens):
+        logprobs = logits.log_softmax(-1)
+        ctx.save_for_backward(logprobs, tokens)
+        return logprobs.gather(-1, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        logprobs, tokens = ctx.saved_tensors
+        return logprobs.exp_().mul_(-grad).scatter_add_(-1, tokens, grad), None
+
+
 def token_logprobs(
     logits: TensorType["batch", "time", "vocab", is_float], tokens: TensorType["batch", "time"]
 ) -> TensorType["batch", "time", is_float]:
     """log softmax(z_t)[y_t], in nats; logits are already divided by the temperature."""
-    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    return LogSoftmaxAt.apply(logits, tokens[..., None])[..., 0]
 
 
 def token_entropy(
     logits: TensorType["batch", "time", "vocab", is_float],
 ) -> TensorType["batch", "time", is_float]:
-    """H_t = logsumexp(z_t) - Σ_a softmax(z_t)_a z_t[a], in nats, between 0 and log(vocab)."""
-    return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
+    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab). A row at a time: for all at
+    once it takes several tensors as large as logits.
+    """
+    logprobs = (row.log_softmax(-1) for row in logits)  # each (time, vocab)
+    return torch.stack([-(row.exp() * row).sum(-1) for row in logprobs])
 
 
 def kl_estimate(

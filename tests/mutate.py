@@ -46,9 +46,19 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a count is never negative",
     (
         "token_logprobs",
-        "return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]",
-        "return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., -1]",
+        "return LogSoftmaxAt.apply(logits, tokens[..., None])[..., 0]",
+        "return LogSoftmaxAt.apply(logits, tokens[..., None])[..., -1]",
     ): "the axis has size 1",
+    (
+        "token_entropy",
+        "logprobs = (row.log_softmax(-1) for row in logits)",
+        "logprobs = (row.log_softmax(1) for row in logits)",
+    ): "of two axes 1 is the last",
+    (
+        "token_entropy",
+        "return torch.stack([-(row.exp() * row).sum(-1) for row in logprobs])",
+        "return torch.stack([-(row.exp() * row).sum(1) for row in logprobs])",
+    ): "of two axes 1 is the last",
     (
         "shape_scores",
         "scores = masked_whiten(scores[:, None], torch.ones_like(scores, dtype=torch.bool)[:, None])[:, 0]",

@@ -245,6 +245,33 @@ def test_gradients_of_logprob_and_entropy():
     assert_close(gradient, -p * (p.log() + entropy.detach()[..., None]))
 
 
+def test_the_gradient_of_logprobs_is_autograds_own():
+    """Written out once more with torch's own functions; for any weights, one token or several with the same logits."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, generator=generator).requires_grad_()
+    tokens = torch.randint(7, (2, 3), generator=generator)
+    weight = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    plain = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    (expected,) = torch.autograd.grad((weight * plain).sum(), logits)
+    before = logits.detach().clone()
+    (actual,) = torch.autograd.grad((weight * ppo.token_logprobs(logits, tokens)).sum(), logits)
+    assert_close(actual, expected)
+    assert torch.equal(logits.detach(), before)
+
+
+def test_the_gradient_of_logprobs_is_there_once():
+    """It is written over what it is made of: a second one, or a gradient of it, is refused, not made wrong."""
+    logits = torch.randn(1, 2, 3, requires_grad=True)
+    loss = ppo.token_logprobs(logits, torch.tensor([[0, 2]])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = ppo.token_logprobs(logits, torch.tensor([[0, 2]])).sum()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|differentiate twice"):
+        gradient.sum().backward()
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # k_t: estimators of KL(π || ρ)
 # ----------------------------------------------------------------------------------------------------------------
