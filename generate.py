@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWa
 from config import Config, UsageError
 from dataset import decode_responses, pad
 from loading import context_length
-from model import PolicyModel, first_inputs, next_inputs, select_inputs
+from model import PolicyModel, position_ids
 from ppo import response_mask
 
 
@@ -82,6 +82,40 @@ def sample(
     return Sample(torch.where(mask, ids, pad_id), mask, torch.where(mask, logprobs, 0.0))
 
 
+def first_inputs(language_model: torch.nn.Module, query_ids: torch.Tensor, query_mask: torch.Tensor) -> dict:
+    """The arguments of the first forward pass: the whole prompt, or the encoded prompt and the start token."""
+    attention_mask = query_mask.long()
+    if language_model.config.is_encoder_decoder:
+        encoded = language_model.get_encoder()(input_ids=query_ids, attention_mask=attention_mask)
+        start = torch.full_like(query_ids[:, :1], language_model.config.decoder_start_token_id)
+        return {"decoder_input_ids": start, "encoder_outputs": encoded, "attention_mask": attention_mask}
+    positions = position_ids(query_mask)
+    return {"input_ids": query_ids, "attention_mask": attention_mask, "position_ids": positions, "logits_to_keep": 1}
+
+
+def next_inputs(inputs: dict, tokens: TensorType["batch"], cache) -> dict:
+    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers."""
+    if "decoder_input_ids" in inputs:
+        return inputs | {"decoder_input_ids": tokens[:, None], "past_key_values": cache}
+    mask = inputs["attention_mask"]
+    return inputs | {
+        "input_ids": tokens[:, None],
+        "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+        "position_ids": inputs["position_ids"][:, -1:] + 1,
+        "past_key_values": cache,
+    }
+
+
+def select_inputs(inputs: dict, keep: TensorType["batch", bool]) -> dict:
+    """Drop the rows that have ended from everything that the next forward pass reads, the cache included."""
+    inputs["past_key_values"].batch_select_indices(keep.nonzero()[:, 0])
+    kept = {name: value[keep] for name, value in inputs.items() if torch.is_tensor(value)}
+    if "encoder_outputs" in inputs:
+        encoded = inputs["encoder_outputs"]
+        kept["encoder_outputs"] = type(encoded)(last_hidden_state=encoded.last_hidden_state[keep])
+    return inputs | kept
+
+
 def draw(
     logits: TensorType["batch", "vocab", is_float],
     uniforms: TensorType["batch", is_float],
@@ -96,16 +130,17 @@ def draw(
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])
-    logits = logits / temperature
+    if temperature != 1:
+        logits = logits / temperature
     if top_k:
         logits = TopKLogitsWarper(top_k)(None, logits)
     if top_p < 1:
         logits = TopPLogitsWarper(top_p)(None, logits)
-    probabilities = logits.double().softmax(-1)  # float32 would round away tokens rarer than 1e-7
-    cumulative = probabilities.cumsum(-1)
+    probabilities = logits.softmax(-1)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)  # float32 would round away tokens rarer than 1e-7
     thresholds = (uniforms * cumulative[:, -1])[:, None]
     tokens = torch.searchsorted(cumulative, thresholds, right=True).clamp(max=logits.shape[-1] - 1)
-    return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log().float()
+    return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
 
 def check_context(config: Config, policy: PolicyModel) -> None:

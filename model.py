@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 
 from ppo import token_entropy, token_logprobs
 
+PASS_TOKENS = 128  # one more pass reads all weights again, which costs about as much as these many more tokens
+
 
 class Scores(NamedTuple):
     """Per response token: log-probability in nats, value in reward units, and entropy in nats where asked for."""
@@ -136,6 +138,22 @@ def encoder_decoder_inputs(query_ids, query_mask, response_ids, response_mask, c
     return inputs, slice(None)
 
 
+def length_groups(lengths: list[int], most_rows: int) -> list[list[int]]:
+    """Rows, by their number, that share a forward pass: at most most_rows of them, of like response length.
+
+    While cutting the shorter half of a pass to its own longest row saves PASS_TOKENS, that half gets its own pass.
+    """
+
+    def divide(rows: list[int]) -> list[list[int]]:
+        half = len(rows) // 2
+        if half * (lengths[rows[-1]] - lengths[rows[half - 1]]) < PASS_TOKENS:
+            return [rows]
+        return divide(rows[:half]) + divide(rows[half:])
+
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [rows for start in range(0, len(order), most_rows) for rows in divide(order[start : start + most_rows])]
+
+
 @torch.no_grad()
 def score_rows(
     policy: PolicyModel,
@@ -147,11 +165,11 @@ def score_rows(
     temperature: float = 1.0,
     with_entropy: bool = False,
 ) -> Scores:
-    """`score` without gradient, in passes of mini_batch_size rows of like length, so that little of them is padding."""
+    """`score` without gradient, in passes as `length_groups` forms them."""
     scores = Scores(*(torch.zeros(response_mask.shape, device=response_mask.device) for _ in Scores._fields))
-    lengths = response_mask.sum(1)
-    for rows in lengths.argsort(stable=True).split(mini_batch_size):
-        real = slice(int(lengths[rows].max()))
+    lengths = response_mask.sum(1).tolist()
+    for rows in length_groups(lengths, mini_batch_size):
+        real = slice(lengths[rows[-1]])
         batch = query_ids[rows], query_mask[rows], response_ids[rows, real], response_mask[rows, real]
         for whole, part in zip(scores, policy(*batch, temperature, with_entropy), strict=True):
             if part is not None:
@@ -162,40 +180,6 @@ def score_rows(
 def position_ids(mask: TensorType["batch", "sequence", bool]) -> TensorType["batch", "sequence"]:
     """Positions that count real tokens only: 0, 1, 2, ... from the first one, and 0 on the padding before it."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)
-
-
-def first_inputs(language_model: nn.Module, query_ids: torch.Tensor, query_mask: torch.Tensor) -> dict:
-    """The arguments of the first forward pass: the whole prompt, or the encoded prompt and the start token."""
-    attention_mask = query_mask.long()
-    if language_model.config.is_encoder_decoder:
-        encoded = language_model.get_encoder()(input_ids=query_ids, attention_mask=attention_mask)
-        start = torch.full_like(query_ids[:, :1], language_model.config.decoder_start_token_id)
-        return {"decoder_input_ids": start, "encoder_outputs": encoded, "attention_mask": attention_mask}
-    positions = position_ids(query_mask)
-    return {"input_ids": query_ids, "attention_mask": attention_mask, "position_ids": positions, "logits_to_keep": 1}
-
-
-def next_inputs(inputs: dict, tokens: TensorType["batch"], cache) -> dict:
-    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers."""
-    if "decoder_input_ids" in inputs:
-        return inputs | {"decoder_input_ids": tokens[:, None], "past_key_values": cache}
-    mask = inputs["attention_mask"]
-    return inputs | {
-        "input_ids": tokens[:, None],
-        "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
-        "position_ids": inputs["position_ids"][:, -1:] + 1,
-        "past_key_values": cache,
-    }
-
-
-def select_inputs(inputs: dict, keep: TensorType["batch", bool]) -> dict:
-    """Drop the rows that have ended from everything that the next forward pass reads, the cache included."""
-    inputs["past_key_values"].batch_select_indices(keep.nonzero()[:, 0])
-    kept = {name: value[keep] for name, value in inputs.items() if torch.is_tensor(value)}
-    if "encoder_outputs" in inputs:
-        encoded = inputs["encoder_outputs"]
-        kept["encoder_outputs"] = type(encoded)(last_hidden_state=encoded.last_hidden_state[keep])
-    return inputs | kept
 
 
 def frozen_copy(policy: PolicyModel) -> PolicyModel:

@@ -43,7 +43,7 @@ from loading import (
     prepare_config,
     save_policy,
 )
-from model import PolicyModel, frozen_copy, position_ids, score_rows
+from model import PolicyModel, frozen_copy, length_groups, position_ids, score_rows
 from report import TOLERANCE
 from sft import new_tokenizer
 
@@ -488,6 +488,17 @@ def test_rows_scored_by_length_keep_their_places(family, mini_batch_size):
         assert_close(actual[batch[3]], expected[batch[3]].detach())
     assert score_rows(policy, *batch, mini_batch_size, 0.7).entropy.abs().sum() == 0
     assert not parts.logprobs.requires_grad
+
+
+def test_rows_share_a_pass_with_rows_of_like_length_by_hand():
+    """Apart, the shorter half saves its rows times the difference of the longest: from 128 tokens on, it is."""
+    lengths = [10, 74, 9, 73]
+    assert length_groups(lengths, 4) == [[2, 0], [3, 1]]  # 2 x (74 - 10) = 128 tokens saved
+    assert length_groups([11, 74, 9, 73], 4) == [[2, 0, 3, 1]]  # 2 x 63 = 126
+    assert length_groups(lengths, 3) == [[2, 0, 3], [1]]  # 1 x (73 - 9) = 64 is too little, and no pass has four
+    assert length_groups([300, 1, 150], 3) == [[1], [2], [0]]  # 1 x 299, and of the other two 1 x 150
+    assert length_groups([5, 5, 5, 5, 5], 2) == [[0, 1], [2, 3], [4]]
+    assert length_groups([7], 8) == [[0]]
 
 
 def test_an_encoder_critic_values_the_mean_state_of_the_prompts_real_tokens():
