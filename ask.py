@@ -12,8 +12,9 @@ import torch
 
 from checkpoint import check_writable, write_whole
 from config import Config, UsageError
+from device import prepare_device
 from generate import check_context, respond
-from loading import load_policy, load_tokenizer, one_sentence, pick_device
+from loading import load_policy, load_tokenizer, one_sentence
 from model import PolicyModel
 from reward import load_reward_terms, total_reward
 
@@ -26,7 +27,7 @@ def generate(config: Config, reward_model_path: str) -> None:
             raise UsageError(f"--output {output} exists already; name another file, so that nothing is overwritten")
         check_writable(output.parent)
     given = given_prompts(config)
-    device = pick_device(config.device)
+    device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config, config.output_dir, device).eval()
     check_context(config, policy)

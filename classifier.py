@@ -16,7 +16,8 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 from checkpoint import stage_folder
 from config import Config, UsageError
 from dataset import column, load_rows, pad, prompt_texts
-from loading import context_length, load, load_tokenizer, pick_device
+from device import prepare_device
+from loading import context_length, load, load_tokenizer
 from plot import plot_reliability
 from reward import text_logits
 from sft import fit, length_grouped, own_loss, save_stage
@@ -103,7 +104,7 @@ def run_reward(config: Config, base_model: str) -> Path:
 
     Prints the held-out accuracy, draws how far the model's own certainty can be relied on, and saves all whole.
     """
-    folder, device, tokenizer = stage_folder(config, "reward"), pick_device(config.device), load_tokenizer(base_model)
+    folder, device, tokenizer = stage_folder(config, "reward"), prepare_device(config), load_tokenizer(base_model)
     rows, held_out = load_rows(config, "train"), load_rows(config, "validation", 2000)
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
     settings = {"num_labels": len(names), "id2label": names, "pad_token_id": tokenizer.pad_token_id}

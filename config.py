@@ -38,6 +38,7 @@ POLICIES = (
     "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several times; none: "
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
 )
+MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest with the error of float32 here"
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
 
@@ -58,6 +59,7 @@ class Config:
     final_dir: str = option("task", "", "where the newest trained policy is also put, in place of the one before it")
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
+    matmul_precision: str = option("task", "auto", MATMUL_PRECISION, ("auto", "highest", "high", "medium"))
     dry_run: bool = option("task", False, "do everything but the update: preflight, one rollout, three samples")
 
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")

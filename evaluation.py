@@ -15,8 +15,9 @@ import torch
 from checkpoint import stage_folder, trained_stage, write_table, write_whole
 from config import Config, UsageError, first_line
 from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
+from device import prepare_device
 from generate import check_context, respond
-from loading import load_language_model, load_policy, load_tokenizer, pick_device
+from loading import load_language_model, load_policy, load_tokenizer
 from model import PolicyModel, score_rows
 from ppo import kl_estimate, masked_mean
 from reviews import movie_reviews
@@ -166,7 +167,7 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
         torch.manual_seed(config.seed + 1)
         model = train_language_model(config, load_rows(config, "judge"), tokenizer, "fluency judge")
         save_stage(folder, model, tokenizer, config)
-    return PolicyModel(load_language_model(str(folder), "float32", pick_device(config.device))).eval()
+    return PolicyModel(load_language_model(str(folder), "float32", prepare_device(config))).eval()
 
 
 def summarise(rows: list[dict], text_judge, fluency_judge: PolicyModel | None, pad_id: int) -> dict:
@@ -237,7 +238,7 @@ def load_policies(config: Config, paths: dict[str, str], device: torch.device):
 
 def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     """The `evaluate` task: every policy on the same held-out prompts, by every judge, written into results/."""
-    device, results = pick_device(config.device), Path(config.output_dir) / "results"
+    device, results = prepare_device(config), Path(config.output_dir) / "results"
     paths = policy_paths(config, base_model)
     tokenizer, policies = load_policies(config, paths, device)
     splits = FILES if config.eval_split == "both" else [config.eval_split]

@@ -6,7 +6,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import huggingface_hub
@@ -25,16 +25,6 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes|huggingface_hub")
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises UsageError for a device that is not here."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    with suppress(RuntimeError, AssertionError):
-        if torch.device(name).type in ("cpu", "cuda"):
-            return torch.empty(0, device=name).device
-    raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda")
 
 
 @functools.cache
@@ -97,6 +87,17 @@ def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
         elif value == "gelu_new":
             setattr(config, name, "gelu_pytorch_tanh")
     return config
+
+
+def thin_gradient(language_model: PreTrainedModel) -> None:
+    """Where the input embedding is the output layer too, let its gradient be the rows read, not a matrix of zeros but
+    for them: the output layer's, to which it is added, is a full one. For a model that is trained whole; on its own, a
+    sparse gradient is none that fused Adam takes.
+    """
+    output_layer = language_model.get_output_embeddings()
+    for module in language_model.modules():
+        if isinstance(module, torch.nn.Embedding) and output_layer and module.weight is output_layer.weight:
+            module.sparse = True
 
 
 def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dict:
@@ -173,6 +174,8 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     adapter = config.peft_model_path if base == path else path
     settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
     language_model = load_language_model(base, config.dtype, device, **settings)
+    if not (config.has_adapter or adapter):
+        thin_gradient(language_model)
     critic, adapted = load_critic(config, path, base, device), with_adapter(language_model, config, adapter)
     policy = PolicyModel(adapted, critic, config.critic, mixed_precision=config.mixed_precision == "bf16")
     value_head = Path(path) / "value_head.safetensors"

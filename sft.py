@@ -17,7 +17,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 from checkpoint import stage_folder, whole_folder, write_whole
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad, prompt_ids, prompt_texts
-from loading import context_length, load_language_model, load_tokenizer, pick_device, prepare_config
+from device import prepare_device
+from loading import context_length, load_language_model, load_tokenizer, prepare_config, thin_gradient
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -193,11 +194,12 @@ def train_language_model(
     config: Config, rows: list[dict], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> PreTrainedModel:
     """A language model trained on rows: --base_model_name fine-tuned, or a small GPT-2 from scratch."""
-    device = pick_device(config.device)
+    device = prepare_device(config)
     if config.trains_from_scratch:
         model = new_language_model(config, tokenizer).to(device)
     else:
         model = load_language_model(config.base_model_name, "float32", device)
+    thin_gradient(model)
     examples = language_examples(rows, config, tokenizer, model)
     generator = torch.Generator().manual_seed(config.seed)
     groups = length_grouped([sum(map(len, example)) for example in examples], config.sft_batch_size, generator)

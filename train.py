@@ -23,10 +23,11 @@ import report
 from checkpoint import claim_folder, move_into, notice
 from config import Config, RunError
 from dataset import Prompt, batch_arithmetic, load_prompts, n_rollouts, prompt_batches
+from device import keep_freed_memory, prepare_device
 from evaluation import compare, evaluate_policy
 from generate import Sample, check_context, eval_mode, respond
-from loading import load_policy, load_reference, load_tokenizer, pick_device, save_policy
-from model import PolicyModel, score_rows
+from loading import load_policy, load_reference, load_tokenizer, save_policy
+from model import PolicyModel, length_groups, score_rows
 from plot import plot_training, reward_difference, sample_pairs
 from reward import RewardTerm, load_reward_terms, total_reward
 
@@ -158,24 +159,24 @@ def update(
     is not stepped on, and ends the update.
     """
     policy.train()  # no dropout anywhere: for activation checkpointing, which sleeps in eval mode
-    n_rows, lengths = len(rollout.scores), rollout.mask.sum(1)
-    step_rows = config.mini_batch_size * config.gradient_accumulation_steps
+    lengths, step_rows = rollout.mask.sum(1), config.mini_batch_size * config.gradient_accumulation_steps
+    orders = (torch.randperm(len(lengths), generator=generator) for _ in range(config.ppo_epochs))
     minibatches = []
-    for _ in range(config.ppo_epochs):
-        for rows in torch.randperm(n_rows, generator=generator).to(rollout.mask.device).split(step_rows):
-            n_tokens = int(rollout.mask[rows].sum())
-            optimizer.zero_grad()
-            parts = []
-            by_length = rows[lengths[rows].argsort(stable=True)]  # less padding in each part, and the same sum of them
-            for part in by_length.split(config.mini_batch_size):
-                loss, stats = minibatch_loss(policy, ppo.select_rows(rollout, part), n_tokens, config)
-                loss.backward()
-                parts.append(stats)
-            minibatches.append(combine(parts, sum))
-            if config.target_kl and minibatches[-1]["approx_kl_k3"] > 1.5 * config.target_kl:
-                return combine(minibatches, fmean)
-            torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
-            optimizer.step()
+    for rows in (rows.to(lengths.device) for order in orders for rows in order.split(step_rows)):
+        n_tokens = int(lengths[rows].sum())
+        optimizer.zero_grad()
+        parts = []
+        for part in length_groups(lengths[rows].tolist(), config.mini_batch_size):
+            loss, stats = minibatch_loss(policy, ppo.select_rows(rollout, rows[part]), n_tokens, config)
+            loss.backward()
+            parts.append(stats)
+        minibatches.append(combine(parts, sum))
+        if config.target_kl and minibatches[-1]["approx_kl_k3"] > 1.5 * config.target_kl:
+            break
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
+        optimizer.step()
+    optimizer.zero_grad()  # nothing keeps gradients while the next rollout is sampled
+    keep_freed_memory()
     return combine(minibatches, fmean)
 
 
@@ -283,7 +284,7 @@ def log_rows(step: int, prompts: list[Prompt], collected: Collected) -> list[dic
 
 def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[Models, list[Prompt]]:
     """Policy, frozen reference, tokenizer and reward terms, and the prompts to train on."""
-    device = pick_device(config.device)
+    device = prepare_device(config)
     tokenizer = load_tokenizer(base_model)
     prompts = load_prompts(config, tokenizer, "train", None if config.epochs else config.n_updates * config.batch_size)
     policy = load_policy(config, base_model, device)

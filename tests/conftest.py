@@ -31,6 +31,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_random_numbers():
+def same_numbers():
     """No test's result hangs on those that ran before it in the same process."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.enable_flash_sdp(True)

@@ -226,7 +226,7 @@ def step_on(policy, rate: float) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("bits", "apart"), [("load_in_8bit", 0.5), ("load_in_4bit", 2.5)])
+@pytest.mark.parametrize(("bits", "apart"), [("load_in_8bit", 0.5), ("load_in_4bit", 4.0)])
 def test_a_policy_in_few_bits_is_trained_through_its_adapter(bits, apart, family, tmp_path, caplog):
     """Near the policy in full precision; its reference shares its weights and has KL 0; only the adapter moves; what is
     saved is the adapter, for plain peft; and the library is silent."""

@@ -23,8 +23,9 @@ import train
 from checkpoint import new_ppo_folder, run_settings, stage_folder
 from config import PRESETS, Config, UsageError, coerce, parse_args, to_json
 from dataset import load_prompts, load_rows, n_rollouts
+from device import pick_device
 from generate import respond
-from loading import load_tokenizer, pick_device
+from loading import load_tokenizer
 from reward import load_reward_terms
 from sft import new_language_model, new_tokenizer
 
@@ -468,6 +469,7 @@ EFFECTS = {
 }
 # Tested where they do their work: each of these decides what a whole command does.
 ELSEWHERE = {
+    "matmul_precision": "test_device.py: test_a_precision_that_is_asked_for_is_set",
     "peft_model_path": "test_adapters.py: test_the_reference_is_a_frozen_adapter_on_the_same_weights",
     "merge": "test_adapters.py: test_a_merged_policy_needs_no_peft",
     "load_in_4bit": "test_adapters.py: test_8_bits_without_an_adapter_are_refused",
@@ -497,6 +499,8 @@ BASELINES: dict = {}
 
 
 def show(bench: Bench, observe: Callable, settings: dict):
+    torch.set_float32_matmul_precision("highest")  # not as a run before this one has left it, nor the next line
+    torch.backends.cuda.enable_flash_sdp(True)
     paths = {"DATA": bench.folder / "data", "FUNCTION": f"{bench.folder / 'reward.py'}:reward", "REWARD": bench.reward}
     return observe(bench, micro_config(**{k: str(paths.get(v, v)) if v in paths else v for k, v in settings.items()}))
 

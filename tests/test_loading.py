@@ -36,7 +36,6 @@ from loading import (
     load_language_model,
     load_policy,
     load_tokenizer,
-    pick_device,
     prepare_config,
     save_policy,
 )
@@ -350,14 +349,6 @@ def test_a_folder_is_loaded_without_asking_the_hub(tmp_path, monkeypatch):
     save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
     load_tokenizer(str(tmp_path))
     load_policy(Config(), str(tmp_path), CPU)
-
-
-def test_devices():
-    assert pick_device("cpu") == CPU
-    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
-    for name in ("gpu", "cuda:99", "hpu", "privateuseone", "meta"):
-        with pytest.raises(UsageError, match=f"--device {name} cannot be used here; expected auto, cpu or cuda"):
-            pick_device(name)
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import report
 import train
 from config import Config, RunError
 from dataset import Prompt, pad
+from loading import load_policy, save_policy
 from model import PolicyModel, frozen_copy
 from report import rollout_stats
 
@@ -259,9 +260,11 @@ def weights(policy: PolicyModel) -> torch.Tensor:
 
 
 def gradient_of(policy: PolicyModel, rollout: ppo.Rollout, config: Config) -> tuple[torch.Tensor, dict]:
-    """The gradient that an update of a single step leaves behind, and its statistics."""
-    stats = train.update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), rollout, config, seeded())
-    return torch.cat([p.grad.flatten() for p in policy.parameters()]), stats
+    """The gradient that an update of a single step has at its step, and its statistics."""
+    optimizer, gradients = torch.optim.SGD(policy.parameters(), lr=0.0), []
+    optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.flatten() for p in policy.parameters()))
+    stats = train.update(policy, optimizer, rollout, config, seeded())
+    return torch.cat(gradients), stats
 
 
 def step_of(policy: PolicyModel, rollout: ppo.Rollout, config: Config, seed: int = 0) -> tuple[torch.Tensor, dict]:
@@ -432,6 +435,7 @@ def test_target_kl_keeps_the_steps_taken_before():
         config = settings(mini_batch_size=4, ppo_epochs=4, target_kl=0.0199)
         stats = train.update(policy, optimizer, rollout, config, seeded())
     assert seen == ["loss", "step", "loss", "step", "loss"]
+    assert all(parameter.grad is None for parameter in policy.parameters())
     assert_close(stats["approx_kl_k3"], 0.02, atol=1e-9)
 
 
@@ -451,6 +455,64 @@ def test_every_pass_uses_every_row_once_in_a_new_order(accumulation, monkeypatch
     assert all(sorted(order) == list(range(16)) for order in passes)
     assert len({tuple(order) for order in passes}) == 3
     assert steps == list(range(accumulation, 13, accumulation))
+
+
+def plain_update(policy: PolicyModel, rollout: ppo.Rollout, config: Config) -> None:
+    """The update as one would first write it: whole minibatches, padding and all, autograd's own derivatives, Adam."""
+    optimizer = torch.optim.Adam(policy.parameters(), config.learning_rate, eps=1e-5, fused=False, foreach=False)
+    generator, rows_a_step = seeded(), config.mini_batch_size * config.gradient_accumulation_steps
+    for _ in range(config.ppo_epochs):
+        for rows in torch.randperm(len(rollout.scores), generator=generator).split(rows_a_step):
+            part = ppo.Rollout(*(getattr(rollout, field.name)[rows] for field in fields(rollout)))
+            mask, n = part.mask, part.mask.sum()
+            inputs = model.causal_inputs(part.query_ids, part.query_mask, part.response_ids, mask, None)[0]
+            output = policy.language_model(**inputs, output_hidden_states=True, use_cache=False)
+            width = mask.shape[1]
+            distribution = torch.log_softmax(output.logits[:, -width:], -1)
+            logprobs = distribution.gather(-1, part.response_ids[..., None])[..., 0]
+            values = policy.value_head(output.hidden_states[-1][:, -width:])[..., 0]
+            ratio = torch.exp(torch.where(mask, logprobs - part.logprobs, 0.0))
+            surrogate = torch.minimum(ratio * part.advantages, ratio.clamp(0.8, 1.2) * part.advantages)
+            near = part.values + (values - part.values).clamp(-0.2, 0.2)
+            errors = torch.maximum((values - part.returns) ** 2, (near - part.returns) ** 2)
+            entropy = -(distribution.exp() * distribution).sum(-1)
+            losses = -surrogate + config.value_coef * errors / 2 - config.entropy_coef * entropy
+            optimizer.zero_grad()
+            (torch.where(mask, losses, 0.0).sum() / n).backward()
+            torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm, foreach=False)
+            optimizer.step()
+
+
+def ragged_rollout(policy: PolicyModel) -> ppo.Rollout:
+    """64 rows of 1 to 40 tokens, as a policy not far from this one would have drawn them."""
+    query = pad(QUERIES * 16, PAD, "left")
+    mask = torch.arange(40) < torch.randint(1, 41, (64, 1), generator=seeded(1))
+    response_ids = torch.randint(2, 11, (64, 40), generator=seeded(2))
+    scores = model.score_rows(policy, *query, response_ids, mask, 64)
+    advantages, noise = (torch.randn(64, 40, generator=seeded(seed)) for seed in (3, 5))
+    others = {name: torch.zeros(64, 40) for name in ("kl", "rewards", "ref_logprobs")} | {"scores": torch.zeros(64)}
+    tensors = {"logprobs": scores.logprobs, "values": scores.values, "advantages": advantages, "returns": noise}
+    return moved(ppo.Rollout(*query, response_ids, mask, **tensors, **others))
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_an_update_equals_the_plain_one(accumulation, tmp_path):
+    """Rows in passes of like length, a sparse gradient of the embedding, a gradient written in place, fused Adam."""
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
+    size = {"batch_size": 64, "mini_batch_size": 32 // accumulation, "gradient_accumulation_steps": accumulation}
+    config = settings(**size, ppo_epochs=2, entropy_coef=0.1, max_grad_norm=1.0, learning_rate=1e-3)
+    ours, plain = (load_policy(config, str(tmp_path), torch.device("cpu")) for _ in range(2))
+    assert ours.language_model.get_input_embeddings().sparse
+    plain.language_model.get_input_embeddings().sparse = False
+    rollout, start = ragged_rollout(ours), weights(ours)
+    assert len(model.length_groups(rollout.mask.sum(1)[:32].tolist(), 32 // accumulation)) == 2
+    optimizer = torch.optim.Adam(ours.parameters(), 1e-3, eps=1e-5, fused=True)
+    train.update(ours, optimizer, rollout, config, seeded())
+    plain_update(plain, rollout, config)
+    change = weights(plain) - start
+    assert change.norm() > 0.1
+    assert (weights(ours) - weights(plain)).norm() < 1e-5 * weights(plain).norm()
+    assert (weights(ours) - weights(plain)).norm() < 1e-3 * change.norm()
 
 
 def test_gradients_are_clipped_as_one_vector_once_a_step():

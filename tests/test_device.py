@@ -1,0 +1,109 @@
+"""Where numbers are computed: on the device asked for, at the speed that float32's own error allows."""
+
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_policy
+
+import device
+from config import Config, UsageError
+from dataset import pad
+from device import fastest_exact, pick_device, prepare_device
+
+CPU = torch.device("cpu")
+
+
+def test_devices():
+    assert pick_device("cpu") == CPU
+    assert pick_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    for name in ("gpu", "cuda:99", "hpu", "privateuseone", "meta"):
+        with pytest.raises(UsageError, match=f"--device {name} cannot be used here; expected auto, cpu or cuda"):
+            pick_device(name)
+
+
+@pytest.mark.parametrize("precision", ["highest", "high", "medium"])
+def test_a_precision_that_is_asked_for_is_set(precision):
+    assert prepare_device(Config(device="cpu", matmul_precision=precision)) == CPU
+    assert torch.get_float32_matmul_precision() == precision
+
+
+def test_products_by_default_have_the_error_of_float32():
+    """bfloat16 has 8 bits: its products are wrong by 2e-3. Other shapes than the one that is measured."""
+    prepare_device(Config(device="cpu"))
+    generator = torch.Generator().manual_seed(1)
+    for m, k, n in ((3, 700, 129), (64, 64, 64), (257, 128, 1)):
+        left, right = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
+        exact = left.double() @ right.double()
+        assert (left @ right - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize(("exact", "expected"), [("medium", "medium"), ("high", "high"), ("highest", "highest")])
+def test_the_loosest_exact_precision_is_found(exact, expected, monkeypatch):
+    """A processor that multiplies in bfloat16 at every setting that is looser than `exact`."""
+    order, product = ("medium", "high", "highest"), torch.Tensor.__matmul__
+
+    def rounded(left, right):
+        loose = order.index(torch.get_float32_matmul_precision()) < order.index(exact)
+        if loose and left.dtype == torch.float32:
+            left, right = left.bfloat16().float(), right.bfloat16().float()
+        return product(left, right)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    assert fastest_exact(CPU) == expected
+    prepare_device(Config(device="cpu"))
+    assert torch.get_float32_matmul_precision() == expected
+
+
+def test_finding_it_draws_none_of_the_runs_random_numbers():
+    state = torch.get_rng_state()
+    prepare_device(Config(device="cpu"))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("precision", "tokens", "fused"), [("highest", 8, True), ("medium", 128, False), ("medium", 129, True)]
+)
+def test_attention_is_fused_where_that_is_fast_or_texts_are_long(precision, tokens, fused):
+    lengths = {"max_prompt_length": 128, "max_new_tokens": tokens}
+    prepare_device(Config(device="cpu", matmul_precision=precision, **lengths))
+    assert torch.backends.cuda.flash_sdp_enabled() == fused
+
+
+def test_attention_is_the_same_fused_or_not():
+    policy = tiny_policy("gpt2")
+    batch = *pad([[5, 3, 8, 2], [4]], 0, "left"), *pad([[3, 4, 9], [5]], 0, "right")
+    found = []
+    for fused in (True, False):
+        torch.backends.cuda.enable_flash_sdp(fused)
+        scores = policy.score(*batch)
+        found.append(torch.stack([scores.logprobs, scores.values])[:, batch[3]].detach())
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+FAULTS = """
+import resource
+import torch
+from device import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for i in range(10):
+        torch.zeros(2**24 - 1024 * i)  # 64 MiB, and a little less each time, as glibc looks for a little more
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+first = faults()
+keep_freed_memory()
+print(first, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
+def test_freed_memory_is_used_again_without_the_system():
+    """Ten tensors one after another: the system gives each its pages, of 4 KiB or 2 MiB; kept, the first alone."""
+    here = {"cwd": Path(device.__file__).parent, "capture_output": True, "text": True, "check": True}
+    first, kept = map(int, subprocess.run([sys.executable, "-c", FAULTS], **here).stdout.split())
+    assert first > 10 * 64 / 2 and kept < first / 5
