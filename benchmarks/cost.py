@@ -33,6 +33,7 @@ SERIES = {  # what grows: its unit, and the sizes of the four points
 def measure(size: Size, steps: int) -> dict:
     """Seconds of a step, its peak memory in MB and that above the part held between two steps, and its GFLOP."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in size._asdict().items()]
+    flags += ["--matmul-precision=auto"]  # as a run has it
     script = Path(__file__).with_name("step.py")
     done = subprocess.run([sys.executable, script, *flags, f"--steps={steps}"], capture_output=True, text=True)
     if done.returncode:

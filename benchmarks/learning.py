@@ -6,8 +6,9 @@
 
 Both train the same language model for the same classifier's probability, with the same prompts, numbers of rows and
 passes, learning rates, losses and KL coefficient, at temperature 1, as TRL scores at no other. They take turns, one run
-a seed each, with the same threads and wait policy; main.py also asks for large memory pages. What counts is the time
-until the mean reward of three updates is one that every run reaches. Loading is not timed.
+a seed each, with the same threads, wait policy and precision of matrix products, and TRL with the attention that is its
+fastest there. What counts is the time until the mean reward of three updates is one that every run reaches. Loading is
+not timed.
 """
 
 import argparse
@@ -42,9 +43,13 @@ def run_ours(models: Path, folder: Path, seed: int, flags: list[str]) -> list[di
 
 
 def run_trl(python: str, models: Path, run: Path, prompts: Path, seed: int, log: Path) -> list[dict]:
-    script = Path(__file__).with_name("learning_trl.py")
-    command = [python, script, run / "run_config.json", models, prompts, str(seed), log]
-    environment = {"OMP_WAIT_POLICY": "PASSIVE"} | os.environ  # as main.py has it
+    import torch
+
+    from device import fastest_exact
+
+    script, precision = Path(__file__).with_name("learning_trl.py"), fastest_exact(torch.device("cpu"))
+    command = [python, script, run / "run_config.json", models, prompts, str(seed), precision, log]
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # as main.py has them
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return json.loads(log.read_text())
 

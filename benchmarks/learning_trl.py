@@ -14,7 +14,7 @@ def new_trainer(settings: dict, models: Path, seed: int) -> PPOTrainer:
     """TRL's trainer with this project's numbers: same models, batches, learning rate, losses and Adam."""
 
     def load() -> AutoModelForCausalLMWithValueHead:
-        base = AutoModelForCausalLM.from_pretrained(models / "sft")
+        base = AutoModelForCausalLM.from_pretrained(models / "sft", attn_implementation="eager")
         return AutoModelForCausalLMWithValueHead.from_pretrained(base, summary_dropout_prob=0.0)
 
     policy, reference = load(), load()
@@ -57,9 +57,11 @@ def main() -> None:
     parser.add_argument("models", type=Path, help="the folder of the stages sft and reward")
     parser.add_argument("prompts", type=Path, help="JSON list of prompts, each a text")
     parser.add_argument("seed", type=int)
+    parser.add_argument("precision", help="of float32 products, as torch names it")
     parser.add_argument("log", type=Path, help="written: a row an update")
     args = parser.parse_args()
     settings, prompts = (json.loads(path.read_text()) for path in (args.settings, args.prompts))
+    torch.set_float32_matmul_precision(args.precision)
     threads = torch.get_num_threads()
     trainer = new_trainer(settings, args.models, args.seed)
     tokenizer, rewards = trainer.tokenizer, new_classifier(args.models, trainer.tokenizer)

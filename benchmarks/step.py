@@ -10,6 +10,7 @@ error. Times are medians over quiet steps, in which other processes took less th
 
 import argparse
 import json
+import math
 import os
 import sys
 import tempfile
@@ -22,9 +23,9 @@ from pathlib import Path
 from statistics import median
 from unittest.mock import patch
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # this and the next as main.py has them
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import main  # noqa: F401, I001  threads and memory as a run has them, set before torch is there
 
 import numpy as np
 import torch
@@ -38,6 +39,7 @@ from benchmarks.floor import Size, flops, matrix_products, measure_floor
 from benchmarks.machine import QUIET, cpu_seconds, foreign_cores, peak_mb, wait_quiet
 from config import Config, UsageError
 from dataset import Prompt
+from device import prepare_device
 from loading import load_policy, load_reference, prepare_config
 
 SIZES = {
@@ -65,9 +67,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         option("--" + name.replace("_", "-"), type=positive)
     option("--steps", type=positive, default=3, help="timed steps; one that is not counted comes first")
     option("--max-steps", type=positive, help="go on until --steps of them were quiet, at most this many")
+    option("--time-limit", type=float, default=math.inf, help="start no further step after these seconds")
     option("--wait-quiet", type=float, default=0, help="wait at most these seconds for idle cores before each step")
     option("--threads", type=positive, default=2)
-    option("--matmul-precision", default="highest", choices=("highest", "high", "medium"), help="of float32, in torch")
+    option("--matmul-precision", default="highest", choices=("auto", "highest", "high", "medium"), help="of float32")
     option("--mixed-precision", default="no", choices=("no", "bf16"), help="bf16: autocast, as in a run's own option")
     option("--lr", type=float, default=1.41e-5)
     option("--kl-coef", type=float, default=0.2)
@@ -92,6 +95,7 @@ def settings(args: argparse.Namespace) -> Config:
     rows = {"batch_size": args.batch, "mini_batch_size": args.minibatch, "ppo_epochs": args.ppo_epochs}
     lengths = {"max_prompt_length": args.query_len, "max_new_tokens": args.response_len}
     others = {"learning_rate": args.lr, "kl_coef": args.kl_coef, "mixed_precision": args.mixed_precision}
+    others |= {"device": "cpu", "matmul_precision": args.matmul_precision}
     return Config(**model, **rows, **lengths, **others)
 
 
@@ -162,9 +166,11 @@ def new_steps(bench: train.Models, config: Config, seed: int, is_ragged: bool = 
 
 def timed_steps(steps: Iterator[dict], args: argparse.Namespace) -> list[dict]:
     """One step to warm up, then as many as asked for, or with --max-steps until as many were quiet."""
+    started, laps = time.perf_counter(), []
     next(steps)
-    laps = []
     while len(laps) < (args.max_steps or args.steps) and sum(lap["foreign"] < QUIET for lap in laps) < args.steps:
+        if laps and time.perf_counter() - started > args.time_limit:
+            break
         wait_quiet(args.wait_quiet)
         laps.append(next(steps))
     return laps
@@ -224,9 +230,9 @@ def run(args: argparse.Namespace) -> dict:
     """What is printed as JSON."""
     interpreter = peak_mb()
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision(args.matmul_precision)
     torch.manual_seed(args.seed)
     size, config = Size(*(getattr(args, name) for name in Size._fields)), settings(args)
+    prepare_device(config)
     floor = measure_floor(size, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
     bench = new_models(size, config)
     steps = new_steps(bench, config, args.seed, args.ragged)
