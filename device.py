@@ -1,4 +1,4 @@
-"""Where numbers are computed, and how float32 is multiplied there: as fast as it goes while it stays float32."""
+"""Where numbers are computed, how float32 is multiplied there, and what becomes of memory that is freed."""
 
 import ctypes
 import sys
@@ -14,12 +14,12 @@ EXACT = 1e-6  # relative error of a product that is still one of float32
 def prepare_device(config: Config) -> torch.device:
     """The device to compute on, with torch set to the matrix products that --matmul_precision asks for there."""
     device = pick_device(config.device)
-    precision = config.matmul_precision
-    torch.set_float32_matmul_precision(fastest_exact(device) if precision == "auto" else precision)
-    if device.type == "cpu":
-        # Fused attention multiplies block by block: slow by oneDNN, but short of memory that grows with length squared.
-        fused = torch.get_float32_matmul_precision() == "highest"
-        torch.backends.cuda.enable_flash_sdp(fused or config.max_prompt_length + config.max_new_tokens > 256)
+    precision = loosest_exact(device) if config.matmul_precision == "auto" else config.matmul_precision
+    torch.set_float32_matmul_precision(precision)
+    # Fused attention multiplies block by block, for which oneDNN in float32 is slow, but keeps no (time, time) tensor.
+    by_onednn = device.type == "cpu" and precision != "highest" and config.mixed_precision == "no"
+    longest = max(config.context_length, config.max_prompt_length + config.max_new_tokens)
+    torch.backends.cuda.enable_flash_sdp(not by_onednn or longest > 256)
     return device
 
 
@@ -33,32 +33,37 @@ def pick_device(name: str) -> torch.device:
     raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda")
 
 
-def fastest_exact(device: torch.device) -> str:
-    """The loosest of torch's settings at which a product here still has the error of float32.
+def loosest_exact(device: torch.device) -> str:
+    """The loosest of torch's settings that computes a product in another way, and with the error of float32 still.
 
     `medium` lets a product be taken in bfloat16, which some processors do; on others it takes another library, oneDNN,
     that works in float32, on AMD's with AVX-512 twice as fast. `high` is for TF32, which GPUs have.
     """
-    generator = torch.Generator().manual_seed(0)
+    generator, before = torch.Generator().manual_seed(0), torch.get_float32_matmul_precision()
     left, right = (torch.randn(512, 512, generator=generator).to(device) for _ in range(2))
-    exact = left.double() @ right.double()
-    for precision in ("medium", "high"):
+    products = {}
+    for precision in ("medium", "high", "highest"):
         torch.set_float32_matmul_precision(precision)
-        if (left @ right - exact).norm() < EXACT * exact.norm():
+        products[precision] = left @ right
+    torch.set_float32_matmul_precision(before)
+    exact = left.double() @ right.double()
+    for precision, product in products.items():
+        differs = not torch.equal(product, products["highest"])
+        if differs and (product - exact).norm() < EXACT * exact.norm():
             return precision
     return "highest"
 
 
 def keep_freed_memory() -> None:
-    """Have memory that is freed wait in this process for its next use, where the allocator is glibc's.
+    """Have memory that is freed wait in this process for its next use, where the allocator is glibc's, until the next
+    call; call it after an update, when little is in use.
 
-    Given back to the system, as is its habit with large blocks, memory returns page by page and zeroed: a sixth of a
-    step's time with GPT-2 on a CPU. To be called after an update, when little is in use: what is free then does go
-    back, or holes between what stays would add up. The first update runs as ever, so that Adam's moments, which are
-    made in it and stay, lie in mappings of their own.
+    The habit is to give large blocks back to the system at once, and they return page by page and zeroed: a sixth of a
+    step's time with GPT-2 on two cores. What is free at the call is given back, lest holes between what stays add up.
+    The first update runs as ever, so that Adam's moments, which are made in it and stay, have mappings of their own.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own, which would end with it
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is not cut when its end is freed

@@ -91,8 +91,8 @@ def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def thin_gradient(language_model: PreTrainedModel) -> None:
     """Where the input embedding is the output layer too, let its gradient be the rows read, not a matrix of zeros but
-    for them: the output layer's, to which it is added, is a full one. For a model that is trained whole; on its own, a
-    sparse gradient is none that fused Adam takes.
+    for them: the output layer's, to which it is added, is a full one. For a model that is trained whole, in one
+    process: fused Adam takes no gradient that is sparse in the end, DistributedDataParallel none from such a module.
     """
     output_layer = language_model.get_output_embeddings()
     for module in language_model.modules():
@@ -174,7 +174,7 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     adapter = config.peft_model_path if base == path else path
     settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
     language_model = load_language_model(base, config.dtype, device, **settings)
-    if not (config.has_adapter or adapter):
+    if device.type == "cpu" and not (config.has_adapter or adapter):
         thin_gradient(language_model)
     critic, adapted = load_critic(config, path, base, device), with_adapter(language_model, config, adapter)
     policy = PolicyModel(adapted, critic, config.critic, mixed_precision=config.mixed_precision == "bf16")

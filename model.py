@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ppo import token_entropy, token_logprobs
 
-PASS_TOKENS = 128  # one more pass reads all weights again, which costs about as much as these many more tokens
+PASS_TOKENS = 128  # one more pass reads all weights again: about the cost of so many tokens, as measured on a CPU
 
 
 class Scores(NamedTuple):

@@ -84,9 +84,9 @@ def sample_pairs(comparison: dict, count: int = 3) -> str:
 
 def new_figure(n_panels: int) -> list:
     """The panels of a figure, three a row."""
-    rows, columns = math.ceil(n_panels / 3), min(n_panels, 3)
     from matplotlib.figure import Figure  # a quarter of a second and 20 MB, for the end of a run
 
+    rows, columns = math.ceil(n_panels / 3), min(n_panels, 3)
     figure = Figure((0.8 + 3 * columns, 1 + 2.4 * rows), layout="constrained")
     return [figure.add_subplot(rows, columns, i + 1) for i in range(n_panels)]
 

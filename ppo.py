@@ -134,8 +134,8 @@ def token_logprobs(
 def token_entropy(
     logits: TensorType["batch", "time", "vocab", is_float],
 ) -> TensorType["batch", "time", is_float]:
-    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab). A row at a time: for all at
-    once it takes several tensors as large as logits.
+    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab). A row at a time: without
+    gradient, no other tensor is as large as logits.
     """
     logprobs = (row.log_softmax(-1) for row in logits)  # each (time, vocab)
     return torch.stack([-(row.exp() * row).sum(-1) for row in logprobs])

@@ -176,7 +176,8 @@ def update(
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
     optimizer.zero_grad()  # nothing keeps gradients while the next rollout is sampled
-    keep_freed_memory()
+    if lengths.device.type == "cpu":
+        keep_freed_memory()
     return combine(minibatches, fmean)
 
 

@@ -225,12 +225,20 @@ def step_on(policy, rate: float) -> None:
 # ----------------------------------------------------------------------------------------------------------------
 
 
+# bitsandbytes 0.50.2 decodes its 4 bits wrongly on some CPUs where rows are not whole blocks of 64 numbers
+WHOLE_BLOCKS = {
+    "gpt2": {"n_embd": 64},
+    "llama": {"hidden_size": 64},
+    "t5": {"d_model": 64, "d_kv": 32},
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("bits", "apart"), [("load_in_8bit", 0.5), ("load_in_4bit", 4.0)])
+@pytest.mark.parametrize(("bits", "apart"), [("load_in_8bit", 0.5), ("load_in_4bit", 2.5)])
 def test_a_policy_in_few_bits_is_trained_through_its_adapter(bits, apart, family, tmp_path, caplog):
     """Near the policy in full precision; its reference shares its weights and has KL 0; only the adapter moves; what is
     saved is the adapter, for plain peft; and the library is silent."""
-    BUILDERS[family]().save_pretrained(tmp_path / "base")
+    BUILDERS[family](**WHOLE_BLOCKS[family]).save_pretrained(tmp_path / "base")
     full = logprobs(load_policy(Config(), str(tmp_path / "base"), CPU))
     config = Config(lora_r=4, **{bits: True})
     policy = load_policy(config, str(tmp_path / "base"), CPU).eval()

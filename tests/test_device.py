@@ -12,7 +12,7 @@ from tiny_models import tiny_policy
 import device
 from config import Config, UsageError
 from dataset import pad
-from device import fastest_exact, pick_device, prepare_device
+from device import loosest_exact, pick_device, prepare_device
 
 CPU = torch.device("cpu")
 
@@ -50,12 +50,20 @@ def test_the_loosest_exact_precision_is_found(exact, expected, monkeypatch):
         loose = order.index(torch.get_float32_matmul_precision()) < order.index(exact)
         if loose and left.dtype == torch.float32:
             left, right = left.bfloat16().float(), right.bfloat16().float()
-        return product(left, right)
+        differs = 0 if torch.get_float32_matmul_precision() == "highest" else 1e-7
+        return (product(left.double(), right.double()) * (1 + differs)).to(left.dtype)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    assert fastest_exact(CPU) == expected
+    assert loosest_exact(CPU) == expected
+    assert torch.get_float32_matmul_precision() == "highest"
     prepare_device(Config(device="cpu"))
     assert torch.get_float32_matmul_precision() == expected
+
+
+def test_a_setting_that_changes_no_product_is_not_taken(monkeypatch):
+    product = torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda left, right: product(left.double(), right.double()).float())
+    assert loosest_exact(CPU) == "highest"
 
 
 def test_finding_it_draws_none_of_the_runs_random_numbers():
@@ -65,11 +73,17 @@ def test_finding_it_draws_none_of_the_runs_random_numbers():
 
 
 @pytest.mark.parametrize(
-    ("precision", "tokens", "fused"), [("highest", 8, True), ("medium", 128, False), ("medium", 129, True)]
+    ("settings", "fused"),
+    [
+        ({"max_new_tokens": 128, "context_length": 256}, False),
+        ({"max_new_tokens": 129, "context_length": 8}, True),
+        ({"max_new_tokens": 8, "context_length": 257}, True),
+        ({"max_new_tokens": 8, "context_length": 8, "matmul_precision": "highest"}, True),
+        ({"max_new_tokens": 8, "context_length": 8, "mixed_precision": "bf16"}, True),
+    ],
 )
-def test_attention_is_fused_where_that_is_fast_or_texts_are_long(precision, tokens, fused):
-    lengths = {"max_prompt_length": 128, "max_new_tokens": tokens}
-    prepare_device(Config(device="cpu", matmul_precision=precision, **lengths))
+def test_attention_is_fused_where_that_is_fast_or_texts_are_long(settings, fused):
+    prepare_device(Config(**{"device": "cpu", "matmul_precision": "medium", "max_prompt_length": 128} | settings))
     assert torch.backends.cuda.flash_sdp_enabled() == fused
 
 
