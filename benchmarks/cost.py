@@ -31,7 +31,7 @@ SERIES = {  # what grows: its unit, and the sizes of the four points
 
 
 def measure(size: Size, steps: int) -> dict:
-    """Seconds of a step, its peak memory in MB and that above the part held between two steps, and its GFLOP."""
+    """Seconds of a step, its peak memory in MB and that above the part that no batch makes larger, and its GFLOP."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in size._asdict().items()]
     flags += ["--matmul-precision=auto"]  # as a run has it
     script = Path(__file__).with_name("step.py")
@@ -73,6 +73,8 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
         above.loglog(xs, [row["seconds"] for row in rows], "o-", color="#332288", label="measured")
         theory = [row["gflop"] / last["gflop"] * last["seconds"] for row in rows]
         above.loglog(xs, theory, ":", color="black", label="as the matrix products")
+        above.set_xticks(xs, labels=xs)
+        above.xaxis.minorticks_off()
         below.plot(xs, [row["memory_mb"] for row in rows], "o-", color="#332288", label="peak")
         below.plot(xs, [row["above_static_mb"] for row in rows], "s-", color="#e69f00", label="above static")
         for axis, unit in ((above, "seconds"), (below, "MB")):

@@ -45,11 +45,11 @@ def run_ours(models: Path, folder: Path, seed: int, flags: list[str]) -> list[di
 def run_trl(python: str, models: Path, run: Path, prompts: Path, seed: int, log: Path) -> list[dict]:
     import torch
 
-    from device import fastest_exact
+    from device import loosest_exact
 
-    script, precision = Path(__file__).with_name("learning_trl.py"), fastest_exact(torch.device("cpu"))
+    script, precision = Path(__file__).with_name("learning_trl.py"), loosest_exact(torch.device("cpu"))
     command = [python, script, run / "run_config.json", models, prompts, str(seed), precision, log]
-    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # as main.py has them
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # how main.py has threads wait
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
     return json.loads(log.read_text())
 

@@ -165,7 +165,7 @@ def new_steps(bench: train.Models, config: Config, seed: int, is_ragged: bool = 
 
 
 def timed_steps(steps: Iterator[dict], args: argparse.Namespace) -> list[dict]:
-    """One step to warm up, then as many as asked for, or with --max-steps until as many were quiet."""
+    """One step to warm up, then as many as asked for, or with --max-steps until as many were quiet, in --time-limit."""
     started, laps = time.perf_counter(), []
     next(steps)
     while len(laps) < (args.max_steps or args.steps) and sum(lap["foreign"] < QUIET for lap in laps) < args.steps:
@@ -200,7 +200,7 @@ def summary(laps: list[dict]) -> dict:
 
 
 def static_mb(bench: train.Models, interpreter: float) -> dict[str, float]:
-    """What of the peak is held between two steps, too; the rest of it is activations, logits, and what they leave."""
+    """What of the peak no batch makes larger; the rest of it is activations, logits, and what they leave."""
     policy, reference = (
         sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
         for model in (bench.policy, bench.reference)
