@@ -38,7 +38,7 @@ POLICIES = (
     "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several times; none: "
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
 )
-MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest with the error of float32 here"
+MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest that measures as exact as float32"
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
 

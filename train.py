@@ -194,7 +194,8 @@ def train(config: Config, base_model: str, reward_model_path: str, folder: Path)
     # what chooses a policy cannot judge it
     held_out = load_prompts(config, models.tokenizer, "test", config.eval_samples) if config.eval_every else validation
     check_context(config, models.policy)
-    print(f"{base_model}: {report.count_parameters(models.policy)}, on {models.policy.value_head.weight.device}")
+    products = f"on {models.policy.value_head.weight.device}, float32 products: {torch.get_float32_matmul_precision()}"
+    print(f"{base_model}: {report.count_parameters(models.policy)}, {products}")
     print(f"{batch_arithmetic(config, len(prompts))}\n{report.memory_estimate(config, models.policy)}")
     generator = torch.Generator().manual_seed(config.seed)
     batches = prompt_batches(prompts, config.batch_size, generator)
