@@ -97,7 +97,7 @@ def thin_gradient(language_model: PreTrainedModel) -> None:
     output_layer = language_model.get_output_embeddings()
     for module in language_model.modules():
         if isinstance(module, torch.nn.Embedding) and output_layer and module.weight is output_layer.weight:
-            module.sparse = True
+            module.sparse = language_model.device.type == "cpu"  # where it was measured
 
 
 def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dict:
@@ -174,7 +174,7 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     adapter = config.peft_model_path if base == path else path
     settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
     language_model = load_language_model(base, config.dtype, device, **settings)
-    if device.type == "cpu" and not (config.has_adapter or adapter):
+    if not (config.has_adapter or adapter):
         thin_gradient(language_model)
     critic, adapted = load_critic(config, path, base, device), with_adapter(language_model, config, adapter)
     policy = PolicyModel(adapted, critic, config.critic, mixed_precision=config.mixed_precision == "bf16")

@@ -96,6 +96,11 @@ def test_steps_go_on_until_enough_were_quiet():
     assert len(step.timed_steps(busy, step.parse(["--steps=2", "--max-steps=3"]))) == 3
 
 
+def test_no_step_is_started_when_the_time_is_up():
+    steps = ({"foreign": 0.0} for _ in range(9))
+    assert len(step.timed_steps(steps, step.parse(["--steps=3", "--time-limit=0"]))) == 1
+
+
 def test_ragged_responses_have_every_length_and_nothing_else_is_changed():
     others = {field.name: None for field in fields(Rollout)} | {"rewards": torch.randn(2000, 7)}
     rollout = Rollout(**others | {"mask": torch.ones(2000, 7, dtype=torch.bool)})

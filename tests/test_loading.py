@@ -351,6 +351,23 @@ def test_a_folder_is_loaded_without_asking_the_hub(tmp_path, monkeypatch):
     load_policy(Config(), str(tmp_path), CPU)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5", "llama"])
+def test_a_tied_embedding_has_a_thin_gradient_of_the_same_numbers(family, tmp_path):
+    """Full in the end; none of it for a model that is not tied (llama), or that an adapter stands on."""
+    save_policy(tiny_policy(family), letter_tokenizer(), tmp_path)
+    gradients = []
+    for thin in (True, False):
+        model = load_policy(Config(), str(tmp_path), CPU).language_model
+        embedding = model.get_input_embeddings()
+        assert embedding.sparse == (family != "llama")
+        embedding.sparse = embedding.sparse and thin
+        model(input_ids=torch.tensor([[3, 4, 3]]), labels=torch.tensor([[4, 3, 5]])).loss.backward()
+        gradients.append(embedding.weight.grad)
+    assert gradients[0].abs().max() > 1e-3
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-7)
+    assert not load_policy(Config(lora_r=2), str(tmp_path), CPU).language_model.get_input_embeddings().sparse
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Context
 # ----------------------------------------------------------------------------------------------------------------

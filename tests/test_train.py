@@ -20,6 +20,7 @@ import report
 import train
 from config import Config, RunError
 from dataset import Prompt, pad
+from device import prepare_device
 from loading import load_policy, save_policy
 from model import PolicyModel, frozen_copy
 from report import rollout_stats
@@ -495,9 +496,11 @@ def ragged_rollout(policy: PolicyModel) -> ppo.Rollout:
     return moved(ppo.Rollout(*query, response_ids, mask, **tensors, **others))
 
 
+@pytest.mark.parametrize("precision", ["highest", "auto"])
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_an_update_equals_the_plain_one(accumulation, tmp_path):
-    """Rows in passes of like length, a sparse gradient of the embedding, a gradient written in place, fused Adam."""
+def test_an_update_equals_the_plain_one(accumulation, precision, tmp_path):
+    """Rows in passes of like length, a sparse gradient of the embedding, a gradient written in place, fused Adam, the
+    matrix products and the attention that go with the precision; the plain one always has torch's own defaults."""
     save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
     size = {"batch_size": 64, "mini_batch_size": 32 // accumulation, "gradient_accumulation_steps": accumulation}
     config = settings(**size, ppo_epochs=2, entropy_coef=0.1, max_grad_norm=1.0, learning_rate=1e-3)
@@ -508,7 +511,9 @@ def test_an_update_equals_the_plain_one(accumulation, tmp_path):
     first = torch.randperm(64, generator=seeded())[:32]
     assert len(model.length_groups(rollout.mask.sum(1)[first].tolist(), 32 // accumulation)) == 2
     optimizer = torch.optim.Adam(ours.parameters(), 1e-3, eps=1e-5, fused=True)
+    prepare_device(Config(device="cpu", matmul_precision=precision))
     train.update(ours, optimizer, rollout, config, seeded())
+    prepare_device(Config(device="cpu", matmul_precision="highest"))
     plain_update(plain, rollout, config)
     change = weights(plain) - start
     assert change.norm() > 0.1
