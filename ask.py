@@ -3,7 +3,7 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -13,9 +13,11 @@ import torch
 from checkpoint import check_writable, write_whole
 from config import Config, UsageError
 from device import prepare_device
-from generate import check_context, respond
+from generate import respond
 from loading import load_policy, load_tokenizer, one_sentence
 from model import PolicyModel
+from preflight import check_context
+from randomness import uniforms
 from reward import load_reward_terms, total_reward
 
 
@@ -23,36 +25,64 @@ def generate(config: Config, reward_model_path: str) -> None:
     """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
     output = Path(config.output)
     if config.output:
-        if os.path.lexists(output):
-            raise UsageError(f"--output {output} exists already; name another file, so that nothing is overwritten")
-        check_writable(output.parent)
+        check_new_file(output)
     given = given_prompts(config)
     device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config, config.output_dir, device).eval()
     check_context(config, policy)
     terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
-    generator = torch.Generator().manual_seed(config.seed)
-    prompts = (prompt for prompt in given or typed_prompts() for _ in range(config.num_samples))
-    size, lines = config.batch_size if given else config.num_samples, []
-    while batch := list(islice(prompts, size)):
+    lines = []
+    for batch, random_numbers in batches(given or typed_prompts(), bool(given), config):
         ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
         if len(batch) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
-            stream(policy, tokenizer, batch[0], ids, config, generator)
+            stream(policy, tokenizer, batch[0], ids, random_numbers, config)
             continue
-        texts = [before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, config, generator)[-1]]
+        responses = [
+            before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, random_numbers, config).texts
+        ]
         if config.output:
-            rows = [{config.prompt_column: prompt} for prompt in batch]
-            rewards = total_reward(terms, batch, texts, rows, config)[0].tolist()
-            found = zip(batch, texts, rewards, strict=True)
-            rows = [{"prompt": prompt, "response": text, "reward": reward} for prompt, text, reward in found]
-            lines += [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            lines += json_lines(batch, responses, terms, config)
         else:
-            print(*map(policy.separator.join, zip(batch, texts, strict=True)), sep="\n")
+            for prompt, response in zip(batch, responses, strict=True):
+                print(policy.separator.join([prompt, response]))
     if config.output:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, "".join(lines))
         print(f"{len(lines)} responses: {output}")
+
+
+def check_new_file(path: Path) -> None:
+    """Raise UsageError unless the file is new and its folder can be written."""
+    if os.path.lexists(path):
+        raise UsageError(f"--output {path} exists already; name another file, so that nothing is overwritten")
+    check_writable(path.parent)
+
+
+def batches(prompts: Iterable[str], are_given: bool, config: Config) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Prompts to respond to at once, each as often as --num_samples says, with the random numbers of each response.
+
+    A prompt that is typed is responded to before the next one is asked for.
+    """
+    wanted = (prompt for prompt in prompts for _ in range(config.num_samples))
+    size = config.batch_size if are_given else config.num_samples
+    count = 0
+    while batch := list(islice(wanted, size)):
+        shape = (1, config.max_new_tokens)
+        rows = [uniforms(config.seed, "generate", count + i, shape) for i in range(len(batch))]
+        yield batch, torch.cat(rows)
+        count += len(batch)
+
+
+def json_lines(prompts: list[str], responses: list[str], terms: dict, config: Config) -> list[str]:
+    """A line of JSON a response: prompt, response and reward."""
+    rows = [{config.prompt_column: prompt} for prompt in prompts]
+    rewards, _ = total_reward(terms, prompts=prompts, responses=responses, rows=rows, config=config)
+    lines = []
+    for prompt, response, reward in zip(prompts, responses, rewards.tolist(), strict=True):
+        row = {"prompt": prompt, "response": response, "reward": reward}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    return lines
 
 
 def before_stop(text: str, stop: tuple[str, ...]) -> str:
@@ -117,13 +147,16 @@ def typed_prompts() -> Iterator[str]:
     print()
 
 
-def stream(policy: PolicyModel, tokenizer, prompt: str, ids: list[list[int]], config: Config, generator) -> None:
+def stream(
+    policy: PolicyModel, tokenizer, prompt: str, ids: list[list[int]], random_numbers: torch.Tensor, config: Config
+) -> None:
     """Print a prompt, and the response to its ids as it is drawn.
 
     All of it is decoded anew each time, behind the prompt: what a token looks like may depend on those around it.
     """
-    drawn, shown = [] if policy.is_encoder_decoder else list(ids[0]), ""
+    drawn = [] if policy.is_encoder_decoder else list(ids[0])
     start = len(tokenizer.decode(drawn, skip_special_tokens=True))
+    shown = ""
 
     def show(tokens: torch.Tensor) -> None:
         nonlocal shown
@@ -133,4 +166,5 @@ def stream(policy: PolicyModel, tokenizer, prompt: str, ids: list[list[int]], co
         shown = max(shown, text, key=len)
 
     print(prompt, end=policy.separator, flush=True)
-    print(respond(policy, tokenizer, ids, config, generator, show)[-1][0][len(shown) :])
+    responses = respond(policy, tokenizer, ids, random_numbers, config, on_tokens=show)
+    print(responses.texts[0][len(shown) :])

@@ -15,8 +15,20 @@ from safetensors import SafetensorError
 from config import Config, RunError, UsageError, to_json
 
 # The settings that a stage's result depends on: its data and size, always, and how it was trained.
-TRAINED_ON = ("base_model_name", "dataset_path", "dataset_split", "prompt_column", "prompt_template")
-TRAINED_ON += ("vocab_size", "context_length", "n_layer", "n_embd", "n_head", "n_reviews")
+TRAINED_ON = (
+    "base_model_name",
+    "dataset_path",
+    "dataset_split",
+    "prompt_column",
+    "prompt_template",
+    "vocab_size",
+    "context_length",
+    "n_layer",
+    "n_embd",
+    "n_head",
+    "n_reviews",
+)
+REWARD_COLUMNS = ("label_column", "chosen_column", "rejected_column")  # more of a reward model's data
 TRAINED_BY = {
     "sft": ("completion_column", "sft_epochs", "sft_steps", "sft_batch_size", "sft_learning_rate"),
     "reward": ("reward_steps", "reward_batch_size", "reward_learning_rate"),
@@ -28,10 +40,17 @@ def notice(config: Config) -> str:
     if not config.trains_from_scratch:
         return ""
     width = config.n_embd
+    embeddings = (config.vocab_size + config.context_length) * width
     layers = config.n_layer * (12 * width + 13) * width
-    parameters = (config.vocab_size + config.context_length + 2) * width + layers + width + 1  # with the value head
-    data = config.dataset_path or "generated movie reviews"
-    is_not = "It is not GPT-2." if config.dataset_path else "Nothing was downloaded; it is neither GPT-2 nor IMDB."
+    last_norm = 2 * width
+    value_head = width + 1
+    parameters = embeddings + layers + last_norm + value_head
+    if config.dataset_path:
+        data = config.dataset_path
+        is_not = "It is not GPT-2."
+    else:
+        data = "generated movie reviews"
+        is_not = "Nothing was downloaded; it is neither GPT-2 nor IMDB."
     return (
         f"This is a teaching demonstration: a language model of at most {parameters:,} parameters, trained here "
         f"from scratch on {data}. {is_not} GPT-2 on IMDB is\n"
@@ -56,7 +75,8 @@ def whole_folder(path: Path, replaces: str = "") -> Iterator[Path]:
             shutil.rmtree(path)
         scratch.rename(path)
     except (OSError, SafetensorError) as error:
-        raise RunError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise RunError(f"{path} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -93,6 +113,13 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def check_writable(folder: Path) -> None:
+    """Raise UsageError unless the folder, or the nearest of its parents that exists, can be written."""
+    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"{folder} cannot be written: {existing} is not a folder that this user may write to")
+
+
 def stage_folder(config: Config, stage: str) -> Path:
     """Where the language model (`sft`) or reward model (`reward`) trained here is, or will be."""
     if config.task == stage and config.output_dir:
@@ -116,22 +143,32 @@ def starting_model(config: Config) -> str:
     return str(stage) if from_stage else config.base_model_name
 
 
+def as_flags(settings: dict) -> str:
+    return " ".join(f"--{name} {value!r}" for name, value in settings.items())
+
+
 def trained_stage(config: Config, path: str, stage: str) -> bool:
     """Whether the stage's folder is there. Raises UsageError if it was trained with settings other than these."""
     if not Path(path).exists():
         return False
     settings = Path(path) / "run_config.json"
     before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-    names = [*TRAINED_ON, *(("label_column", "chosen_column", "rejected_column") if stage == "reward" else ())]
+    names = list(TRAINED_ON)
+    if stage == "reward":
+        names += REWARD_COLUMNS
     if config.trains_from_scratch or (stage == "sft" and config.sft_first):  # else they are another command's
         names += TRAINED_BY[stage]
-    other = [name for name in names if before.get(name, getattr(config, name)) != getattr(config, name)]
-    if other:
-        flags = " ".join(f"--{name} {before[name]!r}" for name in other)
-        wanted = " ".join(f"--{name} {getattr(config, name)!r}" for name in other)
+    had = {}
+    wanted = {}
+    for name in names:
+        value = getattr(config, name)
+        if name in before and before[name] != value:
+            had[name] = before[name]
+            wanted[name] = value
+    if had:
         raise UsageError(
-            f"{path} was trained with {flags}, and this run asks for {wanted}; give the flags that it has, "
-            "or a --run_name of its own to this run"
+            f"{path} was trained with {as_flags(had)}, and this run asks for {as_flags(wanted)}; "
+            "give the flags that it has, or a --run_name of its own to this run"
         )
     return True
 
@@ -139,7 +176,9 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
 def run_of(entry: str) -> tuple[str, str]:
     """Name and folder of a run given as NAME=FOLDER, or as a folder alone, in whose own name there may be a `=`."""
     name, sign, folder = entry.partition("=")
-    return (name, folder) if sign and not Path(entry).is_dir() else (Path(entry).name, entry)
+    if sign and not Path(entry).is_dir():
+        return name, folder
+    return Path(entry).name, entry
 
 
 def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = "value_head.safetensors") -> Path:
@@ -147,28 +186,56 @@ def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = 
 
     Raises UsageError if there is none.
     """
-    place, given = name.partition("{")[0] or f"{preset}*", Path(output_dir)
-    folders = [given, *given.glob("*")] if output_dir else Path("saved_models").glob(f"{place}/**/ppo*")
+    if output_dir:
+        folders = [Path(output_dir), *Path(output_dir).glob("*")]
+        problem = f"--output_dir {output_dir} holds"
+    else:
+        place = name.partition("{")[0] or f"{preset}*"
+        folders = Path("saved_models").glob(f"{place}/**/ppo*")
+        problem = "saved_models/ holds"
+        if preset:
+            problem = f"--preset {preset}: {problem}"
+        if name:
+            problem = f"--run_name {name}: {problem}"
     runs = [folder for folder in folders if (folder / marker).exists()]
     if not runs:
-        flags = {"run_name": name, "preset": preset} if not output_dir else {}
-        wanted = "".join(f"--{flag} {value}: " for flag, value in flags.items() if value)
-        where = f"--output_dir {output_dir}" if output_dir else "saved_models/"
-        raise UsageError(f"{wanted}{where} holds no trained run; run `python main.py --task train` first")
+        raise UsageError(f"{problem} no trained run; run `python main.py --task train` first")
     return max(runs, key=lambda run: (run / marker).stat().st_mtime)
 
 
 def run_settings(settings: dict) -> dict:
     """The settings of a finished run, as the base of the tasks that use it; takes its folder out of `settings`."""
-    marker = "training_stats.json" if settings["task"] == "plot" else "value_head.safetensors"
-    named = settings.get("policies", ()) if settings["task"] == "plot" else ()
-    folder = settings.pop("output_dir", "") or (run_of(named[0])[1] if named else "")
-    run = newest_run(folder, settings.pop("run_name", ""), settings.pop("preset", ""), marker)
+    folder = settings.pop("output_dir", "")
+    name = settings.pop("run_name", "")
+    preset = settings.pop("preset", "")
+    marker = "value_head.safetensors"
+    if settings["task"] == "plot":
+        marker = "training_stats.json"
+        policies = settings.get("policies", ())
+        if policies and not folder:
+            _, folder = run_of(policies[0])
+    run = newest_run(folder, name=name, preset=preset, marker=marker)
     try:
         stored = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{run / 'run_config.json'} cannot be read: {error}") from None
     return stored | {"output_dir": str(run)}
+
+
+def is_empty_folder(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
+
+
+def check_final_dir(config: Config) -> None:
+    """Raise UsageError if --final_dir is --output_dir, or holds anything but a policy put there before."""
+    final = Path(config.final_dir)
+    if final.exists():
+        is_policy = (final / "manifest.json").exists() and not (final / "run_config.json").exists()
+        can_be_filled = is_empty_folder(final) and final.resolve() != Path.cwd()
+        if not is_policy and not can_be_filled:
+            raise UsageError(f"--final_dir {final} holds something else than a final policy; name another folder")
+    if config.output_dir and final.resolve() == Path(config.output_dir).resolve():
+        raise UsageError("--final_dir is --output_dir, expected a folder of its own")
 
 
 def new_ppo_folder(config: Config) -> Path:
@@ -177,20 +244,18 @@ def new_ppo_folder(config: Config) -> Path:
     Raises UsageError if --output_dir holds files already, --final_dir anything but a policy put there before, or if the
     folder could not be written.
     """
-    final = Path(config.final_dir)
-    if config.final_dir and final.exists():
-        is_policy = (final / "manifest.json").exists() and not (final / "run_config.json").exists()
-        if not is_policy and (not final.is_dir() or any(final.iterdir()) or final.resolve() == Path.cwd()):
-            raise UsageError(f"--final_dir {final} holds something else than a final policy; name another folder")
-    if config.final_dir and config.output_dir and final.resolve() == Path(config.output_dir).resolve():
-        raise UsageError("--final_dir is --output_dir, expected a folder of its own")
+    if config.final_dir:
+        check_final_dir(config)
     if config.output_dir:
         folder = Path(config.output_dir)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and not is_empty_folder(folder):
             raise UsageError(f"--output_dir {folder} is not empty; name a new folder, so that nothing is overwritten")
     else:
-        names = ["ppo", *(f"ppo-{number}" for number in range(2, 10_000))]
-        folder = next(config.run_folder / name for name in names if not (config.run_folder / name).exists())
+        folder = config.run_folder / "ppo"
+        number = 1
+        while folder.exists():
+            number += 1
+            folder = config.run_folder / f"ppo-{number}"
     check_writable(folder)
     return folder
 
@@ -203,9 +268,12 @@ def write_manifest(folder: Path, loader: str, base: str) -> None:
     loads_with = loader.format("FOLDER")
     if base != str(folder):
         loads_with = f"peft.PeftModel.from_pretrained({loader.format(repr(base))}, FOLDER)"
-    files = sorted(file for file in folder.rglob("*") if file.is_file())
-    hashes = {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
-    write_whole(folder / "manifest.json", json.dumps({"loads_with": loads_with, "sha256": hashes}, indent=2))
+    hashes = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            hashes[file.relative_to(folder).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
+    manifest = {"loads_with": loads_with, "sha256": hashes}
+    write_whole(folder / "manifest.json", json.dumps(manifest, indent=2))
 
 
 def claim_folder(folder: Path, config: Config) -> None:
@@ -220,12 +288,6 @@ def claim_folder(folder: Path, config: Config) -> None:
     if any(folder.iterdir()):
         raise RunError(f"{folder} has been taken by another run meanwhile; start again")
     write_whole(folder / "run_config.json", to_json(config))
-    if notice(config):
-        write_whole(folder / "NOTICE.txt", notice(config) + "\n")
-
-
-def check_writable(folder: Path) -> None:
-    """Raise UsageError unless the folder, or the nearest of its parents that exists, can be written."""
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"{folder} cannot be written: {existing} is not a folder that this user may write to")
+    text = notice(config)
+    if text:
+        write_whole(folder / "NOTICE.txt", text + "\n")

@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import difflib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,8 +43,12 @@ PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(enco
 
 def option(group: str, default, text: str, allowed: str | tuple[str, ...] = ""):
     """A field with its help (units included), and the interval that its value must lie in, or the choices it has."""
-    interval, choices = ("", allowed) if isinstance(allowed, tuple) else (allowed, ())
-    return field(default=default, metadata={"group": group, "help": text, "interval": interval, "choices": choices})
+    metadata = {"group": group, "help": text, "interval": "", "choices": ()}
+    if isinstance(allowed, tuple):
+        metadata["choices"] = allowed
+    else:
+        metadata["interval"] = allowed
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -159,20 +162,9 @@ class Config:
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
             check_value(spec, getattr(self, spec.name))
-        training, in_few_bits = self.task == "train", self.load_in_8bit or self.load_in_4bit
-        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
-        divisors = (d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0)
-        step_rows = self.mini_batch_size * self.gradient_accumulation_steps
-        if training and self.batch_size % step_rows:
-            raise UsageError(
-                f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
-                f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
-                f"the nearest that does is {min(divisors, key=lambda d: abs(d - step_rows))} rows in all"
-            )
-        if training and in_few_bits and self.merge:
-            raise UsageError("--merge would round the adapter away in weights of 8 or 4 bits: save the adapter alone")
-        if in_few_bits and not self.has_adapter:
-            raise UsageError("--load_in_8bit and --load_in_4bit freeze the weights: add --lora_r or --peft_model_path")
+        if self.task == "train":
+            self.check_batches()
+        self.check_weights_dtype()
         if self.critic == "encoder" and self.lam != 1:
             raise UsageError(f"--critic encoder values the prompt alone, unbiased for --lam 1 only, not {self.lam}")
         if "" in self.stop:
@@ -181,11 +173,33 @@ class Config:
             raise UsageError("--whiten_scores undoes --normalize_scores: choose one of them")
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
+        truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
         if self.task in ("train", "evaluate") and truncates:
             raise UsageError(
                 "--temperature 0, --top_k, --top_p, --min_new_tokens and --stop are for --task generate: training and "
                 "its evaluation must score the very distribution they sample from; use --temperature alone"
             )
+
+    def check_batches(self) -> None:
+        """Raise UsageError unless a rollout is so many whole optimizer steps."""
+        step_rows = self.mini_batch_size * self.gradient_accumulation_steps
+        if self.batch_size % step_rows:
+            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
+            closest = min(divisors, key=lambda d: abs(d - step_rows))
+            raise UsageError(
+                f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
+                f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
+                f"the nearest that does is {closest} rows in all"
+            )
+
+    def check_weights_dtype(self) -> None:
+        """Raise UsageError if weights would be trained that cannot be, or would lose what was learned."""
+        training = self.task == "train"
+        in_few_bits = self.load_in_8bit or self.load_in_4bit
+        if training and in_few_bits and self.merge:
+            raise UsageError("--merge would round the adapter away in weights of 8 or 4 bits: save the adapter alone")
+        if in_few_bits and not self.has_adapter:
+            raise UsageError("--load_in_8bit and --load_in_4bit freeze the weights: add --lora_r or --peft_model_path")
         if training and self.dtype != "float32" and not self.has_adapter:
             raise UsageError(
                 f"--dtype {self.dtype} would round most of Adam's small steps away; train in float32 (fast with "
@@ -195,10 +209,14 @@ class Config:
     @property
     def run_folder(self) -> Path:
         """Where a run's stages are: --run_name, else the preset or model, and the data where it is not the preset's."""
-        own_data = PRESETS.get(self.preset, {}).get("dataset_path", "")
-        data = "" if self.dataset_path == own_data else "-{dataset}"
-        name = self.run_name or (self.preset or Path(self.base_model_name).name) + data
-        return Path("saved_models") / name.replace("{dataset}", Path(self.dataset_path).stem or "reviews")
+        name = self.run_name
+        if not name:
+            name = self.preset or Path(self.base_model_name).name
+            own_data = PRESETS.get(self.preset, {}).get("dataset_path", "")
+            if self.dataset_path != own_data:
+                name += "-{dataset}"
+        dataset = Path(self.dataset_path).stem or "reviews"
+        return Path("saved_models") / name.replace("{dataset}", dataset)
 
     @property
     def has_adapter(self) -> bool:
@@ -209,23 +227,29 @@ class Config:
         return not self.base_model_name
 
 
+def is_within(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval as `(0, 1]`: without 0, with 1. NaN lies in none."""
+    low, high = interval[1:-1].split(",")
+    above = value > float(low) if interval[0] == "(" else value >= float(low)
+    below = value < float(high) if interval[-1] == ")" else value <= float(high)
+    return above and below
+
+
 def check_value(spec: dataclasses.Field, value) -> None:
     """Raise UsageError if a field's value is not among its choices or not in its interval."""
-    choices, interval = spec.metadata["choices"], spec.metadata["interval"]
+    choices = spec.metadata["choices"]
     if choices and value not in choices:
-        known = ", ".join(filter(None, choices)) + nearest(str(value), choices)
-        raise UsageError(f"--{spec.name} {value!r} is not one of {known}")
-    if interval:
-        low, high = (float(bound) for bound in interval[1:-1].split(","))
-        above = value > low if interval[0] == "(" else value >= low
-        below = value < high if interval[-1] == ")" else value <= high
-        if not (above and below) or math.isnan(value):
-            raise UsageError(f"--{spec.name} is {value}, expected a value in {interval}")
+        known = ", ".join(choice for choice in choices if choice)
+        raise UsageError(f"--{spec.name} {value!r} is not one of {known}{nearest(str(value), choices)}")
+    interval = spec.metadata["interval"]
+    if interval and not is_within(value, interval):
+        raise UsageError(f"--{spec.name} is {value}, expected a value in {interval}")
 
 
 def first_line(error: BaseException) -> str:
     """What a library said went wrong, short enough for a sentence of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
 
 
 def nearest(word: str, choices) -> str:
@@ -234,23 +258,38 @@ def nearest(word: str, choices) -> str:
     return f"; did you mean {close[0]}?" if close else ""
 
 
+def as_texts(value) -> tuple[str, ...]:
+    """One text, or a list of what can be text."""
+    if isinstance(value, (dict, bool)):
+        raise TypeError(value)
+    if isinstance(value, str):
+        return (value,)
+    return tuple(str(item) for item in value)
+
+
+def converted(value, kind: type):
+    """The value as text, number, truth value or tuple of texts. Raises one of several errors where it is no such."""
+    if value is None:
+        return {str: "", tuple: ()}[kind]
+    if kind is tuple:
+        return as_texts(value)
+    if isinstance(value, (list, dict)) or (isinstance(value, bool) and kind is not bool):
+        raise TypeError(value)
+    if kind is bool and not isinstance(value, bool):
+        return {"true": True, "false": False}[str(value).lower()]
+    if kind is int and not isinstance(value, int):
+        number = float(value)
+        if number != int(number):
+            raise ValueError(value)
+        return int(number)
+    return kind(value)
+
+
 def coerce(spec: dataclasses.Field, value):
     """A file's or flag's value in the field's type: YAML reads 1e-5 as text. Raises UsageError where it cannot be."""
     kind = tuple if get_args(spec.type) else spec.type
     try:
-        if value is None:
-            return {str: "", tuple: ()}[kind]
-        if type(value) in (list, dict, bool) and type(value) is not (list if kind is tuple else kind):
-            raise TypeError(value)
-        if kind is tuple:
-            return (value,) if isinstance(value, str) else tuple(str(item) for item in value)
-        if kind is bool and not isinstance(value, bool):
-            return {"true": True, "false": False}[str(value).lower()]
-        if kind is int and not isinstance(value, int):
-            if float(value) != int(float(value)):
-                raise ValueError(value)
-            return int(float(value))
-        return kind(value)
+        return converted(value, kind)
     except (TypeError, ValueError, KeyError, OverflowError):
         raise UsageError(f"--{spec.name} is {value!r}, expected {kind.__name__}") from None
 
@@ -273,6 +312,19 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
+def help_of(spec: dataclasses.Field) -> str:
+    """A field's line in --help: what it is, its choices or interval, its default."""
+    parts = [spec.metadata["help"]]
+    choices = " | ".join(choice for choice in spec.metadata["choices"] if choice)
+    if choices:
+        parts.append(f"[{choices}]")
+    if spec.metadata["interval"]:
+        parts.append(spec.metadata["interval"])
+    default = "none" if spec.default in ("", ()) else spec.default
+    parts.append(f"(default {default})")
+    return " ".join(parts).replace("%", "%%")  # argparse fills in what stands behind a single one
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line: one flag a field, grouped, with help, default and interval."""
     parser = Parser(
@@ -287,24 +339,32 @@ def build_parser() -> argparse.ArgumentParser:
     names = dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(Config))
     groups = {name: parser.add_argument_group(name) for name in names}
     for spec in dataclasses.fields(Config):
-        choices = " | ".join(filter(None, spec.metadata["choices"]))
-        limits = spec.metadata["interval"] or (choices and f"[{choices}]")
-        default = "none" if spec.default in ("", ()) else spec.default
-        text = " ".join(filter(None, [spec.metadata["help"], limits, f"(default {default})"]))
+        settings = {"help": help_of(spec)}
         if spec.type is bool:
-            settings = {"action": argparse.BooleanOptionalAction}
-        elif get_args(spec.type):
-            settings = {"action": "append", "metavar": "TEXT"}
+            settings["action"] = argparse.BooleanOptionalAction
+        elif get_args(spec.type):  # a tuple, to which every use of the flag adds
+            settings["action"] = "append"
+            settings["metavar"] = "TEXT"
         else:
-            settings = {"metavar": spec.type.__name__.upper()}
-        groups[spec.metadata["group"]].add_argument(f"--{spec.name}", help=text.replace("%", "%%"), **settings)
+            settings["metavar"] = spec.type.__name__.upper()
+        groups[spec.metadata["group"]].add_argument(f"--{spec.name}", **settings)
     return parser
 
 
 def preset_settings(settings: dict) -> dict:
     """The preset's row of values; tiny's where neither a preset nor a model is named."""
-    preset = settings.get("preset") or ("" if settings.get("base_model_name") else "tiny")
+    preset = settings.get("preset", "")
+    if not preset and not settings.get("base_model_name"):
+        preset = "tiny"
     return {"preset": preset} | PRESETS.get(preset, {})
+
+
+def unknown_flag(flag: str, names) -> str:
+    """What is told of a flag that there is not, with what may have been meant."""
+    if flag in TASKS:
+        return f"unknown argument {flag}; did you mean --task {flag}?"
+    flags = [f"--{name}" for name in (*names, "config")]
+    return f"unknown argument {flag}{nearest(flag, flags)}"
 
 
 def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict], dict] | None = None) -> Config:
@@ -315,25 +375,30 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
     flags, unknown = build_parser().parse_known_args(arguments)
     specs = {spec.name: spec for spec in dataclasses.fields(Config)}
     if unknown:
-        flag = unknown[0].split("=")[0]
-        known = [f"--{name}" for name in (*specs, "config")]
-        close = f"; did you mean --task {flag}?" if flag in TASKS else nearest(flag, known)
-        raise UsageError(f"unknown argument {flag}{close}")
-    path = vars(flags).pop("config", "")
+        raise UsageError(unknown_flag(unknown[0].split("=")[0], specs))
+    given = vars(flags)
+    path = given.pop("config", "")
     from_file = read_config_file(path) if path else {}
-    for name in (name for name in from_file if name not in specs):
-        raise UsageError(f"--config {path} has an unknown field {name!r}{nearest(str(name), specs)}")
-    settings = {name: coerce(specs[name], value) for name, value in {**from_file, **vars(flags)}.items()}
+    for name in from_file:
+        if name not in specs:
+            raise UsageError(f"--config {path} has an unknown field {name!r}{nearest(str(name), specs)}")
+    settings = {name: coerce(specs[name], value) for name, value in (from_file | given).items()}
     check_value(specs["preset"], settings.get("preset", ""))
-    base = run_settings(settings) if settings.get("task") in USES_A_RUN else preset_settings(settings)
-    merged = {name: coerce(specs[name], value) for name, value in {**base, **settings}.items() if name in specs}
-    return Config(**merged)
+    uses_a_run = settings.get("task") in USES_A_RUN
+    base = run_settings(settings) if uses_a_run else preset_settings(settings)
+    known = {name: value for name, value in base.items() if name in specs}  # an older run may have had others
+    lent = {name: coerce(specs[name], value) for name, value in known.items()}
+    return Config(**(lent | settings))
 
 
 def describe(config: Config) -> str:
     """The resolved settings that are not the defaults, in a line; all of them are in a run's run_config.json."""
-    changed = [spec.name for spec in dataclasses.fields(config) if getattr(config, spec.name) != spec.default]
-    return "settings: " + ", ".join(f"{name} {getattr(config, name)}" for name in changed)
+    changed = []
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if value != spec.default:
+            changed.append(f"{spec.name} {value}")
+    return "settings: " + ", ".join(changed)
 
 
 def to_json(config: Config) -> str:

@@ -7,7 +7,6 @@ PPO), `judge` (the independent judges of an evaluation), `validation` (to choose
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +17,17 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, first_line, nearest
 from loading import hub_error, one_sentence
+from randomness import permutation
 from reviews import movie_reviews
 
 PARTS = ("train", "judge", "validation", "test")
-OWN_SPLITS = {"dev": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+OWN_SPLITS = {  # a dataset's names for parts, of which the last that it has counts
+    "dev": "validation",
+    "valid": "validation",
+    "validation": "validation",
+    "test": "test",
+}
+SHARES = {"judge": 25, "validation": 10, "test": 10}  # per cent of the training split, where there is none of its own
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
@@ -31,14 +37,60 @@ class Prompt(NamedTuple):
     row: dict  # the dataset's own
 
 
-def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]:
-    """The rows of one part, or the first `limit`. Raises UsageError if the data is missing, empty or unreadable."""
-    if not config.dataset_path:
-        return built_in_rows(limit or config.n_reviews, PARTS.index(part))
-    return split_parts(config.dataset_path, config.dataset_split, config.trains_from_scratch)[part][:limit]
+def load_splits(path: str) -> dict:
+    """The dataset's splits by name, through `datasets`. Raises UsageError, whatever went wrong there."""
+    place = Path(path)
+    kind = FORMATS.get(place.suffix)
+    if kind and not place.is_file():
+        raise UsageError(f"--dataset_path {path} does not exist")
+    if place.is_file() and not kind:
+        raise UsageError(f"--dataset_path {path} is a file, expected one that ends in {', '.join(FORMATS)}")
+    unreachable = "" if place.exists() else hub_error()
+    import datasets  # a second to import, which --help and the built-in data need not wait for
+
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    try:
+        if kind:
+            return datasets.load_dataset(kind, data_files=path)
+        return datasets.load_dataset(path)
+    except Exception as error:  # the library raises a dozen kinds
+        reason = unreachable or first_line(error.__cause__ or error)
+        raise UsageError(f"--dataset_path {path} cannot be loaded: {reason}") from None
 
 
-built_in_rows = functools.cache(movie_reviews)  # a run's stages read the same corpus
+def own_splits(splits: dict, training_split: str) -> dict[str, str]:
+    """The parts for which the dataset has a split, with its name: never the one that is trained on."""
+    own = {}
+    for name, part in OWN_SPLITS.items():
+        if name in splits and name != training_split:
+            own[part] = name
+    return own
+
+
+def held_out_shares(own: dict[str, str], with_judge: bool) -> dict[str, int]:
+    """What the training split gives to the parts that have no split of their own, in per cent."""
+    shares = {part: percent for part, percent in SHARES.items() if part not in own}
+    if not with_judge:
+        del shares["judge"]
+    return shares
+
+
+def shuffled_rows(split) -> list[dict]:
+    """Always in the same order, but not in the file's: some are sorted by label."""
+    return split.shuffle(seed=0).to_list()
+
+
+def divide(rows: list[dict], shares: dict[str, int]) -> dict[str, list[dict]]:
+    """So many per cent of the rows for each part, one row at least, and the rest for `train`."""
+    parts = {"judge": []}  # where no share is for it
+    start = 0
+    for part, percent in shares.items():
+        end = start + max(1, len(rows) * percent // 100)
+        parts[part] = rows[start:end]
+        start = end
+    parts["train"] = rows[start:]
+    return parts
 
 
 @functools.cache
@@ -51,40 +103,30 @@ def split_parts(path: str, split: str, with_judge: bool) -> dict[str, list[dict]
     if split not in splits:
         known = ", ".join(splits) + nearest(split, splits)
         raise UsageError(f"--dataset_split {split!r} is not in {path}; it has {known}")
-    own = {part: name for name, part in OWN_SPLITS.items() if name in splits and name != split}
-    shares = {"judge": 25 if with_judge else 0, "validation": 10, "test": 10}
-    held_out = {part: percent for part, percent in shares.items() if percent and part not in own}
-    shuffled, rows, start = splits[split].shuffle(seed=0).to_list(), {"judge": []}, 0
-    for part, percent in held_out.items():
-        end = start + max(1, len(shuffled) * percent // 100)
-        rows[part], start = shuffled[start:end], end
-    rows["train"] = shuffled[start:]
-    rows |= {part: splits[name].shuffle(seed=0).to_list() for part, name in own.items()}  # some are sorted by label
-    empty = [part for part in ("train", "validation", "test") if not rows[part]]
-    if empty:
-        raise UsageError(f"--dataset_path {path} has no rows for {empty[0]}: {len(shuffled)} in {split!r}")
-    if held_out:
-        shares = ", ".join(f"{len(rows[part])} rows for {part}" for part in held_out)
-        print(f"held out of {path} ({split}): {shares}; {len(rows['train'])} are left to train on")
-    return rows
+    own = own_splits(splits, split)
+    shares = held_out_shares(own, with_judge)
+    rows = shuffled_rows(splits[split])
+    parts = divide(rows, shares)
+    for part, name in own.items():
+        parts[part] = shuffled_rows(splits[name])
+    for part in ("train", "validation", "test"):
+        if not parts[part]:
+            raise UsageError(f"--dataset_path {path} has no rows for {part}: {len(rows)} in {split!r}")
+    if shares:
+        told = ", ".join(f"{len(parts[part])} rows for {part}" for part in shares)
+        print(f"held out of {path} ({split}): {told}; {len(parts['train'])} are left to train on")
+    return parts
 
 
-def load_splits(path: str) -> dict:
-    """The dataset's splits by name, through `datasets`. Raises UsageError, whatever went wrong there."""
-    kind = FORMATS.get(Path(path).suffix)
-    if Path(path).is_file() != bool(kind):
-        problem = "does not exist" if kind else f"is a file, expected one that ends in {', '.join(FORMATS)}"
-        raise UsageError(f"--dataset_path {path} {problem}")
-    unreachable = "" if Path(path).exists() else hub_error()
-    import datasets  # a second to import, which --help and the built-in data need not wait for
+built_in_rows = functools.cache(movie_reviews)  # a run's stages read the same corpus
 
-    datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    try:
-        return datasets.load_dataset(kind, data_files=path) if kind else datasets.load_dataset(path)
-    except Exception as error:  # the library raises a dozen kinds
-        reason = unreachable or first_line(error.__cause__ or error)
-        raise UsageError(f"--dataset_path {path} cannot be loaded: {reason}") from None
+
+def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]:
+    """The rows of one part, or the first `limit`. Raises UsageError if the data is missing, empty or unreadable."""
+    if not config.dataset_path:
+        return built_in_rows(limit or config.n_reviews, PARTS.index(part))
+    parts = split_parts(config.dataset_path, config.dataset_split, with_judge=config.trains_from_scratch)
+    return parts[part][:limit]
 
 
 def column(rows: list[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> list:
@@ -95,8 +137,10 @@ def column(rows: list[dict], name: str, flag: str, kind: type | tuple[type, ...]
     values = [row[name] for row in rows]
     for number, value in enumerate(values):
         if not isinstance(value, kind):
-            kinds = " or ".join(each.__name__ for each in (kind if isinstance(kind, tuple) else (kind,)))
-            raise UsageError(f"--{flag} {name!r} holds a {type(value).__name__} in row {number}, expected a {kinds}")
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            expected = " or ".join(each.__name__ for each in kinds)
+            found = type(value).__name__
+            raise UsageError(f"--{flag} {name!r} holds a {found} in row {number}, expected a {expected}")
     return values
 
 
@@ -104,30 +148,11 @@ def with_prompt_column(config: Config) -> Config:
     """The config with `query`, `prompt` or `question` as its prompt column, where `text` is asked for and not there."""
     if config.prompt_column != "text" or not config.dataset_path:
         return config
-    names = load_rows(config, "train", 1)[0]
-    found = next((name for name in ("text", "query", "prompt", "question") if name in names), "text")
-    return dataclasses.replace(config, prompt_column=found)
-
-
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
-    """Prompts from the rows of a part whose prompt column has a length as configured, `limit` at most."""
-    least, most = config.min_prompt_chars, config.max_prompt_chars or math.inf
-    rows = load_rows(config, part, limit if (least, most) == (0, math.inf) else None)
-    rows = [row for row in rows if least <= len(row.get(config.prompt_column) or "") <= most][:limit]
-    texts = prompt_texts(rows, config, tokenizer) if rows else []
-    if config.prompt_tokens:
-        texts = first_words(texts, tokenizer, config.prompt_tokens)
-    encoded = prompt_ids(texts, rows, config, tokenizer) if rows else []
-    prompts = [Prompt(*parts) for parts in zip(texts, encoded, rows, strict=True) if parts[1]]
-    if not prompts:
-        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text of the right length in {part}")
-    return limit_length(prompts, config)
-
-
-def prompt_ids(texts: list[str], rows: list[dict], config: Config, tokenizer) -> list[list[int]]:
-    """The prompts' ids; a chat template has written the special tokens already."""
-    is_chat = isinstance(rows[0][config.prompt_column], list)
-    return tokenizer(texts, add_special_tokens=not is_chat).input_ids
+    first_row = load_rows(config, "train", 1)[0]
+    for name in ("text", "query", "prompt", "question"):
+        if name in first_row:
+            return dataclasses.replace(config, prompt_column=name)
+    return config
 
 
 def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -141,27 +166,75 @@ def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenize
         return [config.prompt_template.format_map(row) for row in rows]
 
 
+def prompt_ids(texts: list[str], rows: list[dict], config: Config, tokenizer) -> list[list[int]]:
+    """The prompts' ids; a chat template has written the special tokens already."""
+    is_chat = isinstance(rows[0][config.prompt_column], list)
+    return tokenizer(texts, add_special_tokens=not is_chat).input_ids
+
+
+def whole_words(text: str, offsets: list[tuple[int, int]], n_tokens: int) -> str:
+    """The longest beginning of a text that ends with a word and takes at most n_tokens, which stand at these offsets.
+
+    A first word that takes more is cut all the same.
+    """
+    if not offsets:
+        return ""
+    kept = offsets[:n_tokens]
+    _, end = kept[-1]
+    start = text[:end]
+    cuts_a_word = len(offsets) > n_tokens and not text[end : end + 1].isspace()
+    if cuts_a_word and len(start.split()) > 1:
+        return start.rsplit(maxsplit=1)[0]
+    return start
+
+
 def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[str]:
-    """The longest beginning of each text that ends with a word and takes at most n_tokens."""
-    openings = []
+    """The `whole_words` of each text."""
     encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    for text, ends in zip(texts, encoded.offset_mapping, strict=True):
-        start = text[: ends[:n_tokens][-1][1]] if ends else ""
-        cuts_a_word = len(ends) > n_tokens and not text[len(start) : len(start) + 1].isspace()
-        openings.append(start.rsplit(maxsplit=1)[0] if cuts_a_word and len(start.split()) > 1 else start)
-    return openings
+    return [whole_words(text, offsets, n_tokens) for text, offsets in zip(texts, encoded.offset_mapping, strict=True)]
+
+
+def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The rows' prompts, but for those without a token."""
+    texts = prompt_texts(rows, config, tokenizer)
+    if config.prompt_tokens:
+        texts = first_words(texts, tokenizer, config.prompt_tokens)
+    encoded = prompt_ids(texts, rows, config, tokenizer)
+    prompts = []
+    for text, ids, row in zip(texts, encoded, rows, strict=True):
+        if ids:
+            prompts.append(Prompt(text=text, ids=ids, row=row))
+    return prompts
 
 
 def limit_length(prompts: list[Prompt], config: Config) -> list[Prompt]:
     """Cut prompts beyond max_prompt_length on the left, and say how many; or refuse them, if so configured."""
-    limit, lengths = config.max_prompt_length, [len(prompt.ids) for prompt in prompts]
-    count = f"{sum(length > limit for length in lengths)} of {len(prompts)} prompts"
-    if max(lengths) > limit and config.long_prompts == "refuse":
-        longer = f"{count} are longer than --max_prompt_length {limit} tokens (the longest has {max(lengths)})"
-        raise UsageError(f"{longer}; raise it, or let them be cut with --long_prompts truncate")
-    if max(lengths) > limit:
-        print(f"{count} were cut on the left to {limit} tokens")
+    limit = config.max_prompt_length
+    lengths = [len(prompt.ids) for prompt in prompts]
+    longest = max(lengths)
+    if longest <= limit:
+        return prompts
+    n_longer = sum(length > limit for length in lengths)
+    if config.long_prompts == "refuse":
+        raise UsageError(
+            f"{n_longer} of {len(prompts)} prompts are longer than --max_prompt_length {limit} tokens "
+            f"(the longest has {longest}); raise it, or let them be cut with --long_prompts truncate"
+        )
+    print(f"{n_longer} of {len(prompts)} prompts were cut on the left to {limit} tokens")
     return [prompt._replace(ids=prompt.ids[-limit:]) for prompt in prompts]
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
+    """Prompts from the rows of a part whose prompt column has a length as configured, `limit` at most."""
+    least = config.min_prompt_chars
+    most = config.max_prompt_chars or math.inf
+    any_length = least == 0 and most == math.inf
+    rows = load_rows(config, part, limit if any_length else None)
+    fitting = [row for row in rows if least <= len(row.get(config.prompt_column) or "") <= most][:limit]
+    prompts = make_prompts(fitting, config, tokenizer) if fitting else []
+    if not prompts:
+        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text of the right length in {part}")
+    return limit_length(prompts, config)
 
 
 def pad(
@@ -174,30 +247,42 @@ def pad(
     return ids, mask
 
 
-def prompt_batches(prompts: list[Prompt], batch_size: int, generator: torch.Generator) -> Iterator[list[Prompt]]:
-    """Endless batches: each pass over the prompts in a new order, and what one pass lacks is taken from the next."""
-    order: list[int] = []
-    while True:
-        while len(order) < batch_size:
-            order += torch.randperm(len(prompts), generator=generator).tolist()
-        yield [prompts[i] for i in order[:batch_size]]
-        order = order[batch_size:]
+@functools.lru_cache(maxsize=2)  # the pass that a batch begins in and the next: ten million are not shuffled each time
+def pass_order(n: int, number_of_pass: int, seed: int) -> TensorType["n"]:
+    return permutation(seed, "prompts", number_of_pass, n)
+
+
+def batch_of(prompts: list[Prompt], batch_size: int, number: int, seed: int) -> list[Prompt]:
+    """The prompts of update `number`, counted from 0: its places in an endless row of passes over all prompts.
+
+    Each pass has an order of its own; what one pass lacks to fill a batch is taken from the next.
+    """
+    batch = []
+    first = number * batch_size
+    for place in range(first, first + batch_size):
+        number_of_pass, place_in_pass = divmod(place, len(prompts))
+        order = pass_order(n=len(prompts), number_of_pass=number_of_pass, seed=seed)
+        batch.append(prompts[order[place_in_pass]])
+    return batch
 
 
 def n_rollouts(config: Config, n_prompts: int) -> int:
     """As many batches as `epochs` passes over the prompts take, or as --n_updates says where epochs is 0."""
-    return math.ceil(config.epochs * n_prompts / config.batch_size) or config.n_updates
+    if config.epochs:
+        return math.ceil(config.epochs * n_prompts / config.batch_size)
+    return config.n_updates
 
 
 def batch_arithmetic(config: Config, n_prompts: int) -> str:
-    """prompts -> rollouts -> forward passes -> optimizer steps, in words."""
+    """prompts -> rollouts -> optimizer steps -> rows of a forward pass, in words; passes may be more, and shorter."""
+    passes = config.n_updates * config.batch_size / n_prompts
     rows = config.mini_batch_size * config.gradient_accumulation_steps
     steps = config.batch_size // rows
     return (
         f"{n_prompts:,} prompts; {config.n_updates} updates x {config.batch_size} prompts a rollout "
-        f"= {config.n_updates * config.batch_size / n_prompts:.2f} passes over them\n"
-        f"each update: epochs {config.ppo_epochs} x optimizer steps {steps} x forward passes "
-        f"{config.gradient_accumulation_steps} x rows {config.mini_batch_size}; "
+        f"= {passes:.2f} passes over them\n"
+        f"each update: epochs {config.ppo_epochs} x optimizer steps {steps} x rows {rows}, "
+        f"at most {config.mini_batch_size} in a forward pass; "
         f"optimizer steps in all: {config.n_updates * config.ppo_epochs * steps:,}"
     )
 
@@ -215,8 +300,9 @@ def decode_responses(
     A causal model's response is decoded behind its prompt: some tokenizers drop the space in front of a first word.
     """
     texts = []
-    for query, real, response, kept in zip(query_ids, query_mask, response_ids, mask, strict=True):
-        before = query[:0] if is_encoder_decoder else query[real]
-        both = tokenizer.decode(torch.cat([before, response[kept]]), skip_special_tokens=True)
-        texts.append(both[len(tokenizer.decode(before, skip_special_tokens=True)) :])
+    for query, is_real, response, is_response in zip(query_ids, query_mask, response_ids, mask, strict=True):
+        before = query[:0] if is_encoder_decoder else query[is_real]
+        both = torch.cat([before, response[is_response]])
+        start = len(tokenizer.decode(before, skip_special_tokens=True))
+        texts.append(tokenizer.decode(both, skip_special_tokens=True)[start:])
     return texts

@@ -14,7 +14,9 @@ EXACT = 1e-6  # relative error of a product that is still one of float32
 def prepare_device(config: Config) -> torch.device:
     """The device to compute on, with torch set to the matrix products that --matmul_precision asks for there."""
     device = pick_device(config.device)
-    precision = loosest_exact(device) if config.matmul_precision == "auto" else config.matmul_precision
+    precision = config.matmul_precision
+    if precision == "auto":
+        precision = loosest_exact(device)
     torch.set_float32_matmul_precision(precision)
     # Fused attention multiplies block by block, for which oneDNN in float32 is slow, but keeps no (time, time) tensor.
     by_onednn = device.type == "cpu" and precision != "highest" and config.mixed_precision == "no"
@@ -39,8 +41,10 @@ def loosest_exact(device: torch.device) -> str:
     `medium` lets a product be taken in bfloat16, which some processors do; on others it takes another library, oneDNN,
     that works in float32, on AMD's with AVX-512 twice as fast. `high` is for TF32, which GPUs have.
     """
-    generator, before = torch.Generator().manual_seed(0), torch.get_float32_matmul_precision()
-    left, right = (torch.randn(512, 512, generator=generator).to(device) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    left = torch.randn(512, 512, generator=generator).to(device)
+    right = torch.randn(512, 512, generator=generator).to(device)
+    before = torch.get_float32_matmul_precision()
     products = {}
     for precision in ("medium", "high", "highest"):
         torch.set_float32_matmul_precision(precision)

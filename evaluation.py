@@ -7,6 +7,7 @@ that had no part in the training: a bag-of-words classifier and a language model
 import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,45 +17,75 @@ from checkpoint import stage_folder, trained_stage, write_table, write_whole
 from config import Config, UsageError, first_line
 from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
 from device import prepare_device
-from generate import check_context, respond
+from generate import respond
 from loading import load_language_model, load_policy, load_tokenizer
-from model import PolicyModel, score_rows
+from model import PolicyModel, score_in_passes
 from ppo import kl_estimate, masked_mean
+from preflight import check_context
+from randomness import uniforms
 from reviews import movie_reviews
 from reward import load_reward_terms, total_reward
 from sft import save_stage, train_language_model
+from train import Fixed
 
 FILES = {"validation": "val", "test": "test"}  # the splits of --eval_split both, and how their files' names begin
 
 
 @torch.no_grad()
-def evaluate_policy(
-    policy: PolicyModel, reference: PolicyModel, tokenizer, terms: dict, prompts: list[Prompt], config: Config
-) -> list[dict]:
+def evaluate_policy(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> list[dict]:
     """One row a prompt: response, raw reward and its terms, length, whether it ended, KL (k1), value, likelihood.
 
     KL to the reference, and log-likelihood under it (`reference_logprob`), in nats a response at the sampling
-    temperature. Seeded by config.seed alone: two policies draw with the same random numbers.
+    temperature. The random numbers are a function of config.seed alone: two policies draw alike.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    random_numbers = uniforms(config.seed, "evaluation", 0, (len(prompts), config.max_new_tokens))
     table = []
     for start in range(0, len(prompts), config.batch_size):
-        batch = prompts[start : start + config.batch_size]
-        *query, (ids, mask, _), texts = respond(policy, tokenizer, [p.ids for p in batch], config, generator)
-        total, rewards = total_reward(terms, [p.text for p in batch], texts, [p.row for p in batch], config)
-        logprobs, values, _ = score_rows(policy, *query, ids, mask, config.mini_batch_size, config.temperature)
-        ref_logprobs = score_rows(reference, *query, ids, mask, config.mini_batch_size, config.temperature).logprobs
-        numbers = {"reward": total} | {f"reward_{name}": value for name, value in rewards.items()}
-        numbers |= {"value": values[:, 0], "kl": kl_estimate(logprobs, ref_logprobs, mask).sum(1)}
-        numbers |= {"reference_logprob": torch.where(mask, ref_logprobs, 0.0).sum(1)}
-        for i, prompt in enumerate(batch):
-            real = ids[i][mask[i]].tolist()
-            table.append(
-                {"query": prompt.text, "response": texts[i], "text": policy.separator.join([prompt.text, texts[i]])}
-                | {name: own[i].item() for name, own in numbers.items()}
-                | {"length": len(real), "ended": tokenizer.eos_token_id in real, "query_ids": prompt.ids}
-                | {"response_ids": real}
-            )
+        batch = slice(start, start + config.batch_size)
+        table += evaluate_batch(policy, fixed, prompts[batch], random_numbers[batch], config)
+    return table
+
+
+def evaluate_batch(
+    policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], random_numbers: torch.Tensor, config: Config
+) -> list[dict]:
+    """The rows of some prompts, with the random numbers of theirs."""
+    drawn = respond(policy, fixed.tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
+    rewards, term_rewards = total_reward(
+        fixed.terms,
+        prompts=[prompt.text for prompt in prompts],
+        responses=drawn.texts,
+        rows=[prompt.row for prompt in prompts],
+        config=config,
+    )
+    score = partial(
+        score_in_passes,
+        query_ids=drawn.query_ids,
+        query_mask=drawn.query_mask,
+        response_ids=drawn.response_ids,
+        response_mask=drawn.mask,
+        mini_batch_size=config.mini_batch_size,
+        temperature=config.temperature,
+    )
+    own, reference = score(policy), score(fixed.reference)
+    kl = kl_estimate(logprobs=own.logprobs, other_logprobs=reference.logprobs, mask=drawn.mask).sum(1)
+    reference_logprobs = torch.where(drawn.mask, reference.logprobs, 0.0).sum(1)
+    table = []
+    for i, (prompt, response) in enumerate(zip(prompts, drawn.texts, strict=True)):
+        response_ids = drawn.response_ids[i][drawn.mask[i]].tolist()
+        row = {"query": prompt.text, "response": response}
+        row["text"] = policy.separator.join([prompt.text, response])
+        row["reward"] = rewards[i].item()
+        for name, values in term_rewards.items():
+            row[f"reward_{name}"] = values[i].item()
+        row["value"] = own.values[i, 0].item()
+        row["kl"] = kl[i].item()
+        row["reference_logprob"] = reference_logprobs[i].item()
+        row["length"] = len(response_ids)
+        row["ended"] = fixed.tokenizer.eos_token_id in response_ids
+        row["query_ids"] = prompt.ids
+        row["response_ids"] = response_ids
+        table.append(row)
     return table
 
 
@@ -111,19 +142,24 @@ def diversity(responses: list[str]) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
 def perplexity_under(judge: PolicyModel, rows: list[dict], pad_id: int) -> float:
     """exp of the mean negative log-likelihood a token of the responses, given their prompts, under another model."""
-    total = count = 0.0
+    log_likelihood = n_tokens = 0.0
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
-        device = judge.value_head.weight.device
-        query = [x.to(device) for x in pad([row["query_ids"] for row in batch], pad_id, "left")]
-        ids, mask = (x.to(device) for x in pad([row["response_ids"] for row in batch], pad_id, "right"))
-        with torch.no_grad():
-            logprobs = judge(*query, ids, mask).logprobs
-        count += mask.sum().item()
-        total -= masked_mean(logprobs, mask, count=1).item()
-    return math.exp(total / count)
+        query_ids, query_mask = pad([row["query_ids"] for row in batch], pad_id, "left")
+        response_ids, mask = pad([row["response_ids"] for row in batch], pad_id, "right")
+        mask = mask.to(judge.device)
+        outputs = judge(
+            query_ids=query_ids.to(judge.device),
+            query_mask=query_mask.to(judge.device),
+            response_ids=response_ids.to(judge.device),
+            response_mask=mask,
+        )
+        log_likelihood += masked_mean(outputs.logprobs, mask, count=1).item()
+        n_tokens += mask.sum().item()
+    return math.exp(-log_likelihood / n_tokens)
 
 
 def bag_of_words_judge(texts: list[str], labels: list[int]):
@@ -201,12 +237,17 @@ def compare(tables: dict[str, list[dict]], text_judge=None, fluency_judge=None, 
 
 def side_by_side(tables: dict[str, list[dict]]) -> list[dict]:
     """A row a prompt: query, reference if there is one, `<column>_<policy>` for all, reward_diff from first to last."""
+    first, *_, last = tables.values()
     table = []
-    for rows in zip(*tables.values(), strict=True):
-        row = {name: rows[0][name] for name in ("query", "reference") if name in rows[0]}
-        for name in ["response", *own_numbers(rows[0])]:
-            row |= {f"{name}_{policy}": own[name] for policy, own in zip(tables, rows, strict=True)}
-        table.append(row | {"reward_diff": rows[-1]["reward"] - rows[0]["reward"]})
+    for i in range(len(first)):
+        row = {"query": first[i]["query"]}
+        if "reference" in first[i]:
+            row["reference"] = first[i]["reference"]
+        for column_name in ("response", *own_numbers(first[i])):
+            for policy, rows in tables.items():
+                row[f"{column_name}_{policy}"] = rows[i][column_name]
+        row["reward_diff"] = last[i]["reward"] - first[i]["reward"]
+        table.append(row)
     return table
 
 
@@ -226,43 +267,63 @@ def policy_paths(config: Config, base_model: str) -> dict[str, str]:
 def load_policies(config: Config, paths: dict[str, str], device: torch.device):
     """The first one's tokenizer, and each policy by name. Raises UsageError for a vocabulary other than the first's."""
     flags = ["policies"] * len(paths) if config.policies else ["base_model_name", "output_dir"]
-    policies, tokenizers = {}, []
+    first, policies = None, {}
     for flag, (name, path) in zip(flags, paths.items(), strict=True):
-        tokenizers.append(load_tokenizer(path, flag))
-        if tokenizers[-1].get_vocab() != tokenizers[0].get_vocab():
+        tokenizer = load_tokenizer(path, flag)
+        first = first or tokenizer
+        if tokenizer.get_vocab() != first.get_vocab():
             raise UsageError(f"--{flag} {path} has another vocabulary than the first policy, which scores its tokens")
         policies[name] = load_policy(config, path, device).eval()
         check_context(config, policies[name])
-    return tokenizers[0], policies
+    return first, policies
+
+
+def load_held_out(config: Config, tokenizer) -> tuple[dict[str, list[Prompt]], dict[str, list[str]]]:
+    """Prompts, and the texts to compare responses with where there are any, of each split that is asked for."""
+    prompts, references = {}, {}
+    for split in FILES if config.eval_split == "both" else [config.eval_split]:
+        prompts[split] = load_prompts(config, tokenizer, split, config.eval_samples)
+        if len(prompts[split]) < 2:
+            raise UsageError(f"{split} has {len(prompts[split])} prompts, expected at least 2")
+        if config.reference_column:
+            rows = [prompt.row for prompt in prompts[split]]
+            references[split] = column(rows, config.reference_column, "reference_column")
+    return prompts, references
 
 
 def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     """The `evaluate` task: every policy on the same held-out prompts, by every judge, written into results/."""
-    device, results = prepare_device(config), Path(config.output_dir) / "results"
+    device = prepare_device(config)
     paths = policy_paths(config, base_model)
     tokenizer, policies = load_policies(config, paths, device)
-    splits = FILES if config.eval_split == "both" else [config.eval_split]
-    prompts = {split: load_prompts(config, tokenizer, split, config.eval_samples) for split in splits}
-    references = {}
-    for split, some in prompts.items():
-        if len(some) < 2:
-            raise UsageError(f"{split} has {len(some)} prompts, expected at least 2")
-        if config.reference_column:
-            references[split] = column([prompt.row for prompt in some], config.reference_column, "reference_column")
+    prompts, references = load_held_out(config, tokenizer)
     reference = next(iter(policies.values()))
     terms = load_reward_terms(config, reward_model_path, device, reference.separator)
+    fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)
     text_judge = load_text_judge(config) if config.trains_from_scratch else None
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
-    results.mkdir(exist_ok=True)
-    comparison, samples = {"policies": paths, "splits": {}}, []
-    for split, some in prompts.items():
-        tables = {n: evaluate_policy(p, reference, tokenizer, terms, some, config) for n, p in policies.items()}
-        for table in tables.values() if references else ():
-            add_rouge(table, references[split])
-        comparison["splits"][split] = compare(tables, text_judge, fluency_judge, tokenizer.pad_token_id)
-        rows = side_by_side(tables)
-        write_table(results / f"{FILES[split]}_results_{Path(config.dataset_path).stem or 'reviews'}.csv", rows)
+    tables = {}
+    for split in prompts:
+        tables[split] = {}
+        for name, policy in policies.items():
+            tables[split][name] = evaluate_policy(policy, fixed, prompts[split], config)
+            if references:
+                add_rouge(tables[split][name], references[split])
+    comparison = {"policies": paths, "splits": {}}
+    for split in prompts:
+        comparison["splits"][split] = compare(tables[split], text_judge, fluency_judge, tokenizer.pad_token_id)
+    write_results(Path(config.output_dir) / "results", comparison, tables, Path(config.dataset_path).stem or "reviews")
+
+
+def write_results(folder: Path, comparison: dict, tables: dict[str, dict[str, list[dict]]], data: str) -> None:
+    """The comparison, a table a split, and the samples of all of them, sorted by how much the reward changed."""
+    folder.mkdir(exist_ok=True)
+    samples = []
+    for split, policies in tables.items():
+        rows = side_by_side(policies)
+        write_table(folder / f"{FILES[split]}_results_{data}.csv", rows)
         samples += rows
-    write_whole(results / "comparison.json", json.dumps(comparison, indent=2))
-    columns = ["query", *(f"{kind}_{name}" for kind in ("response", "reward") for name in paths), "reward_diff"]
-    write_table(results / "samples.csv", sorted(samples, key=lambda row: -row["reward_diff"]), columns)
+    write_whole(folder / "comparison.json", json.dumps(comparison, indent=2))
+    names = comparison["policies"]
+    columns = ["query", *(f"response_{name}" for name in names), *(f"reward_{name}" for name in names), "reward_diff"]
+    write_table(folder / "samples.csv", sorted(samples, key=lambda row: -row["reward_diff"]), columns)

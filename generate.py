@@ -6,17 +6,15 @@ both. Top-k, top-p, a minimum length and greedy choice change the distribution, 
 """
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
-from config import Config, UsageError
+from config import Config
 from dataset import decode_responses, pad
-from loading import context_length
-from model import PolicyModel, position_ids
+from model import PolicyModel, eval_mode, position_ids
 from ppo import response_mask
 
 
@@ -28,42 +26,31 @@ class Sample(NamedTuple):
     logprobs: TensorType["batch", "time", is_float]  # of the distribution each token was drawn from, in nats
 
 
-@contextmanager
-def eval_mode(policy: PolicyModel):
-    """Eval mode for a while: in train mode, activation checkpointing would silently drop the key/value cache."""
-    was_training = policy.training
-    try:
-        yield policy.eval()
-    finally:
-        policy.train(was_training)
-
-
 @torch.no_grad()
 def sample(
     policy: PolicyModel,
     query_ids: TensorType["batch", "query"],
     query_mask: TensorType["batch", "query", bool],
-    max_new_tokens: int,
+    uniforms: TensorType["batch", "max_new_tokens"],
     eos_id: int,
     pad_id: int,
     min_new_tokens: int = 0,
-    generator: torch.Generator | None = None,
     on_tokens: Callable = lambda tokens: None,
     **options,
 ) -> Sample:
     """Sample one response a prompt with the options of `draw`; `pad_id` fills what follows an EOS.
 
-    Each row draws with its own random numbers, so it does not change with its neighbours. Rows that have ended leave
-    the batch, and its key/value cache, once they are more than half of it. `on_tokens` is given each step's tokens.
+    `uniforms` are the random numbers in [0, 1), one a token, and decide all: a row with the same prompt and numbers
+    is the same, whatever its neighbours are. Rows that have ended leave the batch, and its key/value cache, once they
+    are more than half of it. `on_tokens` is given each step's tokens.
     """
-    uniforms = torch.rand(len(query_ids), max_new_tokens, generator=generator, dtype=torch.float64).to(query_ids.device)
     ids = torch.full(uniforms.shape, eos_id, device=query_ids.device)
     logprobs = torch.zeros(uniforms.shape, device=query_ids.device)
     rows = torch.arange(len(query_ids), device=query_ids.device)  # those still computed
     ended = torch.zeros_like(query_mask[:, 0])
     with eval_mode(policy), policy.autocast():
         inputs = first_inputs(policy.language_model, query_ids, query_mask)
-        for t in range(max_new_tokens):
+        for t in range(uniforms.shape[1]):
             output = policy.language_model(**inputs, use_cache=True)
             logits = output.logits[:, -1].float()
             if t < min_new_tokens:
@@ -76,10 +63,16 @@ def sample(
             inputs = next_inputs(inputs, ids[rows, t], output.past_key_values)
             running = ~ended[rows]
             if running.sum() < len(rows) / 2:
-                inputs, rows = select_inputs(inputs, running), rows[running]
-    ids, logprobs = ids[:, : t + 1], logprobs[:, : t + 1]
+                inputs = select_inputs(inputs, running)
+                rows = rows[running]
+    ids = ids[:, : t + 1]
+    logprobs = logprobs[:, : t + 1]
     mask = response_mask(ids, eos_id)  # what a row draws after its end, while others go on, is no part of it
-    return Sample(torch.where(mask, ids, pad_id), mask, torch.where(mask, logprobs, 0.0))
+    return Sample(
+        response_ids=torch.where(mask, ids, pad_id),
+        mask=mask,
+        logprobs=torch.where(mask, logprobs, 0.0),
+    )
 
 
 def first_inputs(language_model: torch.nn.Module, query_ids: torch.Tensor, query_mask: torch.Tensor) -> dict:
@@ -143,36 +136,51 @@ def draw(
     return tokens[:, 0], probabilities.gather(-1, tokens)[:, 0].log()
 
 
-def check_context(config: Config, policy: PolicyModel) -> None:
-    """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
-    context, apart = context_length(policy.language_model.config), policy.is_encoder_decoder
-    prompt, response = config.max_prompt_length, config.max_new_tokens
-    if (max(prompt, response) if apart else prompt + response) > context:
-        room = context if apart else max(context - response, 0)
-        raise UsageError(
-            f"--max_prompt_length {prompt} {'or' if apart else 'plus'} --max_new_tokens {response} is more than the "
-            f"{context} tokens that the model can read; there is room for --max_prompt_length {room}"
-        )
+class Responses(NamedTuple):
+    """What was asked, what was drawn (a `Sample`'s fields), and that as text."""
+
+    query_ids: TensorType["batch", "query"]
+    query_mask: TensorType["batch", "query", bool]
+    response_ids: TensorType["batch", "time"]
+    mask: TensorType["batch", "time", bool]
+    logprobs: TensorType["batch", "time", is_float]
+    texts: list[str]
 
 
 def respond(
     policy: PolicyModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],
+    uniforms: TensorType["batch", "max_new_tokens"],
     config: Config,
-    generator: torch.Generator,
     on_tokens: Callable = lambda tokens: None,
-) -> tuple[torch.Tensor, torch.Tensor, Sample, list[str]]:
-    """Sample a response to each prompt, given as ids, with the config's sampling settings.
+) -> Responses:
+    """Sample a response to each prompt, given as ids, by its row of `uniforms` and the config's sampling settings."""
+    device = policy.language_model.device
+    query_ids, query_mask = pad(prompts, tokenizer.pad_token_id, "right" if policy.is_encoder_decoder else "left")
+    query_ids, query_mask = query_ids.to(device), query_mask.to(device)
+    sampled = sample(
+        policy,
+        query_ids=query_ids,
+        query_mask=query_mask,
+        uniforms=uniforms.to(device),
+        eos_id=tokenizer.eos_token_id,
+        pad_id=tokenizer.pad_token_id,
+        on_tokens=on_tokens,
+        **sampling_options(config),
+    )
+    texts = decode_responses(
+        tokenizer,
+        query_ids=query_ids,
+        query_mask=query_mask,
+        response_ids=sampled.response_ids,
+        mask=sampled.mask,
+        is_encoder_decoder=policy.is_encoder_decoder,
+    )
+    return Responses(query_ids, query_mask, sampled.response_ids, sampled.mask, sampled.logprobs, texts)
 
-    Returns the padded prompts' ids and mask, (batch, query), what was drawn, and that as text.
-    """
-    padded = pad(prompts, tokenizer.pad_token_id, "right" if policy.is_encoder_decoder else "left")
-    query = [tensor.to(policy.language_model.device) for tensor in padded]
-    ends, options = (tokenizer.eos_token_id, tokenizer.pad_token_id), sampling_options(config)
-    sampled = sample(policy, *query, config.max_new_tokens, *ends, generator=generator, on_tokens=on_tokens, **options)
-    return *query, sampled, decode_responses(tokenizer, *query, *sampled[:2], policy.is_encoder_decoder)
 
-
-def sampling_options(config: Config) -> dict:
-    return {name: getattr(config, name) for name in ("temperature", "top_k", "top_p", "min_new_tokens")}
+def sampling_options(config: Config) -> dict[str, float | int]:
+    """The config's settings that `sample` and `draw` know by the same names."""
+    names = ("temperature", "top_k", "top_p", "min_new_tokens")
+    return {name: getattr(config, name) for name in names}

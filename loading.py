@@ -46,16 +46,40 @@ def one_sentence(problem: str) -> Iterator[None]:
     except Exception as error:  # a damaged file can raise anything
         if isinstance(error, MemoryError) or "tried to allocate" in str(error).lower():
             raise
-        reason = Exception(str(error).replace(":\n\t", ": ") or type(error).__name__)  # torch begins a list below
-        raise UsageError(f"{problem}: {first_line(reason)}") from None
+        text = str(error).replace(":\n\t", ": ")  # torch begins a list below
+        reason = first_line(Exception(text or type(error).__name__))
+        raise UsageError(f"{problem}: {reason}") from None
 
 
 def load(from_pretrained: Callable, flag: str, path: str, **settings):
     """`from_pretrained(path)`, its many ways to fail told in one sentence that names the flag."""
-    exists = Path(path).exists()
-    where = "a folder without a usable model" if exists else f"no folder, and {hub_error() or 'no reachable Hub model'}"
-    with one_sentence(f"--{flag} {path} is {where}"):
+    if Path(path).exists():
+        problem = "a folder without a usable model"
+    else:
+        reason = hub_error() or "no reachable Hub model"
+        problem = f"no folder, and {reason}"
+    with one_sentence(f"--{flag} {path} is {problem}"):
         return from_pretrained(path, **settings)
+
+
+def base_of(path: str) -> str:
+    """Where the whole model is: at the path itself, or where an adapter that is saved there says."""
+    adapter = Path(path) / "adapter_config.json"
+    if not adapter.exists():
+        return path
+    with one_sentence(f"{adapter} cannot be read"):
+        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or path
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, flag: str) -> None:
+    """Raise UsageError if the tokenizer has ids that the model beside it, or under the adapter beside it, lacks."""
+    base = base_of(path)
+    base_flag = flag if base == path else "base_model_name"
+    config = load(transformers.AutoConfig.from_pretrained, base_flag, base)
+    n_ids = max(tokenizer.get_vocab().values()) + 1
+    n_embedded = getattr(config, "vocab_size", n_ids)
+    if n_ids > n_embedded:
+        raise UsageError(f"--{flag} {path}: its tokenizer has {n_ids} tokens, its model embeds {n_embedded}")
 
 
 def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokenizerBase:
@@ -64,12 +88,10 @@ def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokeni
     tokenizer.truncation_side = "left"
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None or (flag != "reward_model_path" and tokenizer.eos_token_id is None):
+    needs_eos = flag != "reward_model_path"
+    if tokenizer.pad_token_id is None or (needs_eos and tokenizer.eos_token_id is None):
         raise UsageError(f"--{flag} {path}: its tokenizer has no end-of-sequence token, so no response could ever end")
-    base, n_ids = base_of(path), max(tokenizer.get_vocab().values()) + 1
-    config = load(transformers.AutoConfig.from_pretrained, flag if base == path else "base_model_name", base)
-    if n_ids > getattr(config, "vocab_size", n_ids):
-        raise UsageError(f"--{flag} {path}: its tokenizer has {n_ids} tokens, its model embeds {config.vocab_size}")
+    check_vocabulary(tokenizer, path, flag)
     return tokenizer
 
 
@@ -95,8 +117,10 @@ def thin_gradient(language_model: PreTrainedModel) -> None:
     process: fused Adam takes no gradient that is sparse in the end, DistributedDataParallel none from such a module.
     """
     output_layer = language_model.get_output_embeddings()
+    if output_layer is None:
+        return
     for module in language_model.modules():
-        if isinstance(module, torch.nn.Embedding) and output_layer and module.weight is output_layer.weight:
+        if isinstance(module, torch.nn.Embedding) and module.weight is output_layer.weight:
             module.sparse = language_model.device.type == "cpu"  # where it was measured
 
 
@@ -110,17 +134,40 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dic
     return {"quantization_config": settings, "device_map": {"": device}}
 
 
-def load_language_model(path: str, dtype: str, device: torch.device, **settings) -> PreTrainedModel:
+def load_language_model(
+    path: str, dtype: str, device: torch.device, in_8bit: bool = False, in_4bit: bool = False
+) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, in the given dtype rather than the one it was stored in."""
+    settings = quantized(device, in_8bit, in_4bit)
     config = prepare_config(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
     factory = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
-    settings |= {"config": config, "dtype": getattr(torch, dtype)}
+    settings["config"] = config
+    settings["dtype"] = getattr(torch, dtype)
     model = load(factory.from_pretrained, "base_model_name", path, **settings)
-    if "device_map" not in settings:
+    if not (in_8bit or in_4bit):
         return model.to(device)
     for module in model.modules():  # else bitsandbytes repacks 4-bit weights for AVX-512, and the gradient is lost
         module.support_avx512bf16_for_cpu = False
     return model
+
+
+def adapter_settings(path: str, base: str, name: str):
+    """peft's settings of the adapter at `path`. Raises UsageError unless it is whole and one of the model `base`, which
+    may also be called by its own `name`.
+    """
+    import peft
+
+    if Path(path).exists() and len(list(Path(path).glob("adapter_*"))) < 2:  # peft would ask the Hub for the other
+        raise UsageError(f"--peft_model_path {path} lacks adapter_config.json or adapter_model.safetensors")
+    settings = prepare_config(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
+    settings.inference_mode = False
+    own = settings.base_model_name_or_path or base
+    if Path(own).name not in (Path(base).name, Path(name).name):
+        raise UsageError(
+            f"--peft_model_path {path} is an adapter of {own}, not of {base}; "
+            f"if they are the same model, name it alike in {path}/adapter_config.json"
+        )
+    return settings
 
 
 def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> PreTrainedModel:
@@ -135,22 +182,18 @@ def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> 
         import peft
     base = config.base_model_name or language_model.name_or_path
     if path:
-        if Path(path).exists() and len(list(Path(path).glob("adapter_*"))) < 2:  # peft would ask the Hub for the other
-            raise UsageError(f"--peft_model_path {path} lacks adapter_config.json or adapter_model.safetensors")
-        settings = prepare_config(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
-        settings.inference_mode = False
-        own = settings.base_model_name_or_path or base
-        problem = f"--peft_model_path {path} is an adapter of {own}, not of {base}"
-        if Path(own).name not in (Path(base).name, Path(language_model.name_or_path).name):
-            raise UsageError(f"{problem}; if they are the same model, name it alike in {path}/adapter_config.json")
+        settings = adapter_settings(path, base, language_model.name_or_path)
+        problem = f"--peft_model_path {path} is an adapter of {settings.base_model_name_or_path or base}, not of {base}"
     else:
-        problem = f"--lora_r {config.lora_r} finds no place in {base}"
         task = "SEQ_2_SEQ_LM" if language_model.config.is_encoder_decoder else "CAUSAL_LM"
         settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type=task)
+        problem = f"--lora_r {config.lora_r} finds no place in {base}"
     with one_sentence(problem):
         adapted = peft.get_peft_model(language_model, settings)
-        if path and any(adapted.load_adapter(path, "default", is_trainable=True)):
-            raise ValueError("it has weights for other layers")
+        if path:
+            result = adapted.load_adapter(path, "default", is_trainable=True)
+            if result.missing_keys or result.unexpected_keys:
+                raise ValueError("it has weights for other layers")
     return adapted
 
 
@@ -162,7 +205,8 @@ def load_critic(config: Config, run: str, base_model: str, device: torch.device)
     path = str(saved) if saved.exists() else base_model
     factory = transformers.AutoModel if config.critic == "separate" else transformers.AutoModelForTextEncoding
     critic_config = prepare_config(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
-    return load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32).to(device)
+    critic = load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32)
+    return critic.to(device)
 
 
 def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
@@ -172,12 +216,16 @@ def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     """
     base = base_of(path)
     adapter = config.peft_model_path if base == path else path
-    settings = quantized(device, config.load_in_8bit, config.load_in_4bit)
-    language_model = load_language_model(base, config.dtype, device, **settings)
+    language_model = load_language_model(base, config.dtype, device, config.load_in_8bit, config.load_in_4bit)
     if not (config.has_adapter or adapter):
         thin_gradient(language_model)
-    critic, adapted = load_critic(config, path, base, device), with_adapter(language_model, config, adapter)
-    policy = PolicyModel(adapted, critic, config.critic, mixed_precision=config.mixed_precision == "bf16")
+    critic = load_critic(config, path, base, device)
+    policy = PolicyModel(
+        with_adapter(language_model, config, adapter),
+        critic=critic,
+        critic_kind=config.critic,
+        mixed_precision=config.mixed_precision == "bf16",
+    )
     value_head = Path(path) / "value_head.safetensors"
     if value_head.exists():
         with one_sentence(f"{value_head} is no value head of this model"):
@@ -192,17 +240,9 @@ def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyMode
     if not config.reference_in_8bit:
         return frozen_copy(policy)
     device = policy.value_head.weight.device
-    language_model = load_language_model(path, config.dtype, device, **quantized(device, True))
-    return PolicyModel(with_adapter(language_model, config, config.peft_model_path)).requires_grad_(False).eval()
-
-
-def base_of(path: str) -> str:
-    """Where the whole model is: at the path itself, or where an adapter that is saved there says."""
-    adapter = Path(path) / "adapter_config.json"
-    if not adapter.exists():
-        return path
-    with one_sentence(f"{adapter} cannot be read"):
-        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or path
+    base_model = load_language_model(path, config.dtype, device, in_8bit=True)
+    reference = PolicyModel(with_adapter(base_model, config, config.peft_model_path))
+    return reference.requires_grad_(False).eval()
 
 
 def save_policy(
@@ -229,8 +269,10 @@ def save_policy(
 
 def context_length(config: PretrainedConfig) -> int:
     """The most tokens a model can read at once; the relative positions of T5 and its kin have no limit."""
-    limits = [getattr(config, name, None) for name in ("n_positions", "max_position_embeddings")]
-    if hasattr(config, "relative_attention_num_buckets") or not any(limits):
+    has_relative_positions = hasattr(config, "relative_attention_num_buckets")
+    limit = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
+    if has_relative_positions or not limit:
         return 10**9
-    # RoBERTa's positions start behind its padding index
-    return next(filter(None, limits)) - (config.pad_token_id + 1 if "roberta" in config.model_type else 0)
+    if "roberta" in config.model_type:
+        return limit - (config.pad_token_id + 1)  # its positions start behind its padding index
+    return limit

@@ -46,10 +46,10 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
 
     from classifier import run_reward
     from dataset import with_prompt_column
-    from report import check_before_training
+    from preflight import check_before_training
     from reward import needs_reward_model
+    from run import run_ppo
     from sft import run_sft
-    from train import train
 
     config = with_prompt_column(config)
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
@@ -64,7 +64,7 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
         run_reward(config, base_model)
     if config.task == "train":
         torch.manual_seed(config.seed)
-        train(config, base_model, reward_model, folder)
+        run_ppo(config, base_model, reward_model, folder)
 
 
 def main(arguments: list[str] | None = None) -> int:

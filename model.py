@@ -8,19 +8,19 @@ response token, and what was the state before it worth? After that call nothing 
 """
 
 import copy
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedModel
-
-from ppo import token_entropy, token_logprobs
 
 PASS_TOKENS = 128  # one more pass reads all weights again: about the cost of so many tokens, as measured on a CPU
 
 
-class Scores(NamedTuple):
+class TokenOutputs(NamedTuple):
     """Per response token: log-probability in nats, value in reward units, and entropy in nats where asked for."""
 
     logprobs: TensorType["batch", "time", is_float]
@@ -58,12 +58,16 @@ class PolicyModel(nn.Module):
             nn.init.zeros_(parameter)
 
     @property
+    def device(self) -> torch.device:
+        return self.value_head.weight.device
+
+    @property
     def is_encoder_decoder(self) -> bool:
         return self.language_model.config.is_encoder_decoder
 
     def autocast(self) -> torch.autocast:
         """Where forward passes run: with `mixed_precision`, matrix products in bfloat16 on weights in float32."""
-        return torch.autocast(self.value_head.weight.device.type, torch.bfloat16, enabled=self.mixed_precision)
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision)
 
     @property
     def separator(self) -> str:
@@ -78,7 +82,7 @@ class PolicyModel(nn.Module):
         response_mask: TensorType["batch", "time", bool],
         temperature: float = 1.0,
         with_entropy: bool = False,
-    ) -> Scores:
+    ) -> TokenOutputs:
         """log π(y_t | x, y_<t) at the sampling temperature, and V(x, y_<t), for every response position.
 
         Columns beyond `response_mask` hold finite numbers without meaning. Logits are taken to float32 before the
@@ -86,76 +90,161 @@ class PolicyModel(nn.Module):
         """
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
-        to_inputs = encoder_decoder_inputs if self.is_encoder_decoder else causal_inputs
-        inputs, predicting = to_inputs(query_ids, query_mask, response_ids, response_mask, self.language_model.config)
-        keep = {} if self.is_encoder_decoder else {"logits_to_keep": predicting}
+        time = response_ids.shape[1]
+        if self.is_encoder_decoder:
+            start_id = self.language_model.config.decoder_start_token_id
+            inputs = encoder_decoder_inputs(query_ids, query_mask, response_ids, start_id)
+            keep = {}  # the decoder reads nothing but the response
+        else:
+            inputs = causal_inputs(query_ids, query_mask, response_ids, response_mask)
+            keep = {"logits_to_keep": time}
         with self.autocast():
             output = self.language_model(**inputs, **keep, output_hidden_states=True, use_cache=False)
-            states = self.critic_states(output, inputs, predicting, query_mask)
+            states = self.critic_states(output, inputs, query_mask, time)
         logits = output.logits.float()
         if temperature != 1:  # a pass over a whole vocabulary of numbers
             logits = logits / temperature
-        entropy = token_entropy(logits) if with_entropy else None
-        values = self.value_head(states.float())[..., 0].expand(response_ids.shape)
-        return Scores(token_logprobs(logits, response_ids), values, entropy)
+        return TokenOutputs(
+            logprobs=thin_logprobs(logits, response_ids),
+            values=self.value_head(states.float())[..., 0].expand(response_ids.shape),
+            entropy=thin_entropy(logits) if with_entropy else None,
+        )
 
-    def critic_states(self, output, inputs: dict, predicting, query_mask) -> torch.Tensor:
+    forward = score  # what a wrapper such as DistributedDataParallel calls
+
+    def critic_states(
+        self, output, inputs: dict[str, torch.Tensor], query_mask: TensorType["batch", "query", bool], time: int
+    ) -> torch.Tensor:
         """What the value head reads: (batch, time, width), or (batch, 1, width) where the prompt alone is valued."""
         if self.critic_kind == "encoder":
             states = self.critic(input_ids=inputs["input_ids"], attention_mask=query_mask.long()).last_hidden_state
             weights = query_mask / query_mask.sum(1, keepdim=True)  # the mean over the prompt's real tokens
             return weights[:, None].to(states.dtype) @ states
         if self.critic_kind == "separate":
-            return self.critic(**inputs, use_cache=False).last_hidden_state[:, predicting]
-        states = output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states
-        return states[-1][:, predicting]
-
-    forward = score  # what a wrapper such as DistributedDataParallel calls
+            return self.critic(**inputs, use_cache=False).last_hidden_state[:, -time:]
+        layers = output.decoder_hidden_states if self.is_encoder_decoder else output.hidden_states
+        return layers[-1][:, -time:]
 
 
-def causal_inputs(query_ids, query_mask, response_ids, response_mask, config) -> tuple[dict, torch.Tensor]:
-    """The one sequence that a causal model reads, and at which of its positions the response is predicted.
+def causal_inputs(
+    query_ids: TensorType["batch", "query"],
+    query_mask: TensorType["batch", "query", bool],
+    response_ids: TensorType["batch", "time"],
+    response_mask: TensorType["batch", "time", bool],
+) -> dict[str, torch.Tensor]:
+    """The one sequence that a causal model reads: the prompt, and the response but for its last token.
 
     The one place where tokens and outputs are shifted: the output at index i has read tokens 0..i and predicts token
-    i + 1, so response token t, which stands at index Q + t, is predicted at Q + t - 1, and nothing reads the last one.
+    i + 1. Nothing reads the last response token, so the last `time` outputs are those that predict the response.
     Left padding needs explicit positions: GPT-2 would count the padding.
     """
+    ids = torch.cat([query_ids, response_ids[:, :-1]], dim=1)  # (batch, query + time - 1)
     mask = torch.cat([query_mask, response_mask[:, :-1]], dim=1)
-    predicting = query_ids.shape[1] - 1 + torch.arange(response_ids.shape[1], device=mask.device)
-    ids = torch.cat([query_ids, response_ids[:, :-1]], dim=1)
-    return {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}, predicting
+    return {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}
 
 
-def encoder_decoder_inputs(query_ids, query_mask, response_ids, response_mask, config) -> tuple[dict, slice]:
-    """What encoder and decoder read; the decoder reads start, y_0, ..., y_{T-2}, so every position predicts.
+def encoder_decoder_inputs(
+    query_ids: TensorType["batch", "query"],
+    query_mask: TensorType["batch", "query", bool],
+    response_ids: TensorType["batch", "time"],
+    start_id: int,
+) -> dict[str, torch.Tensor]:
+    """What encoder and decoder read; the decoder reads start, y_0, ..., y_{T-2}, so all its outputs predict.
 
     No decoder mask: a causal decoder never sees the padding on the right, and the start token, which T5 shares with
     padding, must not be hidden from it.
     """
-    start = torch.full_like(response_ids[:, :1], config.decoder_start_token_id)
+    start = torch.full_like(response_ids[:, :1], start_id)
     decoder_ids = torch.cat([start, response_ids[:, :-1]], dim=1)
-    inputs = {"input_ids": query_ids, "attention_mask": query_mask.long(), "decoder_input_ids": decoder_ids}
-    return inputs, slice(None)
+    return {"input_ids": query_ids, "attention_mask": query_mask.long(), "decoder_input_ids": decoder_ids}
+
+
+def position_ids(mask: TensorType["batch", "sequence", bool]) -> TensorType["batch", "sequence"]:
+    """Positions that count real tokens only: 0, 1, 2, ... from the first one, and 0 on the padding before it."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# ppo.py's token_logprobs and token_entropy in less memory: logits are by far the largest tensors of a pass
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class ThinLogprobs(torch.autograd.Function):
+    """log softmax(z)[y]. Its gradient for z_a, 1[a = y] - softmax(z)_a, is written over the log-probabilities, where
+    autograd by itself has three tensors as large as the logits.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logprobs = logits.log_softmax(-1)
+        ctx.save_for_backward(logprobs, tokens)
+        return logprobs.gather(-1, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        logprobs, tokens = ctx.saved_tensors
+        return logprobs.exp_().mul_(-grad).scatter_add_(-1, tokens, grad), None
+
+
+def thin_logprobs(
+    logits: TensorType["batch", "time", "vocab", is_float], tokens: TensorType["batch", "time"]
+) -> TensorType["batch", "time", is_float]:
+    """`ppo.token_logprobs`, with a gradient that can be taken once."""
+    return ThinLogprobs.apply(logits, tokens[..., None])[..., 0]
+
+
+def thin_entropy(logits: TensorType["batch", "time", "vocab", is_float]) -> TensorType["batch", "time", is_float]:
+    """`ppo.token_entropy`, a row at a time: without gradient, no other tensor is as large as the logits."""
+    rows = []
+    for row in logits:
+        logprobs = row.log_softmax(-1)  # (time, vocab)
+        rows.append(-(logprobs.exp() * logprobs).sum(-1))
+    return torch.stack(rows)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Many rows, in forward passes of few
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def length_groups(lengths: list[int], most_rows: int) -> list[list[int]]:
-    """Rows, by their number, that share a forward pass: at most most_rows of them, of like response length.
+    """The numbers of the rows that share a forward pass: at most most_rows of them, of like response length."""
+    by_length = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    groups = []
+    for start in range(0, len(by_length), most_rows):
+        groups += halve_where_cheaper(by_length[start : start + most_rows], lengths)
+    return groups
 
-    While cutting the shorter half of a pass to its own longest row saves PASS_TOKENS, that half gets its own pass.
+
+def halve_where_cheaper(rows: list[int], lengths: list[int]) -> list[list[int]]:
+    """The rows, from short to long, as one group; or as several, while a pass of its own saves PASS_TOKENS of padding.
+
+    A shorter half in the same pass as the longer one is padded to the longest row of both.
     """
+    half = len(rows) // 2
+    shorter, longer = rows[:half], rows[half:]
+    if not shorter:
+        return [rows]
+    padding_saved = half * (lengths[longer[-1]] - lengths[shorter[-1]])
+    if padding_saved < PASS_TOKENS:
+        return [rows]
+    return halve_where_cheaper(shorter, lengths) + halve_where_cheaper(longer, lengths)
 
-    def divide(rows: list[int]) -> list[list[int]]:
-        half = len(rows) // 2
-        if half * (lengths[rows[-1]] - lengths[rows[half - 1]]) < PASS_TOKENS:
-            return [rows]
-        return divide(rows[:half]) + divide(rows[half:])
 
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return [rows for start in range(0, len(order), most_rows) for rows in divide(order[start : start + most_rows])]
+@contextmanager
+def eval_mode(policy: PolicyModel):
+    """Eval mode for a while: in train mode, activation checkpointing would silently drop the key/value cache."""
+    was_training = policy.training
+    try:
+        policy.eval()
+        yield
+    finally:
+        policy.train(was_training)
 
 
 @torch.no_grad()
-def score_rows(
+def score_in_passes(
     policy: PolicyModel,
     query_ids: TensorType["batch", "query"],
     query_mask: TensorType["batch", "query", bool],
@@ -164,22 +253,28 @@ def score_rows(
     mini_batch_size: int,
     temperature: float = 1.0,
     with_entropy: bool = False,
-) -> Scores:
-    """`score` without gradient, in passes as `length_groups` forms them."""
-    scores = Scores(*(torch.zeros(response_mask.shape, device=response_mask.device) for _ in Scores._fields))
+) -> TokenOutputs:
+    """`score` without gradient, in passes as `length_groups` forms them; 0 beyond a pass's longest response."""
+    logprobs = torch.zeros(response_mask.shape, device=response_mask.device)
+    values = torch.zeros_like(logprobs)
+    entropy = torch.zeros_like(logprobs) if with_entropy else None
     lengths = response_mask.sum(1).tolist()
     for rows in length_groups(lengths, mini_batch_size):
-        real = slice(lengths[rows[-1]])
-        batch = query_ids[rows], query_mask[rows], response_ids[rows, real], response_mask[rows, real]
-        for whole, part in zip(scores, policy(*batch, temperature, with_entropy), strict=True):
-            if part is not None:
-                whole[rows, real] = part
-    return scores
-
-
-def position_ids(mask: TensorType["batch", "sequence", bool]) -> TensorType["batch", "sequence"]:
-    """Positions that count real tokens only: 0, 1, 2, ... from the first one, and 0 on the padding before it."""
-    return (mask.long().cumsum(1) - 1).clamp(min=0)
+        longest = lengths[rows[-1]]
+        with eval_mode(policy):
+            outputs = policy(
+                query_ids=query_ids[rows],
+                query_mask=query_mask[rows],
+                response_ids=response_ids[rows, :longest],
+                response_mask=response_mask[rows, :longest],
+                temperature=temperature,
+                with_entropy=with_entropy,
+            )
+        logprobs[rows, :longest] = outputs.logprobs
+        values[rows, :longest] = outputs.values
+        if with_entropy:
+            entropy[rows, :longest] = outputs.entropy
+    return TokenOutputs(logprobs=logprobs, values=values, entropy=entropy)
 
 
 def frozen_copy(policy: PolicyModel) -> PolicyModel:
@@ -188,7 +283,14 @@ def frozen_copy(policy: PolicyModel) -> PolicyModel:
     Modules with nothing to train are shared, not copied: under LoRA the reference is a copy of the adapter on the very
     same base weights. Everything that trains is copied, so that no update can reach it.
     """
-    modules = policy.language_model.modules()
-    shared = {id(module): module for module in modules if {p.requires_grad for p in module.parameters()} == {False}}
-    reference = PolicyModel(copy.deepcopy(policy.language_model, shared), mixed_precision=policy.mixed_precision)
+    # deepcopy takes whatever its second argument holds under an object's id for the copy of that object
+    copies = {id(module): module for module in policy.language_model.modules() if is_frozen(module)}
+    language_model = copy.deepcopy(policy.language_model, copies)
+    reference = PolicyModel(language_model, mixed_precision=policy.mixed_precision)
     return reference.requires_grad_(False).eval()
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module has parameters and none of them is trained."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)

@@ -4,15 +4,16 @@ A prompt x is the first state, every token y_t of the response is one action, an
 end-of-sequence token (EOS) or at the length cap. All tensors are (batch, time) over response tokens, so nothing
 here can tell a GPT-2 from a T5: column t holds the log-probability OF token y_t and the value BEFORE it.
 `mask` is True on real response tokens, the EOS included, and is a prefix of every row; what stands beyond it,
-even NaN, changes nothing. An update calls the functions in the order in which they stand:
+even NaN, changes nothing. After two averages over real tokens, which are used throughout, the functions stand in the
+order in which an update first calls them (`train` in train.py):
 
     symbol       variable          meaning                                               defined by
     y_t          response_ids      token t of the response                               -
     log π(y_t)   logprobs          under the policy that sampled (old_) or trains        token_logprobs
     log ρ(y_t)   ref_logprobs      under the frozen reference                            token_logprobs
     H_t          entropy           of the policy's whole next-token distribution         token_entropy
-    k_t          kl                estimate of KL(π || ρ) at token t                     kl_estimate
     s            scores            one number for the whole response                     shape_scores
+    k_t          kl                estimate of KL(π || ρ) at token t                     kl_estimate
     r_t          rewards           -β k_t, plus s on the last real token                 shape_rewards
     V_t          values            expected return from the state before token t         (the model)
     Â_t          advantages        by GAE(γ, λ)                                          estimate_advantages
@@ -26,58 +27,12 @@ Sources: PPO = Schulman et al. 2017 (arXiv:1707.06347); GAE = Schulman et al. 20
 Ziegler et al. 2019 (arXiv:1909.08593); Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
 """
 
-from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
 from torchtyping import TensorType, is_float
 
 KL_ESTIMATORS = ("k1", "k2", "k3", "abs")
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What one round of sampling leaves for the update: no tensor here carries gradient.
-
-    `query` is the prompt's width in tokens (padded left for causal models, right for encoder-decoders), `time` the
-    longest response's. `scores` are in reward units after `shape_scores`; `logprobs`, `ref_logprobs` and `kl` in nats.
-    """
-
-    query_ids: TensorType["batch", "query"]
-    query_mask: TensorType["batch", "query", bool]
-    response_ids: TensorType["batch", "time"]
-    mask: TensorType["batch", "time", bool]
-    logprobs: TensorType["batch", "time", is_float]  # under the policy that sampled
-    ref_logprobs: TensorType["batch", "time", is_float]
-    values: TensorType["batch", "time", is_float]  # of the critic at sampling time
-    scores: TensorType["batch", is_float]
-    kl: TensorType["batch", "time", is_float]  # the very tensor that shaped the rewards
-    rewards: TensorType["batch", "time", is_float]
-    advantages: TensorType["batch", "time", is_float]  # whitened if so configured
-    returns: TensorType["batch", "time", is_float]
-
-
-def select_rows(rollout: Rollout, rows: TensorType["rows"]) -> Rollout:
-    """Take a minibatch: the given rows, without the columns that are padding in all of them."""
-    query_columns = rollout.query_mask[rows].any(0)
-    time_columns = rollout.mask[rows].any(0)
-
-    def cut(name: str) -> torch.Tensor:
-        tensor = getattr(rollout, name)[rows]
-        if tensor.dim() == 1:
-            return tensor
-        return tensor[:, query_columns if name.startswith("query") else time_columns]
-
-    return Rollout(**{field.name: cut(field.name) for field in fields(Rollout)})
-
-
-def response_mask(response_ids: TensorType["batch", "time"], eos_id: int) -> TensorType["batch", "time", bool]:
-    """True up to and including the first EOS of each row: cumsum(y = EOS) - (y = EOS) = 0.
-
-    The padding id plays no part, so a tokenizer whose pad token is its EOS token loses nothing.
-    """
-    is_eos = (response_ids == eos_id).long()
-    return is_eos.cumsum(1) - is_eos == 0
 
 
 def masked_mean(
@@ -85,8 +40,8 @@ def masked_mean(
 ) -> TensorType[()]:
     """Mean of x over real tokens: Σ_m x / Σ m.
 
-    `count` replaces Σ m where x is a part of a larger minibatch: the parts' results then add up to the mean over the
-    whole, whatever the lengths in each part.
+    `count` replaces Σ m where x is a part of what the mean is over: the parts' results then add up to the whole's mean,
+    whatever the lengths in each part.
     """
     total = mask.sum().clamp(min=1) if count is None else count
     return torch.where(mask, x, 0.0).sum() / total
@@ -106,39 +61,79 @@ def masked_whiten(
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
-class LogSoftmaxAt(torch.autograd.Function):
-    """log softmax(z)[y]. Its gradient for z_a, 1[a = y] - softmax(z)_a, is written over the log-probabilities, where
-    autograd by itself has three tensors as large as the logits.
+def response_mask(response_ids: TensorType["batch", "time"], eos_id: int) -> TensorType["batch", "time", bool]:
+    """True up to and including the first EOS of each row: cumsum(y = EOS) - (y = EOS) = 0.
+
+    The padding id plays no part, so a tokenizer whose pad token is its EOS token loses nothing.
     """
-
-    @staticmethod
-    def forward(ctx, logits, tokens):
-        logprobs = logits.log_softmax(-1)
-        ctx.save_for_backward(logprobs, tokens)
-        return logprobs.gather(-1, tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        logprobs, tokens = ctx.saved_tensors
-        return logprobs.exp_().mul_(-grad).scatter_add_(-1, tokens, grad), None
+    is_eos = (response_ids == eos_id).long()
+    return is_eos.cumsum(1) - is_eos == 0
 
 
 def token_logprobs(
     logits: TensorType["batch", "time", "vocab", is_float], tokens: TensorType["batch", "time"]
 ) -> TensorType["batch", "time", is_float]:
-    """log softmax(z_t)[y_t], in nats; logits are already divided by the temperature."""
-    return LogSoftmaxAt.apply(logits, tokens[..., None])[..., 0]
+    """log softmax(z_t)[y_t], in nats; the logits z are already divided by the temperature."""
+    return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def token_entropy(
     logits: TensorType["batch", "time", "vocab", is_float],
 ) -> TensorType["batch", "time", is_float]:
-    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab). A row at a time: without
-    gradient, no other tensor is as large as logits.
+    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab)."""
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+def penalise_missing_eos(
+    scores: TensorType["batch", is_float], has_eos: TensorType["batch", bool], penalty: float
+) -> TensorType["batch", is_float]:
+    """s - penalty for a response that was cut at the length cap before its EOS, s for one that ended."""
+    return torch.where(has_eos, scores, scores - penalty)
+
+
+class Moments(NamedTuple):
+    """Count n, mean μ and S = Σ (s - μ)² of all scores so far; at the start there are none."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+
+
+def update_moments(moments: Moments, scores: TensorType["batch"]) -> Moments:
+    """The moments with a batch of m scores added to them: Chan, Golub and LeVeque 1979 (Stanford CS-TR-79-773).
+
+    μ ← μ + d m / (n + m) and S ← S + S_b + d² n m / (n + m), with d = μ_b - μ: exact, whatever the batches' sizes.
     """
-    logprobs = (row.log_softmax(-1) for row in logits)  # each (time, vocab)
-    return torch.stack([-(row.exp() * row).sum(-1) for row in logprobs])
+    n, m = moments.count, len(scores)
+    scores = scores.double()
+    batch_mean = scores.mean().item()
+    batch_squares = ((scores - batch_mean) ** 2).sum().item()
+    d = batch_mean - moments.mean
+    return Moments(
+        count=n + m,
+        mean=moments.mean + d * m / (n + m),
+        squares=moments.squares + batch_squares + d**2 * n * m / (n + m),
+    )
+
+
+def shape_scores(
+    scores: TensorType["batch", is_float],
+    moments: Moments | None = None,
+    whiten: bool = False,
+    clip: float | None = None,
+) -> TensorType["batch", is_float]:
+    """Turn scores into those trained on: normalise by all scores so far, or whiten over the batch; then clip to ±clip.
+
+    `moments` give (s - μ) / sqrt(S / (n - 1) + 1e-8); without them, and without `whiten` and `clip`, s stays as it is.
+    """
+    if moments is not None:
+        variance = moments.squares / max(moments.count - 1, 1)
+        scores = (scores - moments.mean) / (variance + 1e-8) ** 0.5
+    if whiten:
+        column = scores[:, None]  # (batch, 1)
+        scores = masked_whiten(column, torch.ones_like(column, dtype=torch.bool))[:, 0]
+    return scores if clip is None else scores.clamp(-clip, clip)
 
 
 def kl_estimate(
@@ -163,39 +158,6 @@ def kl_estimate(
     if estimator == "abs":
         return d.abs()
     raise ValueError(f"kl estimator is {estimator!r}, expected one of {', '.join(KL_ESTIMATORS)}")
-
-
-def update_moments(moments: tuple[int, float, float], scores: TensorType["batch"]) -> tuple[int, float, float]:
-    """(n, μ, S) of all scores so far, S = Σ (s - μ)², with a batch of m scores added to them; (0, 0.0, 0.0) is none.
-
-    μ ← μ + d m / (n + m) and S ← S + S_b + d² n m / (n + m), with d = μ_b - μ: exact, whatever the batches' sizes.
-    """
-    n, mean, squares = moments
-    m, batch_mean = len(scores), scores.double().mean().item()
-    squares += ((scores.double() - batch_mean) ** 2).sum().item() + (batch_mean - mean) ** 2 * n * m / (n + m)
-    return n + m, mean + (batch_mean - mean) * m / (n + m), squares
-
-
-def shape_scores(
-    scores: TensorType["batch", is_float],
-    has_eos: TensorType["batch", bool],
-    missing_eos_penalty: float = 0.0,
-    whiten: bool = False,
-    clip: float | None = None,
-    moments: tuple[int, float, float] | None = None,
-) -> TensorType["batch", is_float]:
-    """Turn raw scores into those trained on: penalise missing EOS, normalise or whiten, then clip to ±clip.
-
-    The penalty is subtracted from responses that were cut at the length cap. Whitening is over the batch; `moments`
-    normalise by those of the run so far, (s - μ) / sqrt(S / (n - 1) + 1e-8).
-    """
-    scores = torch.where(has_eos, scores, scores - missing_eos_penalty)
-    if moments is not None:
-        n, mean, squares = moments
-        scores = (scores - mean) / (squares / max(n - 1, 1) + 1e-8) ** 0.5
-    if whiten:
-        scores = masked_whiten(scores[:, None], torch.ones_like(scores, dtype=torch.bool)[:, None])[:, 0]
-    return scores if clip is None else scores.clamp(-clip, clip)
 
 
 def shape_rewards(
@@ -287,24 +249,13 @@ def value_losses(
     Departs from PPO, eq. 9, which has the plain squared error: the clip is that of OpenAI's code (baselines, and
     lm-human-preferences for language models). 0 beyond the mask.
     """
-    values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))
+    values = torch.where(mask, values, 0.0)
+    old_values = torch.where(mask, old_values, 0.0)
+    returns = torch.where(mask, returns, 0.0)
     near_old = old_values + (values - old_values).clamp(-clip_range_value, clip_range_value)
     unclipped = (values - returns) ** 2
     clipped = (near_old - returns) ** 2
     return torch.maximum(unclipped, clipped) / 2, clipped > unclipped
-
-
-def explained_variance(
-    values: TensorType["batch", "time", is_float],
-    returns: TensorType["batch", "time", is_float],
-    mask: TensorType["batch", "time", bool],
-) -> TensorType[()]:
-    """1 - Var(R - V) / Var(R) over real tokens: 1 for a critic that is right but for a constant, 0 for a constant."""
-
-    def variance(x: torch.Tensor) -> torch.Tensor:
-        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
-
-    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)
 
 
 def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n_responses: int) -> float:
@@ -318,3 +269,16 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n_re
         raise ValueError(f"a KL divergence cannot be negative, got {kl}")
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * n_responses / horizon)
+
+
+def explained_variance(
+    values: TensorType["batch", "time", is_float],
+    returns: TensorType["batch", "time", is_float],
+    mask: TensorType["batch", "time", bool],
+) -> TensorType[()]:
+    """1 - Var(R - V) / Var(R) over real tokens: 1 for a critic that is right but for a constant, 0 for a constant."""
+
+    def variance(x: torch.Tensor) -> torch.Tensor:
+        return masked_mean((x - masked_mean(x, mask)) ** 2, mask)
+
+    return 1 - variance(returns - values) / variance(returns).clamp(min=1e-8)

@@ -159,7 +159,11 @@ def parse_grammar(label: int) -> dict[str, tuple[list[str], list[str]]]:
         if not line.startswith(" "):
             rule, line = line.split(": ", 1)
         for template in CHOICE.sub(r"\1" if label else r"\2", line).strip().split(" | "):
-            rules.setdefault(rule, ([], []))[bool(NEGATION.search(template))].append(template)
+            plain, negated = rules.setdefault(rule, ([], []))
+            if NEGATION.search(template):
+                negated.append(template)
+            else:
+                plain.append(template)
     return rules
 
 
@@ -170,7 +174,10 @@ class Review:
     """A review in the making: its label, the words of its film, and the templates used so far."""
 
     def __init__(self, rng: random.Random) -> None:
-        self.rng, self.label, self.film, self.used = rng, rng.randrange(2), {}, set()
+        self.rng = rng
+        self.label = rng.randrange(2)
+        self.film = {}
+        self.used = set()
         for word in WORDS:
             self.film[word] = self.choose(word, self.label)
         she, her = ("she", "her") if self.film["name"].endswith("a") else ("he", "his")
@@ -178,21 +185,24 @@ class Review:
 
     def choose(self, name: str, label: int) -> str:
         """Picks a template of the rule, one that is new to this review if there is any."""
-        rules, film = RULES[label], self.film
+        rules = RULES[label]
         if name not in rules:
-            genre_rule = f"{film['genre']} {name}"
-            name = genre_rule if genre_rule in rules else f"{film['venue']} {name}"
+            genre_rule = f"{self.film['genre']} {name}"
+            venue_rule = f"{self.film['venue']} {name}"
+            name = genre_rule if genre_rule in rules else venue_rule
         templates, negated = rules[name]
         if negated and label == self.label and self.rng.random() < NEGATED_SHARE:
             templates = negated
-        template = self.rng.choice([new for new in templates if new not in self.used] or templates)
+        new = [template for template in templates if template not in self.used]
+        template = self.rng.choice(new or templates)
         self.used.add(template)
         return template
 
     def write(self, name: str, label: int) -> str:
         """Returns a word of the film, or a template of the rule with all its slots filled."""
         if name in FLIPPED:
-            name, label = FLIPPED[name], 1 - label
+            name = FLIPPED[name]
+            label = 1 - label
         template = self.film.get(name) or self.choose(name, label)
         text = SLOT.sub(lambda slot: self.write(slot[1], label), template)
         if SLOT.fullmatch(template):  # a rule that only names others stands for a whole clause
@@ -202,7 +212,8 @@ class Review:
     def introduce(self, text: str) -> None:
         """Gives whatever the text has named the shorter name that it goes by from then on."""
         film = self.film
-        film["it"] = "it" if re.search(rf"\b(it|{film['film']}|{film['genre']})\b", text) else "the {film}"
+        is_named = re.search(rf"\b(it|{film['film']}|{film['genre']})\b", text)
+        film["it"] = "it" if is_named else "the {film}"
         if film["surname"] in text:
             film["star"] = film["surname"]
         if film["lead"] in text:
@@ -212,7 +223,8 @@ class Review:
         """Writes the sentence of one rule of the plan, with its capital and its full stop."""
         text = self.write(rule, self.label)
         self.introduce(text)
-        return text[0].upper() + text[1:] + ("" if text.endswith("?") else ".")
+        stop = "" if text.endswith("?") else "."
+        return text[0].upper() + text[1:] + stop
 
 
 def movie_reviews(n: int, seed: int, kind: str | None = None) -> list[dict]:
@@ -224,12 +236,16 @@ def movie_reviews(n: int, seed: int, kind: str | None = None) -> list[dict]:
     """
     if kind not in (None, *KINDS):
         raise ValueError(f"kind must be None or one of {KINDS}, not {kind!r}")
-    rng, reviews = random.Random(seed), []
+    rng = random.Random(seed)
+    reviews = []
     while len(reviews) < n:
         review = Review(rng)
         plan = review.write("plan", review.label).split()
-        text = re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", " ".join(map(review.sentence, plan)))
-        kinds = {None: True, "mixed": "contrast" in plan, "negated": NEGATION.search(text)}
-        if kinds[kind]:
-            reviews.append({"text": text, "label": review.label})
+        text = " ".join(review.sentence(rule) for rule in plan)
+        text = re.sub(r"\b([Aa])(?= [aeiou])", r"\1n", text)
+        if kind == "mixed" and "contrast" not in plan:
+            continue
+        if kind == "negated" and not NEGATION.search(text):
+            continue
+        reviews.append({"text": text, "label": review.label})
     return reviews

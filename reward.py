@@ -23,61 +23,31 @@ RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
 TERMS = ("reward_model", "reward_fn", "repetition", "length")  # the names that --reward_weights may hold
 
 
+def finite(text: str) -> float:
+    """The number, but for infinities and NaN: then ValueError, as for what is no number."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(number)
+    return number
+
+
 def term_weights(config: Config) -> dict[str, float]:
     """--reward_weights, or 1 for the function, else the classifier. Raises UsageError if it is not name=number,..."""
+    weights = {}
     try:
-        parts = [part.split("=") for part in config.reward_weights.split(",") if part]
-        weights = {name.strip(): float(number) for name, number in parts}
-        if not all(map(math.isfinite, weights.values())):
-            raise ValueError(weights)
+        for part in config.reward_weights.split(","):
+            if part:
+                name, number = part.split("=")
+                weights[name.strip()] = finite(number)
     except ValueError:
         raise UsageError(f"--reward_weights is {config.reward_weights!r}, expected name=number,...") from None
-    return weights or {"reward_fn" if config.reward_fn else "reward_model": 1.0}
+    if not weights:
+        return {"reward_fn": 1.0} if config.reward_fn else {"reward_model": 1.0}
+    return weights
 
 
 def needs_reward_model(config: Config) -> bool:
     return "reward_model" in term_weights(config)
-
-
-def load_reward_terms(config: Config, path: str, device: torch.device, separator: str = "") -> dict[str, RewardTerm]:
-    """The terms by name; the classifier at `path` reads prompt and response with the policy's `separator` between."""
-    check_weights(config)
-    makers = {
-        "reward_model": lambda: classifier_term(config, path, device, separator),
-        "reward_fn": lambda: load_reward_function(config.reward_fn),
-        "repetition": lambda: repetition,
-        "length": lambda: length_term(config.length_range),
-    }
-    return {name: makers[name]() for name in term_weights(config)}
-
-
-def check_weights(config: Config) -> None:
-    """Raise UsageError if the terms are none of ours, or lack what they need: a range, the function, the label."""
-    names = term_weights(config)
-    for name in names:
-        if name not in TERMS:
-            raise UsageError(f"--reward_weights names {name!r}; the terms are {', '.join(TERMS)}{nearest(name, TERMS)}")
-    if ("reward_fn" in names) != bool(config.reward_fn):
-        missing = "a weight for reward_fn" if config.reward_fn else "--reward_fn FILE.py:NAME"
-        raise UsageError(f"--reward_weights {config.reward_weights!r} needs {missing}: neither counts alone")
-    if "length" in names or config.length_range:
-        length_term(config.length_range)
-    if config.task == "train" and config.reward_model_path and needs_reward_model(config):
-        classifier = load(AutoConfig.from_pretrained, "reward_model_path", config.reward_model_path)
-        label_index(classifier.id2label, config.reward_label)
-
-
-def total_reward(
-    terms: dict[str, RewardTerm], prompts: list[str], responses: list[str], rows: list[dict], config: Config
-) -> tuple[TensorType["batch"], dict[str, TensorType["batch"]]]:
-    """Σ_i w_i term_i for each response, with weight 1 for a term that is given none; and the terms by name.
-
-    The sum is one to be raised, so a term's weight has the sign of what is wanted: above 0 for `reward_model`,
-    `reward_fn` and `length` (at most 0: a penalty already), below 0 for `repetition` (at least 0, and worse if higher).
-    """
-    weights = term_weights(config)
-    values = {name: term(prompts, responses, rows) for name, term in terms.items()}
-    return sum(weights.get(name, 1.0) * value for name, value in values.items()), values
 
 
 def repetition(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch", is_float]:
@@ -85,43 +55,27 @@ def repetition(prompts: list[str], responses: list[str], rows: list[dict]) -> Te
 
     0 for an empty response as for a single word: nothing is said twice. That more is said is for `length` to ask.
     """
-    words = [response.lower().split() for response in responses]
-    return torch.tensor([1 - len(set(row)) / len(row) if row else 0.0 for row in words])
+    shares = []
+    for response in responses:
+        words = response.lower().split()
+        n_unique = len(set(words))
+        shares.append(1 - n_unique / len(words) if words else 0.0)
+    return torch.tensor(shares)
 
 
 def length_term(text: str) -> RewardTerm:
     """0 for a response of LOW to HIGH words, both included, else -1. Raises UsageError if `text` is no `LOW,HIGH`."""
     found = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", text)
-    low, high = map(int, found.groups()) if found else (1, 0)
-    if low > high:
+    if found is None or int(found[1]) > int(found[2]):
         raise UsageError(f"--length_range is {text!r}, expected LOW,HIGH in words, 0 <= LOW <= HIGH")
-    return lambda prompts, responses, rows: torch.tensor([(low <= len(r.split()) <= high) - 1.0 for r in responses])
+    low = int(found[1])
+    high = int(found[2])
 
+    def length(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
+        counts = [len(response.split()) for response in responses]
+        return torch.tensor([0.0 if low <= count <= high else -1.0 for count in counts])
 
-def classifier_term(config: Config, path: str, device: torch.device, separator: str) -> RewardTerm:
-    """The classifier on the response, or on prompt and response joined as text and tokenised by its own tokenizer."""
-    score = load_reward_model(config, path, device)
-    if config.reward_input == "response":
-        return lambda prompts, responses, rows: score(responses)
-    return lambda prompts, responses, rows: score([p + separator + r for p, r in zip(prompts, responses, strict=True)])
-
-
-def load_reward_function(spec: str) -> RewardTerm:
-    """FILE.py:NAME as a term whose result is checked. Raises UsageError if there is no such file or function."""
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise UsageError(f"--reward_fn {spec}: expected FILE.py:NAME with an existing file")
-    module_spec = importlib.util.spec_from_file_location("user_reward", path)
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"--reward_fn {path} cannot be run: {type(error).__name__}: {first_line(error)}") from None
-    functions = {key: value for key, value in vars(module).items() if callable(value)}
-    if name not in functions:
-        raise UsageError(f"--reward_fn {path} has no function {name!r}{nearest(name, functions)}")
-    return partial(checked_scores, functions[name], spec)
+    return length
 
 
 def checked_scores(function, spec: str, prompts: list[str], responses: list[str], rows: list[dict]) -> torch.Tensor:
@@ -143,31 +97,55 @@ def checked_scores(function, spec: str, prompts: list[str], responses: list[str]
     return scores
 
 
+def load_reward_function(spec: str) -> RewardTerm:
+    """FILE.py:NAME as a term whose result is checked. Raises UsageError if there is no such file or function."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file() or Path(path).suffix != ".py":
+        raise UsageError(f"--reward_fn {spec}: expected FILE.py:NAME with an existing file")
+    module_spec = importlib.util.spec_from_file_location("user_reward", path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"--reward_fn {path} cannot be run: {type(error).__name__}: {first_line(error)}") from None
+    functions = {key: value for key, value in vars(module).items() if callable(value)}
+    if name not in functions:
+        raise UsageError(f"--reward_fn {path} has no function {name!r}{nearest(name, functions)}")
+    return partial(checked_scores, functions[name], spec)
+
+
 @torch.no_grad()
 def text_logits(
     classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 64
 ) -> TensorType["batch", "labels", is_float]:
     """The classifier's logits on the CPU. A text beyond its length loses its beginning: the response is at the end."""
     texts = [text or " " for text in texts]  # of no token at all, a batch could not be read
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length share a batch
+    by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length share a batch
     logits = torch.empty(len(texts), classifier.config.num_labels)
     for start in range(0, len(texts), batch_size):
-        rows = order[start : start + batch_size]
+        rows = by_length[start : start + batch_size]
         encoded = tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
-        encoded = {name: encoded[name].to(classifier.device) for name in ("input_ids", "attention_mask")}
-        logits[rows] = classifier(**encoded).logits.float().cpu()
+        outputs = classifier(
+            input_ids=encoded["input_ids"].to(classifier.device),
+            attention_mask=encoded["attention_mask"].to(classifier.device),
+        )
+        logits[rows] = outputs.logits.float().cpu()
     return logits
 
 
 def label_index(id2label: dict[int, str], label: str) -> int:
     """A label's index by name (any case) or number, "" for the last of one or two. Raises UsageError that names all."""
-    indices = {str(index): index for index in id2label} | {name.lower(): index for index, name in id2label.items()}
     if label == "" and len(id2label) <= 2:
         return max(id2label)
+    indices = {str(index): index for index in id2label}
+    for index, name in id2label.items():
+        indices[name.lower()] = index  # also where a name is a number: `2` is then the label of that name
     if label.lower() in indices:
         return indices[label.lower()]
-    known = ", ".join(f"{index} ({name})" for index, name in id2label.items()) + nearest(label.lower(), indices)
-    raise UsageError(f"--reward_label must name one of the reward model's labels, not {label!r}: {known}")
+    known = ", ".join(f"{index} ({name})" for index, name in id2label.items())
+    near = nearest(label.lower(), indices)
+    raise UsageError(f"--reward_label must name one of the reward model's labels, not {label!r}: {known}{near}")
 
 
 def reward_from_logits(logits: TensorType["batch", "labels", is_float], label: int, output: str) -> TensorType["batch"]:
@@ -178,7 +156,8 @@ def reward_from_logits(logits: TensorType["batch", "labels", is_float], label: i
     if output == "logit" or logits.shape[1] == 1:
         return logits[:, label]
     if output == "margin":
-        return logits[:, label] - logits[:, torch.arange(logits.shape[1]) != label].logsumexp(-1)
+        is_other = torch.arange(logits.shape[1]) != label
+        return logits[:, label] - logits[:, is_other].logsumexp(-1)
     logprobs = logits.log_softmax(-1)[:, label]
     return logprobs if output == "logprob" else logprobs.exp()
 
@@ -191,10 +170,88 @@ def load_reward_model(config: Config, path: str, device: torch.device) -> Callab
     if model_config.pad_token_id is None:
         model_config.pad_token_id = tokenizer.pad_token_id
     tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(model_config))
-    settings = {"config": model_config, "dtype": torch.float32} | quantized(device, config.reward_in_8bit)
-    factory = AutoModelForSequenceClassification.from_pretrained
-    classifier, found = load(factory, "reward_model_path", path, **settings, output_loading_info=True)
+    classifier, found = load(
+        AutoModelForSequenceClassification.from_pretrained,
+        "reward_model_path",
+        path,
+        config=model_config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **quantized(device, config.reward_in_8bit),
+    )
     if found["missing_keys"]:
-        raise UsageError(f"--reward_model_path {path} is no classifier: it has no {min(found['missing_keys'])}")
-    classifier = (classifier if config.reward_in_8bit else classifier.to(device)).requires_grad_(False)
-    return lambda texts: reward_from_logits(text_logits(classifier, tokenizer, texts), label, config.reward_output)
+        missing = min(found["missing_keys"])
+        raise UsageError(f"--reward_model_path {path} is no classifier: it has no {missing}")
+    if not config.reward_in_8bit:
+        classifier = classifier.to(device)
+    classifier.requires_grad_(False)
+
+    def reward_model(texts: list[str]) -> TensorType["batch"]:
+        logits = text_logits(classifier, tokenizer, texts)
+        return reward_from_logits(logits, label, config.reward_output)
+
+    return reward_model
+
+
+def classifier_term(config: Config, path: str, device: torch.device, separator: str) -> RewardTerm:
+    """The classifier on the response, or on prompt and response joined as text and tokenised by its own tokenizer."""
+    score = load_reward_model(config, path, device)
+
+    def of_response(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
+        return score(responses)
+
+    def of_both(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
+        texts = [prompt + separator + response for prompt, response in zip(prompts, responses, strict=True)]
+        return score(texts)
+
+    return of_response if config.reward_input == "response" else of_both
+
+
+def check_weights(config: Config) -> None:
+    """Raise UsageError if the terms are none of ours, or lack what they need: a range, the function, the label."""
+    names = term_weights(config)
+    for name in names:
+        if name not in TERMS:
+            known = ", ".join(TERMS)
+            raise UsageError(f"--reward_weights names {name!r}; the terms are {known}{nearest(name, TERMS)}")
+    if ("reward_fn" in names) != bool(config.reward_fn):
+        missing = "a weight for reward_fn" if config.reward_fn else "--reward_fn FILE.py:NAME"
+        raise UsageError(f"--reward_weights {config.reward_weights!r} needs {missing}: neither counts alone")
+    if "length" in names or config.length_range:
+        length_term(config.length_range)
+    if config.task == "train" and config.reward_model_path and needs_reward_model(config):
+        classifier = load(AutoConfig.from_pretrained, "reward_model_path", config.reward_model_path)
+        label_index(classifier.id2label, config.reward_label)
+
+
+def load_reward_terms(config: Config, path: str, device: torch.device, separator: str = "") -> dict[str, RewardTerm]:
+    """The terms by name; the classifier at `path` reads prompt and response with the policy's `separator` between."""
+    check_weights(config)
+    terms = {}
+    for name in term_weights(config):
+        if name == "reward_model":
+            terms[name] = classifier_term(config, path, device, separator)
+        elif name == "reward_fn":
+            terms[name] = load_reward_function(config.reward_fn)
+        elif name == "repetition":
+            terms[name] = repetition
+        else:
+            terms[name] = length_term(config.length_range)
+    return terms
+
+
+def total_reward(
+    terms: dict[str, RewardTerm], prompts: list[str], responses: list[str], rows: list[dict], config: Config
+) -> tuple[TensorType["batch"], dict[str, TensorType["batch"]]]:
+    """Σ_i w_i term_i for each response, with weight 1 for a term that is given none; and the terms by name.
+
+    The sum is one to be raised, so a term's weight has the sign of what is wanted: above 0 for `reward_model`,
+    `reward_fn` and `length` (at most 0: a penalty already), below 0 for `repetition` (at least 0, and worse if higher).
+    """
+    weights = term_weights(config)
+    values = {}
+    total = torch.zeros(len(responses))
+    for name, term in terms.items():
+        values[name] = term(prompts, responses, rows)
+        total = total + weights.get(name, 1.0) * values[name]
+    return total, values

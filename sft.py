@@ -4,6 +4,7 @@ The model is the policy's start and its reference. Cross-entropy is over what it
 end, never the prompt.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,8 +20,10 @@ from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad, prompt_ids, prompt_texts
 from device import prepare_device
 from loading import context_length, load_language_model, load_tokenizer, prepare_config, thin_gradient
+from randomness import permutation
 
-EOS, PAD = "<|endoftext|>", "<|pad|>"
+EOS = "<|endoftext|>"
+PAD = "<|pad|>"
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
@@ -38,11 +41,15 @@ def fit(
     loss_of: Callable = own_loss,
 ) -> float:
     """Minimise a loss by AdamW: a tenth of warm-up, then linearly to 0. Returns the recent mean loss."""
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), fused=True)
     warm_up = math.ceil(steps / 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
-    )
+
+    def share_of_peak(step: int) -> float:
+        rising = (step + 1) / warm_up
+        falling = (steps - step) / max(1, steps - warm_up)
+        return min(rising, falling)
+
+    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     model.train()
     recent = 0.0
     bar = tqdm(range(steps), desc=name, unit="step")
@@ -61,20 +68,28 @@ def fit(
     return recent
 
 
-def length_grouped(lengths: list[int], batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Endless batches of indices of texts of like length, in random order: little padding, every text once a pass."""
-    while True:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        pools = [order[i : i + 32 * batch_size] for i in range(0, len(order), 32 * batch_size)]
-        ordered = [i for pool in pools for i in sorted(pool, key=lambda i: lengths[i])]
-        batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
-        for number in torch.randperm(len(batches), generator=generator).tolist():
-            yield batches[number]
+def length_grouped(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices of texts of like length, in random order: little padding, every text once a pass.
+
+    A pass shuffles the texts, sorts them by length within pools of 32 batches, and shuffles the batches.
+    """
+    pool_size = 32 * batch_size
+    for number in itertools.count():
+        order = permutation(seed, "texts", number, len(lengths)).tolist()
+        ordered = []
+        for start in range(0, len(order), pool_size):
+            pool = order[start : start + pool_size]
+            ordered += sorted(pool, key=lambda i: lengths[i])
+        batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+        for i in permutation(seed, "texts", number, len(batches), part=1).tolist():
+            yield batches[i]
 
 
 def n_steps(steps: int, epochs: float, n_texts: int, batch_size: int) -> int:
     """As many optimizer steps as so many epochs take, or `steps` where epochs is 0."""
-    return math.ceil(epochs * n_texts / batch_size) if epochs else steps
+    if epochs:
+        return math.ceil(epochs * n_texts / batch_size)
+    return steps
 
 
 class Example(NamedTuple):
@@ -92,9 +107,11 @@ def token_pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: i
     pieces = []
     for ids in tokenizer(texts, add_special_tokens=False).input_ids:
         whole = [*ids, tokenizer.eos_token_id]
-        last = max(0, len(whole) - length)
-        pieces += [whole[min(start, last) :][:length] for start in range(0, len(whole), length)]
-    return [Example([], piece) for piece in pieces if len(piece) > 1]
+        last_start = max(0, len(whole) - length)
+        for start in range(0, len(whole), length):
+            begin = min(start, last_start)
+            pieces.append(whole[begin : begin + length])
+    return [Example(prompt=[], completion=piece) for piece in pieces if len(piece) > 1]
 
 
 def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
@@ -102,11 +119,12 @@ def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizer
     prompts = prompt_ids(prompt_texts(rows, config, tokenizer), rows, config, tokenizer)
     texts = column(rows, config.completion_column, "completion_column")
     answers = tokenizer(texts, add_special_tokens=False).input_ids
-    end = [tokenizer.eos_token_id]
-    return [
-        Example(prompt[-config.max_prompt_length :], (answer + end)[: config.max_new_tokens])
-        for prompt, answer in zip(prompts, answers, strict=True)
-    ]
+    examples = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        ended = [*answer, tokenizer.eos_token_id]
+        example = Example(prompt=prompt[-config.max_prompt_length :], completion=ended[: config.max_new_tokens])
+        examples.append(example)
+    return examples
 
 
 def language_examples(
@@ -129,37 +147,55 @@ def language_batch(
     examples: list[Example], pad_id: int, is_encoder_decoder: bool, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """Inputs and labels: every real token of the completions is predicted, and no other."""
+    prompts = [example.prompt for example in examples]
+    completions = [example.completion for example in examples]
     if is_encoder_decoder:
-        ids, mask = pad([example.prompt for example in examples], pad_id, "right")
-        targets, learned = pad([example.completion for example in examples], pad_id, "right")
+        ids, mask = pad(prompts, pad_id, "right")
+        targets, learned = pad(completions, pad_id, "right")
     else:
-        ids, mask = pad([example.prompt + example.completion for example in examples], pad_id, "right")
-        starts = torch.tensor([len(example.prompt) for example in examples])
-        targets, learned = ids, mask & (torch.arange(ids.shape[1]) >= starts[:, None])
+        both = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        ids, mask = pad(both, pad_id, "right")
+        starts = torch.tensor([len(prompt) for prompt in prompts])
+        targets = ids
+        learned = mask & (torch.arange(ids.shape[1]) >= starts[:, None])
     labels = torch.where(learned, targets, IGNORED)
     return {"input_ids": ids.to(device), "attention_mask": mask.long().to(device), "labels": labels.to(device)}
+
+
+def endless_batches(
+    examples: list[Example], batch_size: int, seed: int, pad_id: int, is_encoder_decoder: bool, device: torch.device
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches of examples of like length."""
+    lengths = [len(example.prompt) + len(example.completion) for example in examples]
+    for group in length_grouped(lengths, batch_size, seed):
+        yield language_batch([examples[i] for i in group], pad_id, is_encoder_decoder, device)
 
 
 @torch.no_grad()
 def perplexity(model: PreTrainedModel, examples: list[Example], pad_id: int) -> float:
     """exp of the mean negative log-likelihood a token, over all predicted tokens of the examples."""
-    total = count = 0.0
-    first = 0 if model.config.is_encoder_decoder else 1  # nothing predicts a causal model's first token
+    is_encoder_decoder = model.config.is_encoder_decoder
+    first = 0 if is_encoder_decoder else 1  # nothing predicts a causal model's first token
+    total = 0.0
+    count = 0
     for start in range(0, len(examples), 64):
-        batch = language_batch(examples[start : start + 64], pad_id, model.config.is_encoder_decoder, model.device)
-        predicted = (batch["labels"][:, first:] != IGNORED).sum().item()
-        total += model(**batch).loss.item() * predicted
-        count += predicted
+        batch = language_batch(examples[start : start + 64], pad_id, is_encoder_decoder, model.device)
+        n_predicted = (batch["labels"][:, first:] != IGNORED).sum().item()
+        total += own_loss(model, batch).item() * n_predicted
+        count += n_predicted
     return math.exp(total / count)
 
 
 def new_tokenizer(texts: list[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer trained on the texts: whatever a person types has tokens."""
-    tokenizer, alphabet = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[EOS, PAD], initial_alphabet=alphabet, show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
@@ -201,31 +237,17 @@ def train_language_model(
         model = load_language_model(config.base_model_name, "float32", device)
     thin_gradient(model)
     examples = language_examples(rows, config, tokenizer, model)
-    generator = torch.Generator().manual_seed(config.seed)
-    groups = length_grouped([sum(map(len, example)) for example in examples], config.sft_batch_size, generator)
-    family = model.config.is_encoder_decoder
-    batches = (language_batch([examples[i] for i in group], tokenizer.pad_token_id, family, device) for group in groups)
+    batches = endless_batches(
+        examples,
+        batch_size=config.sft_batch_size,
+        seed=config.seed,
+        pad_id=tokenizer.pad_token_id,
+        is_encoder_decoder=model.config.is_encoder_decoder,
+        device=device,
+    )
     steps = n_steps(config.sft_steps, config.sft_epochs, len(examples), config.sft_batch_size)
     fit(model, batches, steps, config.sft_learning_rate, name)
     return model
-
-
-def run_sft(config: Config) -> Path:
-    """The `sft` stage: train the language model, print its held-out perplexity, and save it whole."""
-    folder = stage_folder(config, "sft")
-    rows, held_out = load_rows(config, "train"), load_rows(config, "validation", 1000)
-    if config.trains_from_scratch:
-        texts = column(rows, config.prompt_column, "prompt_column")
-        tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)
-    else:
-        tokenizer = load_tokenizer(config.base_model_name)
-    model = train_language_model(config, rows, tokenizer, "language model")
-    result = perplexity(model, language_examples(held_out, config, tokenizer, model), tokenizer.pad_token_id)
-    save_stage(folder, model, tokenizer, config)
-    print(
-        f"language model: held-out perplexity {result:.2f} a token, {model.num_parameters():,} parameters, in {folder}"
-    )
-    return folder
 
 
 def save_stage(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
@@ -233,3 +255,23 @@ def save_stage(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         write_whole(scratch / "run_config.json", to_json(config))
+
+
+def run_sft(config: Config) -> Path:
+    """The `sft` stage: train the language model, print its held-out perplexity, and save it whole."""
+    folder = stage_folder(config, "sft")
+    rows = load_rows(config, "train")
+    held_out = load_rows(config, "validation", 1000)
+    if config.trains_from_scratch:
+        texts = column(rows, config.prompt_column, "prompt_column")
+        tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)
+    else:
+        tokenizer = load_tokenizer(config.base_model_name)
+    model = train_language_model(config, rows, tokenizer, "language model")
+    held_out_examples = language_examples(held_out, config, tokenizer, model)
+    result = perplexity(model, held_out_examples, tokenizer.pad_token_id)
+    save_stage(folder, model, tokenizer, config)
+    print(
+        f"language model: held-out perplexity {result:.2f} a token, {model.num_parameters():,} parameters, in {folder}"
+    )
+    return folder

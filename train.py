@@ -1,143 +1,237 @@
-"""The loop: sample, score, shape rewards, estimate advantages, update, log; and again.
+"""PPO itself: sample, score, shape rewards, estimate advantages, update, adapt; and again.
 
-Read `train` first, then `collect_rollout` and `update`. The equations are in ppo.py, the models in model.py.
+The equations are in ppo.py, what is trained in model.py, how text is sampled in generate.py. This file reads downwards:
+what a rollout is and how one is collected, the loss of a minibatch, an update on a rollout, and `train`, which is the
+whole algorithm on one screen. What surrounds it (checks, logs, figures, evaluation, saving) is in run.py.
+
+    rollout     a response to each of batch_size prompts; each update has one, and goes over it ppo_epochs times
+    step        rows that share an optimizer step: mini_batch_size x gradient_accumulation_steps
+    minibatch   rows that share a forward pass: at most mini_batch_size
 """
 
-import math
-import shlex
-import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
+from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase
 
 import ppo
-import report
-from checkpoint import claim_folder, move_into, notice
-from config import Config, RunError
-from dataset import Prompt, batch_arithmetic, load_prompts, n_rollouts, prompt_batches
-from device import keep_freed_memory, prepare_device
-from evaluation import compare, evaluate_policy
-from generate import Sample, check_context, eval_mode, respond
-from loading import load_policy, load_reference, load_tokenizer, save_policy
-from model import PolicyModel, length_groups, score_rows
-from plot import plot_training, reward_difference, sample_pairs
-from reward import RewardTerm, load_reward_terms, total_reward
+from config import Config
+from dataset import Prompt, batch_of
+from device import keep_freed_memory
+from generate import respond
+from model import PolicyModel, length_groups, score_in_passes
+from randomness import permutation, uniforms
+from reward import RewardTerm, total_reward
 
 
-class Models(NamedTuple):
-    """All that a rollout needs: who acts, who it is compared with, how text becomes tokens, and what is rewarded."""
+class Fixed(NamedTuple):
+    """What no update changes: who the policy is compared with, how text becomes tokens, and what is rewarded."""
 
-    policy: PolicyModel
     reference: PolicyModel
     tokenizer: PreTrainedTokenizerBase
     terms: dict[str, RewardTerm]
-
-
-class Collected(NamedTuple):
-    """A rollout with what the log wants to know of it; only `rollout` is trained on."""
-
-    rollout: ppo.Rollout
-    sampled: Sample
-    responses: list[str]
-    terms: dict[str, torch.Tensor]
-    rewards: torch.Tensor  # raw weighted sum of the terms, before `shape_scores`
-    stats: dict[str, float]
-    moments: tuple[int, float, float]  # of all scores so far, these included: what the next rollout goes on from
 
 
 class Best(NamedTuple):
     """The policy with the highest mean reward on held-out prompts so far: its update, and the weights that train."""
 
     reward: float
-    step: int
+    update: int
     weights: dict[str, torch.Tensor]
+
+
+@dataclass
+class State:
+    """All that an update changes: with it, and with what is `Fixed`, a run goes on as if it had never stopped."""
+
+    policy: PolicyModel  # with its value head and critic
+    optimizer: torch.optim.Optimizer  # with Adam's moments
+    kl_coef: float
+    moments: ppo.Moments = field(default_factory=ppo.Moments)  # of all scores so far
+    update: int = 0  # the number of the next one
+    best: Best | None = None
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Prompts, responses, and what policy, reference and reward say of them. No tensor here carries gradient.
+
+    `query` is the prompt's width in tokens (padded left for causal models, right for encoder-decoders), `time` the
+    longest response's. Log-probabilities, entropy and KL are in nats; all else with a unit is in that of the reward.
+    """
+
+    query_ids: TensorType["batch", "query"]
+    query_mask: TensorType["batch", "query", bool]
+    response_ids: TensorType["batch", "time"]
+    mask: TensorType["batch", "time", bool]
+    sampling_logprobs: TensorType["batch", "time", is_float]  # token by token, as they were drawn: to check `logprobs`
+    logprobs: TensorType["batch", "time", is_float]  # of the policy that sampled
+    ref_logprobs: TensorType["batch", "time", is_float]
+    values: TensorType["batch", "time", is_float]
+    entropy: TensorType["batch", "time", is_float]
+    has_eos: TensorType["batch", bool]
+    prompts: list[Prompt]
+    texts: list[str]  # the responses
+    raw_scores: TensorType["batch", is_float]  # the weighted sum of the reward's terms, one number a response
+    term_scores: dict[str, TensorType["batch", is_float]]
+    collected_at: float  # by time.perf_counter()
+
+    # worked out from the above in `train`
+    scores: TensorType["batch", is_float] | None = None  # those trained on, one a response
+    kl: TensorType["batch", "time", is_float] | None = None  # the very tensor that shaped the rewards
+    rewards: TensorType["batch", "time", is_float] | None = None  # one a token
+    advantages: TensorType["batch", "time", is_float] | None = None  # whitened if so configured
+    returns: TensorType["batch", "time", is_float] | None = None
 
 
 @torch.no_grad()
 def collect_rollout(
-    models: Models,
-    prompts: list[Prompt],
-    config: Config,
-    kl_coef: float,
-    generator: torch.Generator,
-    moments: tuple[int, float, float] = (0, 0.0, 0.0),
-) -> Collected:
-    """Sample a response to every prompt and work out, without gradient, all that the update will need."""
-    policy, reference, tokenizer, terms = models
+    policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, update_number: int
+) -> Rollout:
+    """Sample a response to every prompt, with the random numbers of that update; score its tokens and its text."""
+    # The ids drawn here are the ones trained on; they are never decoded and tokenised again.
+    random_numbers = uniforms(config.seed, "sampling", update_number, (len(prompts), config.max_new_tokens))
+    drawn = respond(policy, fixed.tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
 
-    # 1. Sample. The ids drawn here are the ones trained on; they are never decoded and tokenised again.
-    *query, sampled, responses = respond(policy, tokenizer, [p.ids for p in prompts], config, generator)
-    response_ids, mask = sampled.response_ids, sampled.mask
+    # Log-probabilities and values come from the very function that the update differentiates.
+    score = partial(
+        score_in_passes,
+        query_ids=drawn.query_ids,
+        query_mask=drawn.query_mask,
+        response_ids=drawn.response_ids,
+        response_mask=drawn.mask,
+        mini_batch_size=config.mini_batch_size,
+        temperature=config.temperature,
+    )
+    own = score(policy, with_entropy=True)
+    reference = score(fixed.reference)
 
-    # 2. Log-probabilities and values, by the very function that the update differentiates.
-    batch, how = (*query, response_ids, mask), (config.mini_batch_size, config.temperature)
-    with eval_mode(policy):
-        logprobs, values, entropy = score_rows(policy, *batch, *how, with_entropy=True)
-    ref_logprobs = score_rows(reference, *batch, *how).logprobs
+    raw_scores, term_scores = total_reward(
+        fixed.terms,
+        prompts=[prompt.text for prompt in prompts],
+        responses=drawn.texts,
+        rows=[prompt.row for prompt in prompts],
+        config=config,
+    )
+    return Rollout(
+        query_ids=drawn.query_ids,
+        query_mask=drawn.query_mask,
+        response_ids=drawn.response_ids,
+        mask=drawn.mask,
+        sampling_logprobs=drawn.logprobs,
+        logprobs=own.logprobs,
+        ref_logprobs=reference.logprobs,
+        values=own.values,
+        entropy=own.entropy,
+        has_eos=(drawn.response_ids == fixed.tokenizer.eos_token_id).any(1),  # only a row that has ended is padded
+        prompts=prompts,
+        texts=drawn.texts,
+        raw_scores=raw_scores.to(drawn.mask.device),
+        term_scores=term_scores,
+        collected_at=time.perf_counter(),
+    )
 
-    # 3. Score the text, then spread the score and the KL over the tokens.
-    rewards, term_rewards = total_reward(terms, [p.text for p in prompts], responses, [p.row for p in prompts], config)
-    has_eos = ((response_ids == tokenizer.eos_token_id) & mask).any(1)
-    raw = (rewards.to(mask.device), has_eos, config.missing_eos_penalty)
-    moments = ppo.update_moments(moments, ppo.shape_scores(*raw))  # before their use, so that a first rollout has some
-    running = moments if config.normalize_scores else None
-    scores = ppo.shape_scores(*raw, config.whiten_scores, config.score_clip or None, running)
-    kl = ppo.kl_estimate(logprobs, ref_logprobs, mask, config.kl_estimator)
-    token_rewards = ppo.shape_rewards(scores, kl, mask, kl_coef)
 
-    # 4. Advantages and returns.
-    advantages = ppo.estimate_advantages(token_rewards, values, mask, config.gamma, config.lam)
-    returns = ppo.estimate_returns(advantages, values, mask)
-    if config.whiten_advantages:
-        advantages = ppo.masked_whiten(advantages, mask)
-    rollout = ppo.Rollout(*batch, logprobs, ref_logprobs, values, scores, kl, token_rewards, advantages, returns)
-    stats = report.rollout_stats(rollout, term_rewards, rewards, responses)
-    stats |= {"entropy": ppo.masked_mean(entropy, mask).item(), "ended": has_eos.float().mean().item()}
-    return Collected(rollout, sampled, responses, term_rewards, rewards, stats, moments)
+class Minibatch(NamedTuple):
+    """The rows of a rollout that share a forward pass, with what the loss needs of them."""
+
+    query_ids: TensorType["batch", "query"]
+    query_mask: TensorType["batch", "query", bool]
+    response_ids: TensorType["batch", "time"]
+    mask: TensorType["batch", "time", bool]
+    old_logprobs: TensorType["batch", "time", is_float]
+    old_values: TensorType["batch", "time", is_float]
+    advantages: TensorType["batch", "time", is_float]
+    returns: TensorType["batch", "time", is_float]
+
+
+def select_rows(rollout: Rollout, rows: TensorType["rows"]) -> Minibatch:
+    """The rows with these numbers, without the columns that are padding in all of them."""
+    query_columns = rollout.query_mask[rows].any(0)
+    time_columns = rollout.mask[rows].any(0)
+    return Minibatch(
+        query_ids=rollout.query_ids[rows][:, query_columns],
+        query_mask=rollout.query_mask[rows][:, query_columns],
+        response_ids=rollout.response_ids[rows][:, time_columns],
+        mask=rollout.mask[rows][:, time_columns],
+        old_logprobs=rollout.logprobs[rows][:, time_columns],
+        old_values=rollout.values[rows][:, time_columns],
+        advantages=rollout.advantages[rows][:, time_columns],
+        returns=rollout.returns[rows][:, time_columns],
+    )
 
 
 def minibatch_loss(
-    policy: PolicyModel, rows: ppo.Rollout, n_tokens: int, config: Config
+    policy: PolicyModel, minibatch: Minibatch, n_tokens: int, config: Config
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """L = L_policy + value_coef L_value - entropy_coef H: PPO, eq. 9, negated into a loss.
+    """L = L_policy + value_coef L_value - entropy_coef H: PPO, eq. 9, negated into a loss; and its statistics.
 
-    Token means with the divisor `n_tokens`, the count of the whole minibatch of which `rows` may be a part: losses,
-    gradients and statistics of the parts add up to those of the whole.
+    Means over tokens with the divisor `n_tokens`, the count of the whole step of which the minibatch may be a part:
+    losses, gradients and statistics of the parts add up to those of the whole.
     """
-    batch = (rows.query_ids, rows.query_mask, rows.response_ids, rows.mask)
-    new = policy(*batch, config.temperature, with_entropy=config.entropy_coef > 0)
-    ratio = ppo.importance_ratio(new.logprobs, rows.logprobs, rows.mask)
-    policy_losses, clipped = ppo.policy_losses(ratio, rows.advantages, rows.mask, config.clip_range)
-    value_losses, value_clipped = ppo.value_losses(
-        new.values, rows.values, rows.returns, rows.mask, config.clip_range_value
+    mask = minibatch.mask
+    mean = partial(ppo.masked_mean, mask=mask, count=n_tokens)
+    new = policy(
+        query_ids=minibatch.query_ids,
+        query_mask=minibatch.query_mask,
+        response_ids=minibatch.response_ids,
+        response_mask=mask,
+        temperature=config.temperature,
+        with_entropy=config.entropy_coef > 0,
     )
-    mean = partial(ppo.masked_mean, mask=rows.mask, count=n_tokens)
-    policy_loss, value_loss = mean(policy_losses), mean(value_losses)
+
+    ratio = ppo.importance_ratio(logprobs=new.logprobs, old_logprobs=minibatch.old_logprobs, mask=mask)
+    policy_losses, clipped = ppo.policy_losses(
+        ratio=ratio, advantages=minibatch.advantages, mask=mask, clip_range=config.clip_range
+    )
+    value_losses, value_clipped = ppo.value_losses(
+        values=new.values,
+        old_values=minibatch.old_values,
+        returns=minibatch.returns,
+        mask=mask,
+        clip_range_value=config.clip_range_value,
+    )
+    policy_loss = mean(policy_losses)
+    value_loss = mean(value_losses)
     loss = policy_loss + config.value_coef * value_loss
     if config.entropy_coef > 0:
         loss = loss - config.entropy_coef * mean(new.entropy)
+
     with torch.no_grad():
+        moved = partial(ppo.kl_estimate, logprobs=minibatch.old_logprobs, other_logprobs=new.logprobs, mask=mask)
         stats = {
             "loss": loss,
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "clip_fraction": mean(clipped.float()),
             "value_clip_fraction": mean(value_clipped.float()),
-            "approx_kl_k1": mean(ppo.kl_estimate(rows.logprobs, new.logprobs, rows.mask, "k1")),
-            "approx_kl_k3": mean(ppo.kl_estimate(rows.logprobs, new.logprobs, rows.mask, "k3")),
+            "approx_kl_k1": mean(moved(estimator="k1")),
+            "approx_kl_k3": mean(moved(estimator="k3")),
             "ratio": mean(ratio),
-            "ratio_min": ratio.masked_fill(~rows.mask, float("inf")).min(),
-            "ratio_max": ratio.masked_fill(~rows.mask, 0.0).max(),
+            "ratio_min": ratio.masked_fill(~mask, float("inf")).min(),
+            "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
         }
     return loss, {name: value.item() for name, value in stats.items()}
+
+
+def accumulate_gradient(
+    policy: PolicyModel, rollout: Rollout, rows: TensorType["rows"], config: Config
+) -> dict[str, float]:
+    """Add the gradient of the loss over a step's rows to the parameters', a minibatch at a time; its statistics."""
+    lengths = rollout.mask.sum(1)[rows]
+    n_tokens = int(lengths.sum())
+    parts = []
+    for group in length_groups(lengths.tolist(), config.mini_batch_size):
+        loss, stats = minibatch_loss(policy, select_rows(rollout, rows[group]), n_tokens, config)
+        loss.backward()
+        parts.append(stats)
+    return combine(parts, sum)
 
 
 def combine(parts: list[dict[str, float]], reduce) -> dict[str, float]:
@@ -146,159 +240,100 @@ def combine(parts: list[dict[str, float]], reduce) -> dict[str, float]:
     return {name: special.get(name, reduce)(part[name] for part in parts) for name in parts[0]}
 
 
-def update(
-    policy: PolicyModel,
-    optimizer: torch.optim.Optimizer,
-    rollout: ppo.Rollout,
-    config: Config,
-    generator: torch.Generator,
-) -> dict[str, float]:
-    """ppo_epochs passes over the rollout, an optimizer step a minibatch; returns means over every minibatch.
+def learning_rate(config: Config, update_number: int) -> float:
+    """Linear to 0, per update: the first (number 0) has the full rate, the last one 1 / n_updates of it."""
+    return config.learning_rate * (1 - update_number / config.n_updates)
 
-    Every pass draws a new order. With `target_kl`, a minibatch whose k3 to the sampling policy exceeds 1.5 target_kl
-    is not stepped on, and ends the update.
+
+def shuffled_steps(n_rows: int, config: Config, update_number: int) -> list[TensorType["rows"]]:
+    """The rows of each optimizer step of an update: every epoch goes over all rows, in an order of its own."""
+    step_size = config.mini_batch_size * config.gradient_accumulation_steps
+    steps = []
+    for epoch in range(config.ppo_epochs):
+        order = permutation(config.seed, "minibatches", update_number, n_rows, part=epoch)
+        steps += order.split(step_size)
+    return steps
+
+
+def update(
+    policy: PolicyModel, optimizer: torch.optim.Optimizer, rollout: Rollout, config: Config, update_number: int
+) -> dict[str, float]:
+    """ppo_epochs passes over the rollout, an optimizer step for every few rows; the means of the steps' statistics.
+
+    With `target_kl`, a step whose k3 to the policy that sampled exceeds 1.5 target_kl is not taken: the update ends.
     """
     policy.train()  # no dropout anywhere: for activation checkpointing, which sleeps in eval mode
-    lengths, step_rows = rollout.mask.sum(1), config.mini_batch_size * config.gradient_accumulation_steps
-    orders = (torch.randperm(len(lengths), generator=generator) for _ in range(config.ppo_epochs))
-    minibatches = []
-    for rows in (rows.to(lengths.device) for order in orders for rows in order.split(step_rows)):
-        n_tokens = int(lengths[rows].sum())
+    optimizer.param_groups[0]["lr"] = learning_rate(config, update_number)
+    device = rollout.mask.device
+    history = []
+    for rows in shuffled_steps(len(rollout.mask), config, update_number):
         optimizer.zero_grad()
-        parts = []
-        for part in length_groups(lengths[rows].tolist(), config.mini_batch_size):
-            loss, stats = minibatch_loss(policy, ppo.select_rows(rollout, rows[part]), n_tokens, config)
-            loss.backward()
-            parts.append(stats)
-        minibatches.append(combine(parts, sum))
-        if config.target_kl and minibatches[-1]["approx_kl_k3"] > 1.5 * config.target_kl:
+        stats = accumulate_gradient(policy, rollout, rows.to(device), config)
+        history.append(stats)
+        if config.target_kl and stats["approx_kl_k3"] > 1.5 * config.target_kl:
             break
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
     optimizer.zero_grad()  # nothing keeps gradients while the next rollout is sampled
-    if lengths.device.type == "cpu":
+    if device.type == "cpu":
         keep_freed_memory()
-    return combine(minibatches, fmean)
+    return combine(history, fmean)
 
 
-def learning_rate(config: Config, step: int) -> float:
-    """Linear to 0, per update: the first (step 0) has the full rate, the last one 1 / n_updates of it."""
-    return config.learning_rate * (1 - step / config.n_updates)
-
-
-def train(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
-    """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
-    models, prompts = load_models(config, base_model, reward_model_path)
-    config = replace(config, n_updates=n_rollouts(config, len(prompts)))
-    validation = load_prompts(config, models.tokenizer, "validation", config.eval_samples)
-    # what chooses a policy cannot judge it
-    held_out = load_prompts(config, models.tokenizer, "test", config.eval_samples) if config.eval_every else validation
-    check_context(config, models.policy)
-    products = f"on {models.policy.value_head.weight.device}, float32 products: {torch.get_float32_matmul_precision()}"
-    print(f"{base_model}: {report.count_parameters(models.policy)}, {products}")
-    print(f"{batch_arithmetic(config, len(prompts))}\n{report.memory_estimate(config, models.policy)}")
-    generator = torch.Generator().manual_seed(config.seed)
-    batches = prompt_batches(prompts, config.batch_size, generator)
-    if config.dry_run:
-        return dry_run(models, next(batches), config, generator)
-    best = run_updates(models, batches, validation, config, generator, folder)
-    if config.eval_every:
-        models.policy.load_state_dict(best.weights, strict=False)
-        print(f"the policy of update {best.step} is kept, with a reward of {best.reward:.3f} on validation prompts")
-    save_policy(models.policy, models.tokenizer, folder / "policy", config.merge)
-    move_into(folder / "policy", folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    if config.final_dir:
-        save_policy(models.policy, models.tokenizer, Path(config.final_dir).resolve(), config.merge, "manifest.json")
-    policies = {"before": models.reference, "after": models.policy}
-    comparison = compare({n: evaluate_policy(p.eval(), *models[1:], held_out, config) for n, p in policies.items()})
-    print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
-    print(f"policy, tokenizer, logs: {folder}\ntraining curves: {plot_training(folder, notice(config))}")
-    print(f"now try: python main.py --task generate --output_dir {folder} --prompt {shlex.quote(held_out[0].text)}")
-    print(notice(config))
-
-
-def run_updates(
-    models: Models,
-    batches: Iterator,
-    validation: list[Prompt],
-    config: Config,
-    generator: torch.Generator,
-    folder: Path,
-) -> Best:
-    """n_updates of rollout and update, each logged as it ends; returns the best policy on the validation prompts."""
-    policy, kl_coef, moments, best = models.policy, config.kl_coef, (0, 0.0, 0.0), Best(-math.inf, 0, {})
+def new_state(policy: PolicyModel, config: Config) -> State:
+    """Where a run begins."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(trained, config.learning_rate, eps=1e-5, fused=True)
-    log, timings, announced = [], [], set()
-    bar = tqdm(range(config.n_updates), desc="PPO", unit="update")
-    for step in bar:
-        started = time.perf_counter()
-        batch = next(batches)
-        collected = collect_rollout(models, batch, config, kl_coef, generator, moments)
-        moments = collected.moments
-        if step == 0:
-            report.check_invariants(policy, collected.rollout, collected.sampled, config)
-            claim_folder(folder, config)
-        sampled = time.perf_counter()
-        optimizer.param_groups[0]["lr"] = rate = learning_rate(config, step)
-        stats = update(policy, optimizer, collected.rollout, config, generator)
-        if not math.isfinite(stats["loss"]):
-            raise RunError(f"the loss is {stats['loss']} at update {step}; try a lower --learning_rate")
-        log.append({"step": step, **collected.stats, **stats, "kl_coef": kl_coef, "learning_rate": rate})
-        raised = report.alarms(log, config.batch_size)
-        log[-1]["alarms"] = list(raised.values())
-        for name in [name for name in raised if name not in announced]:
-            bar.write(f"alarm at update {step}: {raised[name]}")
-        announced |= raised.keys()
-        timings.append(report.timing(step, started, sampled, collected.rollout))
-        if config.eval_every and ((step + 1) % config.eval_every == 0 or step + 1 == config.n_updates):
-            best = keep_best(models, validation, config, folder / "checkpoints/best", log[-1], best)
-        if config.kl_target:
-            kl, n = collected.stats["kl_k3"], config.batch_size
-            kl_coef = ppo.adapt_kl_coef(kl_coef, kl, config.kl_target, config.kl_horizon, n)
-        report.write_logs(folder, log, timings, log_rows(step, batch, collected))
-        bar.set_postfix(report.bar_numbers(collected.stats), refresh=False)
-    return best
+    return State(policy=policy, optimizer=optimizer, kl_coef=config.kl_coef)
 
 
-def keep_best(models: Models, prompts: list[Prompt], config: Config, folder: Path, row: dict, best: Best) -> Best:
-    """Note the mean reward on held-out prompts in the log row; the best policy so far is saved in `folder`, in place
-    of the one before, for the case that the run does not live to its end.
+def train(
+    state: State, fixed: Fixed, prompts: list[Prompt], config: Config
+) -> Iterator[tuple[Rollout, dict[str, float]]]:
+    """PPO: moves the state on, update by update, to the last one; yields after each its rollout and its statistics.
+
+    All random numbers are functions of the seed and the update's number, so it does not matter where a run starts.
     """
-    table = evaluate_policy(models.policy.eval(), *models[1:], prompts, config)
-    row["eval_reward"] = fmean(own["reward"] for own in table)
-    if row["eval_reward"] <= best.reward:
-        return best
-    save_policy(models.policy, models.tokenizer, folder, replaces="manifest.json")
-    weights = {name: p.detach().clone() for name, p in models.policy.named_parameters() if p.requires_grad}
-    return Best(row["eval_reward"], row["step"], weights)
+    for update_number in range(state.update, config.n_updates):
+        # Sample responses, and score them: their tokens by policy and reference, their texts by the reward.
+        batch = batch_of(prompts, config.batch_size, update_number, config.seed)
+        rollout = collect_rollout(state.policy, fixed, batch, config, update_number)
+        mask, values = rollout.mask, rollout.values
 
+        # Shape: a price for every nat of KL to the reference, token by token, and the text's score on its last token.
+        raw_scores = ppo.penalise_missing_eos(rollout.raw_scores, rollout.has_eos, config.missing_eos_penalty)
+        state.moments = ppo.update_moments(state.moments, raw_scores)  # before their use, so that a first has some
+        scores = ppo.shape_scores(
+            raw_scores,
+            moments=state.moments if config.normalize_scores else None,
+            whiten=config.whiten_scores,
+            clip=config.score_clip or None,
+        )
+        kl = ppo.kl_estimate(
+            logprobs=rollout.logprobs, other_logprobs=rollout.ref_logprobs, mask=mask, estimator=config.kl_estimator
+        )
+        rewards = ppo.shape_rewards(scores=scores, kl=kl, mask=mask, kl_coef=state.kl_coef)
 
-def log_rows(step: int, prompts: list[Prompt], collected: Collected) -> list[dict]:
-    """A rollout's rows of training_log.csv: what was asked, what was answered, what it earned."""
-    columns = {"reward": collected.rewards, **{f"reward_{name}": x for name, x in collected.terms.items()}}
-    return [
-        {"step": step, "query": prompt.text, "response": response, **{name: x[i].item() for name, x in columns.items()}}
-        for i, (prompt, response) in enumerate(zip(prompts, collected.responses, strict=True))
-    ]
+        # Estimate: how much better was each token than expected, and what was to be expected?
+        advantages = ppo.estimate_advantages(
+            rewards=rewards, values=values, mask=mask, gamma=config.gamma, lam=config.lam
+        )
+        returns = ppo.estimate_returns(advantages=advantages, values=values, mask=mask)
+        if config.whiten_advantages:
+            advantages = ppo.masked_whiten(advantages, mask=mask)
+        rollout = replace(rollout, scores=scores, kl=kl, rewards=rewards, advantages=advantages, returns=returns)
 
+        # Update policy and values, several times on the same rollout.
+        stats = update(state.policy, state.optimizer, rollout, config, update_number)
+        stats["kl_coef"] = state.kl_coef
 
-def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[Models, list[Prompt]]:
-    """Policy, frozen reference, tokenizer and reward terms, and the prompts to train on."""
-    device = prepare_device(config)
-    tokenizer = load_tokenizer(base_model)
-    prompts = load_prompts(config, tokenizer, "train", None if config.epochs else config.n_updates * config.batch_size)
-    policy = load_policy(config, base_model, device)
-    terms = load_reward_terms(config, reward_model_path, device, policy.separator)
-    return Models(policy, load_reference(config, base_model, policy), tokenizer, terms), prompts
-
-
-def dry_run(models: Models, prompts: list[Prompt], config: Config, generator: torch.Generator) -> None:
-    """Everything but the update: one rollout, the invariants, three samples with their rewards."""
-    collected = collect_rollout(models, prompts, config, config.kl_coef, generator)
-    report.check_invariants(models.policy, collected.rollout, collected.sampled, config)
-    print("start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout")
-    for i in range(min(3, len(prompts))):
-        terms = ", ".join(f"{name} {values[i].item():.3f}" for name, values in collected.terms.items())
-        print(f"prompt {prompts[i].text!r}\n  response {collected.responses[i]!r}\n  {terms}")
+        # Adapt the price of KL, by an estimate that is never negative.
+        if config.kl_target:
+            k3 = ppo.kl_estimate(
+                logprobs=rollout.logprobs, other_logprobs=rollout.ref_logprobs, mask=mask, estimator="k3"
+            )
+            state.kl_coef = ppo.adapt_kl_coef(
+                state.kl_coef, k3.sum(1).mean().item(), config.kl_target, config.kl_horizon, config.batch_size
+            )
+        state.update = update_number + 1
+        yield rollout, stats

@@ -1,4 +1,4 @@
-"""Time whole PPO steps (`collect_rollout`, then `update`) on a GPT-2 of random weights, beside the least they can take.
+"""Time whole PPO steps (a rollout and the update on it) on a GPT-2 of random weights, beside the least they can take.
 
     python benchmarks/step.py --size b --matmul-precision medium --stages
 
@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +33,6 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-import ppo
 import train
 from benchmarks.floor import Size, flops, matrix_products, measure_floor
 from benchmarks.machine import QUIET, cpu_seconds, foreign_cores, peak_mb, wait_quiet
@@ -41,6 +40,7 @@ from config import Config, UsageError
 from dataset import Prompt
 from device import prepare_device
 from loading import load_policy, load_reference, prepare_config
+from model import PolicyModel
 
 SIZES = {
     "a": Size(128, 4, 4, 1024, batch=64, minibatch=64, query_len=8, response_len=24, ppo_epochs=4),
@@ -50,7 +50,7 @@ SIZES = {
 PARTS = {  # what is timed, where train.py looks it up: "rollout" holds the two after it, "update" the last four
     "rollout": (train, "collect_rollout"),
     "sampling": (train, "respond"),
-    "scoring": (train, "score_rows"),  # or "reference"
+    "scoring": (train, "score_in_passes"),  # or "reference"
     "update": (train, "update"),
     "update forward": (train, "minibatch_loss"),
     "update backward": (torch.Tensor, "backward"),
@@ -95,11 +95,12 @@ def settings(args: argparse.Namespace) -> Config:
     rows = {"batch_size": args.batch, "mini_batch_size": args.minibatch, "ppo_epochs": args.ppo_epochs}
     lengths = {"max_prompt_length": args.query_len, "max_new_tokens": args.response_len}
     others = {"learning_rate": args.lr, "kl_coef": args.kl_coef, "mixed_precision": args.mixed_precision}
-    others |= {"device": "cpu", "matmul_precision": args.matmul_precision}
+    others |= {"device": "cpu", "matmul_precision": args.matmul_precision, "seed": args.seed}
+    others |= {"n_updates": 10**6}  # so many that the learning rate stays
     return Config(**model, **rows, **lengths, **others)
 
 
-def new_models(size: Size, config: Config) -> train.Models:
+def new_models(size: Size, config: Config) -> tuple[PolicyModel, train.Fixed]:
     """Policy and reference as a run loads them; token i is the word `ti`, and EOS an id that the model cannot draw."""
     vocab = {f"t{i}": i for i in range(size.vocab)} | {"<eos>": size.vocab}
     words = Tokenizer(models.WordLevel(vocab, unk_token="<eos>"))
@@ -116,7 +117,7 @@ def new_models(size: Size, config: Config) -> train.Models:
         low = [[int(word[1:]) < size.vocab // 2 for word in response.split()] for response in responses]
         return torch.tensor(low).float().mean(1)
 
-    return train.Models(policy, reference, tokenizer, {"reward_fn": low_ids})
+    return policy, train.Fixed(reference=reference, tokenizer=tokenizer, terms={"reward_fn": low_ids})
 
 
 @contextmanager
@@ -139,29 +140,45 @@ def stopwatch(reference: torch.nn.Module) -> Iterator[Counter]:
         yield spent
 
 
-def ragged(rollout: ppo.Rollout, rng: np.random.Generator) -> ppo.Rollout:
-    """The rollout with its responses cut to lengths uniform in 1 to the longest."""
-    rows, longest = rollout.mask.shape
-    lengths = torch.from_numpy(rng.integers(1, longest + 1, (rows, 1)))
-    return replace(rollout, mask=torch.arange(longest) < lengths)
+def cut_responses(collect_rollout: Callable, seed: int) -> Callable:
+    """`collect_rollout` with its responses cut to lengths uniform in 1 to the longest."""
+    rng = np.random.default_rng(seed)
+
+    def collect(*args) -> train.Rollout:
+        rollout = collect_rollout(*args)
+        rows, longest = rollout.mask.shape
+        lengths = torch.from_numpy(rng.integers(1, longest + 1, (rows, 1)))
+        return replace(rollout, mask=torch.arange(longest) < lengths)
+
+    return collect
 
 
-def new_steps(bench: train.Models, config: Config, seed: int, is_ragged: bool = False) -> Iterator[dict]:
-    """Endless steps, each as it was: seconds in all and in its parts, CPU seconds, foreign cores, reward, KL."""
-    optimizer = torch.optim.Adam(bench.policy.parameters(), config.learning_rate, eps=1e-5, fused=True)  # as train.py
-    generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
-    vocab = bench.policy.language_model.config.vocab_size
-    while True:
-        ids = rng.integers(0, vocab - 1, (config.batch_size, config.max_prompt_length)).tolist()
-        prompts = [Prompt(" ".join(f"t{i}" for i in row), row, {}) for row in ids]
-        with stopwatch(bench.reference) as parts:
-            before = cpu_seconds()
-            collected = train.collect_rollout(bench, prompts, config, config.kl_coef, generator)
-            rollout = ragged(collected.rollout, rng) if is_ragged else collected.rollout
-            train.update(bench.policy, optimizer, rollout, config, generator)
+def random_prompts(config: Config, n: int, vocab: int, seed: int) -> list[Prompt]:
+    ids = np.random.default_rng(seed).integers(0, vocab - 1, (n, config.max_prompt_length)).tolist()
+    return [Prompt(" ".join(f"t{i}" for i in row), row, {}) for row in ids]
+
+
+def new_steps(
+    policy: PolicyModel, fixed: train.Fixed, config: Config, is_ragged: bool = False
+) -> Iterator[dict[str, float]]:
+    """Steps of a run, each as it was: seconds in all and in its parts, CPU seconds, foreign cores, reward, KL."""
+    vocab = policy.language_model.config.vocab_size
+    prompts = random_prompts(config, 100 * config.batch_size, vocab, config.seed)
+    state = train.new_state(policy, config)
+    with ExitStack() as stack:
+        if is_ragged:
+            cut = cut_responses(train.collect_rollout, config.seed)
+            stack.enter_context(patch.object(train, "collect_rollout", cut))
+        spent = stack.enter_context(stopwatch(fixed.reference))
+        before = cpu_seconds()
+        for rollout, _ in train.train(state, fixed, prompts, config):
+            parts = Counter(spent)
             total = parts["rollout"] + parts["update"]
             load = {"cpu": time.process_time() - before[0], "foreign": foreign_cores(before, total)}
-        yield {"total": total, "parts": parts, **load, **{name: collected.stats[name] for name in ("reward", "kl")}}
+            figures = {"reward": rollout.raw_scores.mean().item(), "kl": rollout.kl.sum(1).mean().item()}
+            yield {"total": total, "parts": parts, **load, **figures}
+            spent.clear()
+            before = cpu_seconds()
 
 
 def timed_steps(steps: Iterator[dict], args: argparse.Namespace) -> list[dict]:
@@ -199,14 +216,20 @@ def summary(laps: list[dict]) -> dict:
     }
 
 
-def static_mb(bench: train.Models, interpreter: float) -> dict[str, float]:
+def static_mb(policy: PolicyModel, fixed: train.Fixed, interpreter: float) -> dict[str, float]:
     """What of the peak no batch makes larger; the rest of it is activations, logits, and what they leave."""
-    policy, reference = (
-        sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
-        for model in (bench.policy, bench.reference)
-    )
-    trained = {"weights": policy, "gradients": policy, "optimizer": 2 * policy}
-    return {"interpreter": interpreter, **trained, "reference": reference}
+    weights = weights_mb(policy)
+    return {
+        "interpreter": interpreter,
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "reference": weights_mb(fixed.reference),
+    }
+
+
+def weights_mb(model: torch.nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 
 
 def print_parts(laps: list[dict], size: Size, square: float) -> None:
@@ -234,8 +257,8 @@ def run(args: argparse.Namespace) -> dict:
     size, config = Size(*(getattr(args, name) for name in Size._fields)), settings(args)
     prepare_device(config)
     floor = measure_floor(size, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
-    bench = new_models(size, config)
-    steps = new_steps(bench, config, args.seed, args.ragged)
+    policy, fixed = new_models(size, config)
+    steps = new_steps(policy, fixed, config, args.ragged)
     laps = timed_steps(steps, args)
     times, peak = summary(laps), peak_mb()
     if args.stages:
@@ -249,17 +272,17 @@ def run(args: argparse.Namespace) -> dict:
         "threads": torch.get_num_threads(),
         "omp_wait_policy": os.environ["OMP_WAIT_POLICY"],
         "matmul_precision": torch.get_float32_matmul_precision(),
-        "attn": bench.policy.language_model.config._attn_implementation,
+        "attn": policy.language_model.config._attn_implementation,
         "fused_adam": True,
         "mixed_precision": args.mixed_precision,
-        "params": sum(p.numel() for p in bench.policy.parameters()),
+        "params": sum(p.numel() for p in policy.parameters()),
         "config": {**size._asdict(), "steps": args.steps, "lr": args.lr, "seed": args.seed},
         **times,
         "samples_per_s": size.batch / times["total_s"],
         **floor,
         "over_floor": times["total_s"] / floor["floor_s"],
         "peak_rss_mb": peak,
-        "static_mb": static_mb(bench, interpreter),
+        "static_mb": static_mb(policy, fixed, interpreter),
     }
 
 

@@ -1,4 +1,5 @@
-"""Shared by the tests: settings so small that the whole chain takes seconds, one finished run of it, and a tiny T5.
+"""Shared by the tests: settings so small that the whole chain takes seconds, one finished run of it, a tiny T5, and the
+command line from inside.
 
 A test module gets the fixtures by `pytest_plugins = ["micro"]`. Nothing here, and no test, reaches the network.
 (PYTEST_DONT_REWRITE: there are no tests in here.)
@@ -8,6 +9,7 @@ import atexit
 import contextlib
 import functools
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -47,6 +49,7 @@ SETTINGS = {
     "gradient_accumulation_steps": 1,
     "eval_samples": 4,
 }
+PPO = Path("saved_models/tiny/ppo")  # where the chain leaves its run
 
 
 def flags(**changes) -> list[str]:
@@ -63,6 +66,31 @@ def listing(folder: Path) -> dict[str, bytes]:
     """Everything below a folder, with the files' bytes; what Python itself caches is left out."""
     paths = [path for path in folder.rglob("*") if "__pycache__" not in path.parts]
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in sorted(paths)}
+
+
+def run_main(*arguments) -> int:
+    """The exit code of a command line, run in this process."""
+    return main.main([str(argument) for argument in arguments])
+
+
+def assert_refused(capsys, folder: Path, arguments: list, *words: str) -> None:
+    """The command ends with code 2 and one sentence on standard error that has the words; the folder is as before."""
+    before = listing(folder)
+    code = run_main(*arguments)
+    errors = capsys.readouterr().err
+    assert code == 2, (code, errors)
+    assert errors.startswith("error: ") and errors.endswith("\n") and len(errors.splitlines()) == 1, errors
+    for word in words:
+        assert word in errors, (word, errors)
+    after = listing(folder)
+    assert after == before, sorted(name for name in before | after if before.get(name) != after.get(name))
+
+
+def last_line_of_errors(capsys) -> str:
+    """The last line on standard error, above which there may be a progress bar but no traceback."""
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors, errors
+    return errors.splitlines()[-1]
 
 
 def review_texts(n: int = 200) -> list[str]:
@@ -95,7 +123,7 @@ def chain(tmp_path_factory) -> Chain:
     os.chdir(root)
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors):
-            assert main.main(["--task", "train", *flags()]) == 0
+            assert run_main("--task", "train", *flags()) == 0
     finally:
         os.chdir(here)
     return Chain(root, output.getvalue(), errors.getvalue())
@@ -107,6 +135,49 @@ def workplace(chain, tmp_path, monkeypatch) -> Path:
     shutil.copytree(chain.root / "saved_models", tmp_path / "saved_models")
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch) -> Path:
+    """The current directory of a test, with nothing in it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Training curves take seconds to draw: the chain's own are drawn, and those of the plot task."""
+    monkeypatch.setattr("run.plot_training", lambda folder, notice="": folder / "plots/training.png")
+
+
+@pytest.fixture
+def no_bars(monkeypatch):
+    """Bars take as long: they are drawn in one test of the evaluate task, and in test_plot.py."""
+    monkeypatch.setattr("plot.plot_comparison", lambda folder, notice="": folder / "plots/comparison.png")
+
+
+QUESTIONS = [{"question": f'What did "{name}" cost, $5 or 5\'?', "answer": name} for name in "ABCDEFGHIJ" * 4]
+
+
+@pytest.fixture
+def questions(empty) -> Path:
+    """The current directory of a test: prompts in it, and a reward function that needs the dataset's own rows."""
+    (empty / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (empty / "rewards.py").write_text(
+        "def reward(prompts, responses, rows):\n"
+        "    assert all(row['question'] == prompt for row, prompt in zip(rows, prompts, strict=True))\n"
+        "    return [response.count(row['answer'].lower()) for row, response in zip(rows, responses)]\n"
+    )
+    return empty
+
+
+def question_flags(model: Path) -> list[str]:
+    """Flags that train a model on the questions, rewarded by their function."""
+    names = ("n_updates", "batch_size", "mini_batch_size", "eval_samples", "max_new_tokens")
+    settings = {name: SETTINGS[name] for name in names} | {"max_prompt_length": 30}
+    paths = {"dataset_path": "prompts.jsonl", "prompt_column": "question", "reward_fn": "rewards.py:reward"}
+    options = {"base_model_name": model} | paths | settings | {"learning_rate": "1e-3"}
+    return [str(part) for name, value in options.items() for part in (f"--{name}", value)]
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,15 @@
-"""Do the tests notice? Change ppo.py in every small way that could be a mistake, one at a time, and run them.
+"""Do the tests notice? Change a module in every small way that could be a mistake, one at a time, and run its tests.
 
-    python tests/mutate.py ppo.py [--jobs 2] [--only estimate_advantages] [--list]
+    python tests/mutate.py train.py [--jobs 2] [--only update] [--list]
 
-Each mutant is written into a temporary copy of the project, never into the project itself, and the fast tests of the
-mathematics run on it in a forked process, up to the first failure. A mutant that no test notices has survived: either
+Each mutant is written into a temporary copy of the project, never into the project itself, and the module's own fast
+tests run on it in a forked process, up to the first failure. A mutant that no test notices has survived: either
 a test is missing, or the change makes no difference, and then EQUIVALENT below says why.
 """
 
 import argparse
 import ast
+import importlib
 import itertools
 import os
 import shutil
@@ -21,49 +22,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["test_ppo.py", "test_convergence.py"]
+TESTS = {  # those of the reading path, and what its random numbers are
+    "ppo.py": ["test_ppo.py", "test_convergence.py"],
+    "model.py": ["test_model.py"],
+    "generate.py": ["test_generate.py"],
+    "train.py": ["test_train.py", "test_optimum.py"],
+    "randomness.py": ["test_randomness.py"],
+}
 # Instead of the project's own options, which may start processes of their own.
-OPTIONS = ["-o", "addopts=", "--torchtyping-patch-typeguard", "--typeguard-packages=ppo", "-x", "-q", "--assert=plain"]
+OPTIONS = ["-o", "addopts=", "--torchtyping-patch-typeguard", "-x", "-q", "--assert=plain"]
 OPTIONS += ["-p", "no:cacheprovider", "-m", "not slow"]
 TIMEOUT = 120  # seconds; only a mutant that loops for ever gets there
 
 # (function, statement before, statement after): why no test can tell the two apart. They still count as survivors.
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     (
-        "cut",
-        "if tensor.dim() == 1:",
-        "if tensor.dim() <= 1:",
-    ): "no field of a Rollout is a single number",
-    (
-        "cut",
-        "return tensor[:, query_columns if name.startswith('query') else time_columns]",
-        "return tensor[:, query_columns if name.startswith('query_') else time_columns]",
-    ): "the two fields that begin with query are query_ids and query_mask",
-    (
         "response_mask",
         "return is_eos.cumsum(1) - is_eos == 0",
         "return is_eos.cumsum(1) - is_eos <= 0",
     ): "a count is never negative",
-    (
-        "token_logprobs",
-        "return LogSoftmaxAt.apply(logits, tokens[..., None])[..., 0]",
-        "return LogSoftmaxAt.apply(logits, tokens[..., None])[..., -1]",
-    ): "the axis has size 1",
-    (
-        "token_entropy",
-        "logprobs = (row.log_softmax(-1) for row in logits)",
-        "logprobs = (row.log_softmax(1) for row in logits)",
-    ): "of two axes 1 is the last",
-    (
-        "token_entropy",
-        "return torch.stack([-(row.exp() * row).sum(-1) for row in logprobs])",
-        "return torch.stack([-(row.exp() * row).sum(1) for row in logprobs])",
-    ): "of two axes 1 is the last",
-    (
-        "shape_scores",
-        "scores = masked_whiten(scores[:, None], torch.ones_like(scores, dtype=torch.bool)[:, None])[:, 0]",
-        "scores = masked_whiten(scores[:, None], torch.ones_like(scores, dtype=torch.bool)[:, None])[:, -1]",
-    ): "the axis has size 1",
     (
         "shape_rewards",
         "if (lengths == 0).any():",
@@ -94,11 +71,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "advantage = next_value = torch.zeros_like(rewards[:, 0])",
         "advantage = next_value = torch.zeros_like(rewards[:, -1])",
     ): "all columns have the same shape",
-    (
-        "value_losses",
-        "values, old_values, returns = (torch.where(mask, x, 0.0) for x in (values, old_values, returns))",
-        "values, old_values, returns = (torch.where(mask, x, 1.0) for x in (values, old_values, returns))",
-    ): "beyond the mask V = V_old = R, whatever that number is, and so the loss is 0",
 }
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -301,9 +273,9 @@ def start(folder: Path, target: str, source: str) -> int:
 
     The exit status is pytest's: 0 if all tests passed, 1 if one failed, 2 if the mutant cannot even be imported.
     """
-    shutil.copytree(ROOT / "tests" / "data", folder / "tests" / "data")
-    for name in ["pyproject.toml", "tests/conftest.py", *(f"tests/{name}" for name in TESTS)]:
-        shutil.copy(ROOT / name, folder / name)
+    for file in [*ROOT.glob("*.py"), ROOT / "presets.yaml", ROOT / "pyproject.toml"]:
+        shutil.copy(file, folder)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / target).write_text(source)
     pid = os.fork()
     if pid:
@@ -314,7 +286,24 @@ def start(folder: Path, target: str, source: str) -> int:
     os.dup2(os.open("log.txt", os.O_CREAT | os.O_WRONLY), 1)
     os.dup2(1, 2)
     sys.path.remove(str(ROOT / "tests"))  # put there by Python, as this script's folder
-    os._exit(int(pytest.main([*OPTIONS, *(f"tests/{name}" for name in TESTS)])))
+    tests = [f"tests/{name}" for name in TESTS[target]]
+    os._exit(int(pytest.main([*OPTIONS, f"--typeguard-packages={Path(target).stem}", *tests])))
+
+
+def modules_without(target: str) -> list[str]:
+    """The project's modules that do not import the target, themselves or through another: all mutants share them."""
+    imports = {}
+    for file in ROOT.glob("*.py"):
+        imports[file.stem] = set()
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imports[file.stem] |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imports[file.stem].add(node.module)
+    tainted = {Path(target).stem}
+    while more := {name for name in imports if imports[name] & tainted} - tainted:
+        tainted |= more
+    return sorted(imports.keys() - tainted)
 
 
 def run_all(todo: list[Mutant], target: str, jobs: int) -> dict[str, int]:
@@ -354,7 +343,7 @@ def report(mutant: Mutant, status: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("target", help="the module to mutate, relative to the root of the project")
+    parser.add_argument("target", choices=TESTS, help="the module to mutate")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="only mutants of functions whose name contains this")
     parser.add_argument("--list", action="store_true", help="list the mutants without running them")
@@ -369,10 +358,14 @@ def main() -> None:
             print(f"line {mutant.line}, {mutant.key[0]}\n    - {mutant.key[1]}\n    + {mutant.key[2]}")
         return
 
-    import pytest  # noqa: F401  imported once here, so that each child has it from the start
+    import pytest  # noqa: F401  imported once here, as are the others, so that each child has them from the start
     import torch
     import torchtyping  # noqa: F401
+    from transformers import GPT2LMHeadModel, LlamaForCausalLM, T5ForConditionalGeneration  # noqa: F401
 
+    sys.path.append(str(ROOT))
+    for name in modules_without(args.target):
+        importlib.import_module(name)
     torch.set_num_threads(1)
     torch.testing.assert_close(torch.zeros(1), torch.zeros(1))
     unchanged = Mutant(0, ("none", "the code as it is", "the code as it is"), source)
@@ -385,7 +378,8 @@ def main() -> None:
     print(f"{killed} of {len(todo)} mutants killed ({100 * killed / max(len(todo), 1):.1f} %)", end="; ")
     print(f"{len(survivors)} survived, {len(excused)} of them equivalent")
     if not args.only:
-        for key in set(EQUIVALENT) - {mutant.key for mutant in survivors}:
+        own = {mutant.key[0] for mutant in every}
+        for key in {key for key in EQUIVALENT if key[0] in own} - {mutant.key for mutant in survivors}:
             print("no longer a survivor, remove it from EQUIVALENT:", *key, sep="\n    ")
     sys.exit(len(survivors) > len(excused))
 

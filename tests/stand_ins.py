@@ -10,7 +10,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project, for a run as a script
@@ -40,13 +40,17 @@ from transformers import (
 
 from classifier import classifier_batch, cut_short, special_ends
 from config import Config
+from randomness import uniforms
 from reward import load_reward_model
-from sft import Example, fit, language_batch, length_grouped, own_loss, perplexity, token_pieces
+from sft import Example, endless_batches, fit, length_grouped, own_loss, perplexity, token_pieces
 
 CPU = torch.device("cpu")
-BATCH, LENGTH, WIDTH = 16, 64, 64  # texts a step, tokens of a piece of text, width of every model
+BATCH = 16  # texts a step
+LENGTH = 64  # tokens of a piece of text
+WIDTH = 64  # of every model
 READ = 128  # last tokens of a query that T5 learns from
-WRITER, READER = 2000, 8000  # tokens in the vocabulary of a model that writes, and of one that only reads
+WRITER = 2000  # tokens in the vocabulary of a model that writes
+READER = 8000  # and of one that only reads
 SPREAD = 0.02 * (768 / WIDTH) ** 0.5  # of the initial weights: 0.02 is for a width of 768
 
 CLASSIFIERS = {  # architecture, examples and labels by id
@@ -56,36 +60,6 @@ CLASSIFIERS = {  # architecture, examples and labels by id
     "reward_model": ("distilbert", "reviews", ("LABEL_0", "LABEL_1")),
     "reward_model_final": ("roberta", "answers", ("LABEL_0",)),  # a regression head
 }
-
-
-def new_tokenizers(texts: list[str]) -> dict[str, PreTrainedTokenizerBase]:
-    """A tokenizer of every architecture, with the special tokens of the real ones and a vocabulary of these texts."""
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    llama = {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>", "model_max_length": 1024}
-    roberta = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}
-    blank = {
-        "gpt2": GPT2Tokenizer(model_max_length=1024),
-        "llama": PreTrainedTokenizerFast(tokenizer_object=bpe, **llama),
-        "roberta": RobertaTokenizer(vocab=roberta, model_max_length=512),
-    }
-    sizes = {"gpt2": WRITER, "llama": WRITER, "roberta": READER}
-    trained = {name: blank[name].train_new_from_iterator(texts, sizes[name], show_progress=False) for name in blank}
-    bos = trained["llama"].bos_token
-    trained["llama"].backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", special_tokens=[(bos, trained["llama"].bos_token_id)]
-    )
-    lower = word_pieces([text.lower() for text in texts], READER)
-    wordpiece = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *(piece for piece in lower if len(piece) == 1)]
-    wordpiece += [piece[1:] if piece.startswith("▁") else f"##{piece}" for piece in lower if piece != "▁"]
-    wordpiece = {piece: i for i, piece in enumerate(dict.fromkeys(wordpiece))}
-    unigram = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    unigram += [(piece, -math.log(rank + 2)) for rank, piece in enumerate(word_pieces(texts, WRITER))]
-    unigram += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
-    return trained | {
-        "distilbert": DistilBertTokenizer(vocab=wordpiece, model_max_length=512),
-        "t5": T5Tokenizer(vocab=unigram, model_max_length=512),
-    }
 
 
 def word_pieces(texts: list[str], size: int) -> list[str]:
@@ -101,19 +75,64 @@ def word_pieces(texts: list[str], size: int) -> list[str]:
     return sorted(vocabulary, key=vocabulary.get)
 
 
+def llama_tokenizer(texts: list[str]) -> PreTrainedTokenizerBase:
+    """Byte-level as GPT-2's, with another token at the start of every text."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    blank = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<|begin_of_text|>", eos_token="<|end_of_text|>", model_max_length=1024
+    )
+    tokenizer = blank.train_new_from_iterator(texts, WRITER, show_progress=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)]
+    )
+    return tokenizer
+
+
+def wordpiece_vocabulary(texts: list[str]) -> dict[str, int]:
+    """Ids of DistilBERT's special tokens, of letters, and of parts of words: ## before one that begins no word."""
+    pieces = word_pieces([text.lower() for text in texts], READER)
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    names += [piece for piece in pieces if len(piece) == 1]
+    names += [piece[1:] if piece.startswith("▁") else f"##{piece}" for piece in pieces if piece != "▁"]
+    return {name: i for i, name in enumerate(dict.fromkeys(names))}
+
+
+def unigram_vocabulary(texts: list[str]) -> list[tuple[str, float]]:
+    """T5's special tokens, parts of words with log-probabilities that fall with their rank, and T5's sentinels."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(piece, -math.log(rank + 2)) for rank, piece in enumerate(word_pieces(texts, WRITER))]
+    pieces += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(100))]
+    return pieces
+
+
+def new_tokenizers(texts: list[str]) -> dict[str, PreTrainedTokenizerBase]:
+    """A tokenizer of every architecture, with the special tokens of the real ones and a vocabulary of these texts."""
+    gpt2 = GPT2Tokenizer(model_max_length=1024)
+    roberta = RobertaTokenizer(vocab={"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4}, model_max_length=512)
+    return {
+        "gpt2": gpt2.train_new_from_iterator(texts, WRITER, show_progress=False),
+        "llama": llama_tokenizer(texts),
+        "roberta": roberta.train_new_from_iterator(texts, READER, show_progress=False),
+        "distilbert": DistilBertTokenizer(vocab=wordpiece_vocabulary(texts), model_max_length=512),
+        "t5": T5Tokenizer(vocab=unigram_vocabulary(texts), model_max_length=512),
+    }
+
+
 def new_model(kind: str, tokenizer: PreTrainedTokenizerBase, labels: tuple[str, ...] = ()) -> PreTrainedModel:
     """A small model of this architecture, the same at every call; with labels, a classifier."""
     torch.manual_seed(0)
-    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     common = {"vocab_size": len(tokenizer), "initializer_range": SPREAD}
-    hidden = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if kind == "gpt2":
         return GPT2LMHeadModel(GPT2Config(**common, **ends, n_positions=1024, n_embd=WIDTH, n_layer=2, n_head=4))
+    hidden = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
     if kind == "llama":
         return LlamaForCausalLM(
             LlamaConfig(**common, **ends, **hidden, num_key_value_heads=2, max_position_embeddings=1024)
         )
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     if kind == "roberta":
         config = RobertaConfig(**common, **hidden, **names, max_position_embeddings=514, type_vocab_size=1)
         return RobertaForSequenceClassification(config)
@@ -138,19 +157,22 @@ def save(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     tokenizer.save_pretrained(folder)
 
 
-def train(model: PreTrainedModel, lengths: list[int], batch_of: Callable, steps: int, rate: float, name: str) -> None:
-    """Train on batches of examples of like length, without dropout: models as small as these do better so."""
-    groups = length_grouped(lengths, BATCH, torch.Generator().manual_seed(0))
-    fit(model, map(batch_of, groups), steps, rate, name, lambda model, batch: own_loss(model.eval(), batch))
+def loss_without_dropout(model: PreTrainedModel, batch: dict) -> torch.Tensor:
+    """Models as small as these learn better so."""
+    return own_loss(model.eval(), batch)
 
 
 def fit_language(model: PreTrainedModel, examples: list[Example], steps: int, rate: float, name: str) -> None:
     """Train a language model to write the examples' completions."""
-
-    def batch_of(group: list[int]) -> dict:
-        return language_batch([examples[i] for i in group], 0, model.config.is_encoder_decoder, CPU)
-
-    train(model, [sum(map(len, example)) for example in examples], batch_of, steps, rate, name)
+    batches = endless_batches(
+        examples,
+        batch_size=BATCH,
+        seed=0,
+        pad_id=0,
+        is_encoder_decoder=model.config.is_encoder_decoder,
+        device=CPU,
+    )
+    fit(model, batches, steps, rate, name, loss_without_dropout)
 
 
 def fit_classifier(
@@ -159,19 +181,27 @@ def fit_classifier(
     """Train a classifier on labelled texts: on any part of them, but on answers behind all that it can read."""
     pairs = examples(tables, task, "train")
     texts = tokenizer([text for text, _ in pairs], add_special_tokens=False).input_ids
-    (before, behind), kind = special_ends(tokenizer), float if model.config.num_labels == 1 else int
-    generator = torch.Generator().manual_seed(0)
+    labels = [label for _, label in pairs]
     model.base_model.embeddings.position_embeddings.weight.data.zero_()  # those never trained then do no harm
-    add_log_odds(model, texts, [label for _, label in pairs])
+    add_log_odds(model, texts, labels)
+    if model.config.num_labels == 1:  # a regression
+        labels = [float(label) for label in labels]
+    batches = labelled_batches(texts, labels, tokenizer, cuts=task != "answers")
+    fit(model, batches, steps, 1e-3, name, loss_without_dropout)
 
-    def part(ids: list[int]) -> list[int]:
-        return ids[2 - tokenizer.model_max_length :] if task == "answers" else cut_short(ids, LENGTH, generator)
 
-    def batch_of(group: list[int]) -> dict:
-        parts, labels = [before + part(texts[i]) + behind for i in group], [kind(pairs[i][1]) for i in group]
-        return classifier_batch(parts, labels, tokenizer.pad_token_id, CPU)
-
-    train(model, list(map(len, texts)), batch_of, steps, 1e-3, name)
+def labelled_batches(texts: list[list[int]], labels: list, tokenizer, cuts: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """Endless batches of texts of like length: with `cuts`, of parts of them, else of all that the model can read."""
+    before, behind = special_ends(tokenizer)
+    room = tokenizer.model_max_length - 2  # beside a special token at each end
+    groups = length_grouped([len(ids) for ids in texts], BATCH, seed=0)
+    for number, group in enumerate(groups):
+        draws = uniforms(0, "cuts", number, (len(group), 2)).tolist()
+        parts = []
+        for i, (whole, end) in zip(group, draws, strict=True):
+            part = cut_short(texts[i], LENGTH, whole=whole, end=end) if cuts else texts[i][-room:]
+            parts.append(before + part + behind)
+        yield classifier_batch(parts, [labels[i] for i in group], tokenizer.pad_token_id, CPU)
 
 
 def add_log_odds(model: PreTrainedModel, texts: list[list[int]], labels: list[int]) -> None:
@@ -186,8 +216,10 @@ def add_log_odds(model: PreTrainedModel, texts: list[list[int]], labels: list[in
 
 def accuracy(path: Path, pairs: list[tuple[str, int]]) -> float:
     """Share of the texts that the saved classifier, read as a reward, puts on the right side of a half."""
-    rewards = load_reward_model(Config(reward_output="probability"), str(path), CPU)([text for text, _ in pairs])
-    return ((rewards > 0.5) == torch.tensor([label == 1 for _, label in pairs])).float().mean().item()
+    reward_model = load_reward_model(Config(reward_output="probability"), str(path), CPU)
+    is_above = reward_model([text for text, _ in pairs]) > 0.5
+    is_one = torch.tensor([label == 1 for _, label in pairs])
+    return (is_above == is_one).float().mean().item()
 
 
 def respond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, queries: list[str]) -> list[str]:
@@ -206,7 +238,8 @@ def build_causal(
     reviews = column(tables, "stanfordnlp/imdb", "text")
     mixed = reviews + column(tables, "knkarthick/dialogsum", "dialogue") + column(tables, "ChanceFocus/en-fpb", "text")
     held_out = column(tables, "stanfordnlp/imdb", "text", split="test")[::2]
-    gpt2, perplexities = new_model("gpt2", tokenizers["gpt2"]), {}
+    gpt2 = new_model("gpt2", tokenizers["gpt2"])
+    perplexities = {}
     for name, kind, model, texts in (
         ("distilgpt2", "gpt2", gpt2, mixed),
         ("lvwerra/gpt2-imdb", "gpt2", gpt2, reviews),
@@ -242,19 +275,25 @@ def build_t5(folder: Path, tables: Tables, tokenizer: PreTrainedTokenizerBase, s
 
     Returns the shares of en-fpb's held-out queries answered rightly, and of held-out dialogues whose summary is one.
     """
-    name, template = "google/flan-t5-base", "Summarize the following conversation.\n\n{}\n\nSummary:"
+    name = "google/flan-t5-base"
+    template = "Summarize the following conversation.\n\n{}\n\nSummary:"
     pairs = [(template.format(row["dialogue"]), row["summary"]) for row in tables["knkarthick/dialogsum"]["train"]]
     pairs += [(row["query"], row["answer"]) for dataset in FLARE for row in tables[dataset]["train"]]
-    ids = [tokenizer(list(side)).input_ids for side in zip(*pairs, strict=True)]
+    queries = tokenizer([query for query, _ in pairs]).input_ids
+    answers = tokenizer([answer for _, answer in pairs]).input_ids
+    learned = [
+        Example(prompt=query[-READ:], completion=answer[-READ:]) for query, answer in zip(queries, answers, strict=True)
+    ]
     model = new_t5(tokenizer)
-    fit_language(model, [Example(*(one[-READ:] for one in pair)) for pair in zip(*ids, strict=True)], steps, 3e-3, name)
+    fit_language(model, learned, steps, 3e-3, name)
     save(folder / name, model, tokenizer)
-    settings = json.loads((folder / name / "config.json").read_text(encoding="utf-8"))
-    text = json.dumps(settings | {"tie_word_embeddings": False}, indent=2)
-    (folder / name / "config.json").write_text(text, encoding="utf-8")
-    queries, rights = (column(tables, "ChanceFocus/en-fpb", part, split="test") for part in ("query", "answer"))
-    answers = respond(model, tokenizer, queries)
-    right = sum(map(str.__eq__, answers, rights)) / len(rights)
+    path = folder / name / "config.json"
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tie_word_embeddings"] = False
+    path.write_text(json.dumps(settings, indent=2), encoding="utf-8")
+    rights = column(tables, "ChanceFocus/en-fpb", "answer", split="test")
+    responses = respond(model, tokenizer, column(tables, "ChanceFocus/en-fpb", "query", split="test"))
+    right = sum(response == answer for response, answer in zip(responses, rights, strict=True)) / len(rights)
     dialogues = column(tables, "knkarthick/dialogsum", "dialogue", split="test")[:64]
     summaries = respond(model, tokenizer, [template.format(dialogue) for dialogue in dialogues])
     told = sum(len(summary.split()) > 2 for summary in summaries) / len(summaries)
@@ -264,7 +303,9 @@ def build_t5(folder: Path, tables: Tables, tokenizer: PreTrainedTokenizerBase, s
 
 def build(folder: Path, data: Path | None = None, steps: int = 600) -> dict[str, float]:
     """Every stand-in under `folder`, each trained for about this many steps. Returns what each is worth, by name."""
-    tables = generated(max(120, min(1000, 16 * steps))) | (real(data) if data else {})
+    tables = generated(max(120, min(1000, 16 * steps)))
+    if data:
+        tables |= real(data)
     for rows in tables["stanfordnlp/imdb"].values():
         rows.sort(key=lambda row: row["label"])  # as on the Hub: the negative ones first
     write_tables(folder, tables)

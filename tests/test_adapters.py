@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_close
 from safetensors.torch import load_file, save_file
 from test_model import QUERIES, RESPONSES, encode
 from tiny_models import BUILDERS, FAMILIES, letter_tokenizer, tiny_gpt2, tiny_granite, tiny_t5
@@ -38,9 +39,21 @@ def shake(policy, scale: float = 0.3) -> None:
                 parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
 
 
+def score(policy, responses=RESPONSES):
+    query_ids, query_mask, response_ids, response_mask = encode(policy, responses=responses)
+    return policy.score(
+        query_ids=query_ids, query_mask=query_mask, response_ids=response_ids, response_mask=response_mask
+    )
+
+
+def mask_of(policy) -> torch.Tensor:
+    """True on the responses' real tokens."""
+    return encode(policy)[3]
+
+
 def logprobs(policy) -> torch.Tensor:
     with torch.no_grad():
-        return policy.score(*encode(policy)).logprobs
+        return score(policy).logprobs
 
 
 @pytest.mark.parametrize("trained_before", [False, True])
@@ -66,7 +79,7 @@ def test_the_reference_is_a_frozen_adapter_on_the_same_weights(base, tmp_path, t
     assert not any(p.requires_grad for p in reference.parameters())
 
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=0.05)
-    policy.score(*encode(policy)).logprobs.sum().backward()
+    score(policy).logprobs.sum().backward()
     optimizer.step()
     assert (logprobs(policy) - start).abs().max() > 0.05
     assert torch.equal(logprobs(reference), start)
@@ -97,7 +110,7 @@ def test_a_merged_policy_needs_no_peft(base, tmp_path):
     factory = AutoModelForSeq2SeqLM if policy.is_encoder_decoder else AutoModelForCausalLM
     assert "peft" not in json.loads((tmp_path / "run/manifest.json").read_text())["loads_with"]
     assert "lora" not in " ".join(factory.from_pretrained(tmp_path / "run").state_dict())
-    torch.testing.assert_close(logprobs(load_policy(Config(), str(tmp_path / "run"), CPU)), before, rtol=0, atol=1e-4)
+    assert_close(logprobs(load_policy(Config(), str(tmp_path / "run"), CPU)), before, atol=1e-4)
     assert torch.equal(logprobs(policy), before)  # merging was done on a copy
 
 
@@ -216,7 +229,8 @@ def test_an_adapter_is_in_float32_whatever_its_base_is_in_and_trains(base, tmp_p
 def step_on(policy, rate: float) -> None:
     """An optimizer step that makes the responses likelier."""
     optimizer = torch.optim.Adam([p for p in policy.parameters() if p.requires_grad], lr=rate)
-    (-policy.score(*encode(policy)).logprobs[encode(policy)[3]].sum()).backward()
+    loss = -score(policy).logprobs[mask_of(policy)].sum()
+    loss.backward()
     optimizer.step()
 
 
@@ -244,11 +258,11 @@ def test_a_policy_in_few_bits_is_trained_through_its_adapter(bits, apart, family
     policy = load_policy(config, str(tmp_path / "base"), CPU).eval()
     kinds = {p.dtype for p in policy.language_model.parameters() if not p.requires_grad}
     assert {"load_in_8bit": torch.int8, "load_in_4bit": torch.uint8}[bits] in kinds
-    mask = encode(policy)[3]
+    mask = mask_of(policy)
     start = logprobs(policy)
     assert 0 < (start - full)[mask].abs().mean() < apart / 4 and (start - full)[mask].abs().max() < apart
     reference = frozen_copy(policy)
-    torch.testing.assert_close(logprobs(reference), start, rtol=0, atol=1e-6)
+    assert_close(logprobs(reference), start, atol=1e-6)
 
     frozen = {n: p.clone() for n, p in policy.language_model.named_parameters() if not p.requires_grad}
     adapter = {n: p.clone() for n, p in policy.named_parameters() if "lora_B" in n}
@@ -261,11 +275,11 @@ def test_a_policy_in_few_bits_is_trained_through_its_adapter(bits, apart, family
     assert adapter and not any(torch.equal(moved[name], weight) for name, weight in adapter.items())
     after = logprobs(policy.eval())
     assert (after - start)[mask].sum() > 1
-    torch.testing.assert_close(logprobs(reference), start, rtol=0, atol=1e-6)
+    assert_close(logprobs(reference), start, atol=1e-6)
 
     save_policy(policy, letter_tokenizer(), tmp_path / "run")
     again = load_policy(Config(**{bits: True, "lora_r": 4}), str(tmp_path / "run"), CPU).eval()
-    torch.testing.assert_close(logprobs(again), after, rtol=0, atol=1e-6)
+    assert_close(logprobs(again), after, atol=1e-6)
     factory = AutoModelForSeq2SeqLM if policy.is_encoder_decoder else AutoModelForCausalLM
     plain = peft.PeftModel.from_pretrained(factory.from_pretrained(tmp_path / "base"), tmp_path / "run")
     ours = {name: weight for name, weight in policy.language_model.named_parameters() if "lora" in name}
@@ -318,7 +332,7 @@ def test_8_bits_without_an_adapter_are_refused():
 
 def values(policy, responses=RESPONSES) -> torch.Tensor:
     with torch.no_grad():
-        return policy.score(*encode(policy, responses=responses)).values
+        return score(policy, responses).values
 
 
 def with_random_head(config: Config, folder) -> object:
@@ -332,12 +346,12 @@ def test_a_separate_critic_starts_as_the_trunk_and_then_goes_its_own_way(base):
     policy = with_random_head(Config(critic="separate"), base)
     shared = load_policy(Config(), str(base), CPU).eval()
     shared.value_head.load_state_dict(policy.value_head.state_dict())
-    mask = encode(policy)[3]
+    mask = mask_of(policy)
     before = values(policy)
-    torch.testing.assert_close(before[mask], values(shared)[mask], rtol=0, atol=1e-5)
+    assert_close(before[mask], values(shared)[mask])
     shake(policy.language_model)
     assert torch.equal(values(policy), before)
-    policy.score(*encode(policy)).logprobs.sum().backward()
+    score(policy).logprobs.sum().backward()
     assert all(p.grad is None for p in policy.critic.parameters())
     shake(policy.critic)
     assert (values(policy) - before)[mask].abs().max() > 0.1
@@ -350,7 +364,7 @@ def test_an_encoder_critic_values_the_prompt_alone(tmp_path):
     baseline = values(policy)
     assert torch.equal(baseline, baseline[:, :1].expand_as(baseline))
     others = [[(token + 3) % 9 + 2 for token in response] for response in RESPONSES]
-    torch.testing.assert_close(values(policy, others), baseline, rtol=0, atol=1e-6)
+    assert_close(values(policy, others), baseline, atol=1e-6)
     assert baseline[:, 0].std() > 0.1
     with torch.no_grad():
         for row, query in enumerate(QUERIES):  # the mean over the real tokens, each prompt alone and without padding

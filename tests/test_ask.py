@@ -21,12 +21,9 @@ import main
 from ask import before_stop, given_prompts, read_prompts, stream
 from config import Config, UsageError
 from generate import respond
+from randomness import uniforms
 
 pytest_plugins = ["micro"]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -131,12 +128,13 @@ def test_a_stream_shows_word_by_word_what_a_batch_shows_at_once(kind, monkeypatc
     policy, prompt = tiny_policy(KINDS[kind], vocab_size=len(tokenizer), **ends), "The film was"
     shown = 0
     for seed in range(5):
-        config = Config(task="generate", max_new_tokens=30, seed=seed)
-        ids = [tokenizer(prompt).input_ids]
+        config = Config(task="generate", max_new_tokens=30)
+        ids, numbers = [tokenizer(prompt).input_ids], uniforms(seed, "generate", 0, (1, 30))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", screen := Screen())
-            stream(policy, tokenizer, prompt, ids, config, seeded(seed))
-        whole = prompt + policy.separator + respond(policy, tokenizer, ids, config, seeded(seed))[-1][0] + "\n"
+            stream(policy, tokenizer, prompt, ids, numbers, config)
+        response = respond(policy, tokenizer, ids, numbers, config).texts[0]
+        whole = prompt + policy.separator + response + "\n"
         assert screen.getvalue() == whole
         assert all(after.startswith(before) for before, after in itertools.pairwise(screen.states))
         shown += len(set(screen.states))
@@ -156,12 +154,12 @@ def test_a_stream_keeps_the_spaces_that_begin_a_line(ids, monkeypatch):
     tokenizer, drawn = metaspace_tokenizer(), [6, 5, 3, 4, 6, 5, 6]
     assert tokenizer.decode(drawn) == "c\n b c\n c"
 
-    def drawing(policy, tokenizer, prompts, config, generator, on_tokens):
+    def drawing(*_, on_tokens):
         for token in drawn:
             on_tokens(torch.tensor([token]))
-        return [" c\n b c\n c"]
+        return SimpleNamespace(texts=[" c\n b c\n c"])
 
-    monkeypatch.setattr(ask, "respond", lambda *arguments: (None, drawing(*arguments)))
+    monkeypatch.setattr(ask, "respond", drawing)
     monkeypatch.setattr(sys, "stdout", screen := Screen())
     stream(SimpleNamespace(is_encoder_decoder=False, separator=""), tokenizer, "A long prompt", [ids], None, None)
     assert screen.getvalue() == "A long prompt c\n b c\n c\n"
@@ -173,10 +171,10 @@ def test_half_a_letter_waits_for_the_rest_of_it(monkeypatch, tokenizer):
     responses = [tokenizer.decode(ids), tokenizer.decode(ids[:-1])]
     for end, response in zip((len(ids), len(ids) - 1), responses, strict=True):
 
-        def drawing(*arguments, end=end, response=response):
+        def drawing(*_, on_tokens, end=end, response=response):
             for token in ids[:end]:
-                arguments[-1](torch.tensor([token]))
-            return None, [response]
+                on_tokens(torch.tensor([token]))
+            return SimpleNamespace(texts=[response])
 
         monkeypatch.setattr(ask, "respond", drawing)
         with monkeypatch.context() as patch:

@@ -2,17 +2,15 @@
 
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import dataclass
 from unittest.mock import patch
 
-import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cost, floor, learning, step
 from benchmarks.floor import Size, backward_products, flops, forward_products, matrix_products
-from ppo import Rollout
 
 TINY = Size(32, 2, 2, vocab=64, batch=4, minibatch=2, query_len=9, response_len=60, ppo_epochs=3)
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY._asdict().items()]
@@ -33,15 +31,15 @@ def test_products_of_a_forward_and_a_backward_pass_by_hand():
 
 def test_counted_products_are_those_of_the_shipped_code():
     args = step.parse(FLAGS)
-    bench, counted = step.new_models(TINY, step.settings(args)), Counter()
-    for model in (bench.policy, bench.reference):
+    (policy, fixed), counted = step.new_models(TINY, step.settings(args)), Counter()
+    for model in (policy, fixed.reference):
         model.language_model.set_attn_implementation("eager")  # torch's counter does not know the CPU's fused one
 
     def counting(part, function):
         def call(*args, **kwargs):
             with FlopCounterMode(display=False) as counter:
                 result = function(*args, **kwargs)
-            counted["reference" if args[0] is bench.reference else part] += counter.get_total_flops()
+            counted["reference" if args[0] is fixed.reference else part] += counter.get_total_flops()
             return result
 
         return call
@@ -50,7 +48,7 @@ def test_counted_products_are_those_of_the_shipped_code():
         for part, place in step.PARTS.items():
             if part not in ("rollout", "update"):
                 stack.enter_context(patch.object(*place, counting(part, getattr(*place))))
-        next(step.new_steps(bench, step.settings(args), seed=0))
+        next(step.new_steps(policy, fixed, step.settings(args)))
     expected = {part: flops(products) for part, products in matrix_products(TINY).items()}
     assert counted["sampling"] == expected["sampling"]
     for part in ("scoring", "reference", "update forward", "update backward"):  # with the value head
@@ -102,10 +100,14 @@ def test_no_step_is_started_when_the_time_is_up():
 
 
 def test_ragged_responses_have_every_length_and_nothing_else_is_changed():
-    others = {field.name: None for field in fields(Rollout)} | {"rewards": torch.randn(2000, 7)}
-    rollout = Rollout(**others | {"mask": torch.ones(2000, 7, dtype=torch.bool)})
-    cut = step.ragged(rollout, np.random.default_rng(0))
-    assert cut.rewards is rollout.rewards
+    @dataclass
+    class Whole:
+        mask: torch.Tensor
+        logprobs: torch.Tensor
+
+    whole = Whole(torch.ones(2000, 7, dtype=torch.bool), torch.randn(2000, 7))
+    cut = step.cut_responses(lambda: whole, seed=0)()
+    assert cut.logprobs is whole.logprobs
     assert (cut.mask.long().diff(dim=1) <= 0).all()  # a prefix of each row
     counts = torch.bincount(cut.mask.sum(1), minlength=8)
     assert counts[0] == 0 and (counts[1:] > 200).all()  # 286 expected of each, standard deviation 16

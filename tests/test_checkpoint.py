@@ -23,6 +23,8 @@ from checkpoint import (
     write_whole,
 )
 from config import RunError, UsageError, to_json
+from model import PolicyModel
+from sft import new_language_model
 
 pytest_plugins = ["micro"]
 
@@ -83,10 +85,16 @@ def test_whole_folder_below_a_file_is_a_run_error(tmp_path):
 
 def test_write_whole_replaces_a_file_only_at_the_end(tmp_path, monkeypatch):
     """Until the rename, a reader finds the old text under the name, whatever has been written aside."""
-    path, seen = tmp_path / "log", []
+    path = tmp_path / "log"
     write_whole(path, "old")
+    seen = []
     fsync = os.fsync
-    monkeypatch.setattr(os, "fsync", lambda number: (seen.append(path.read_text()), fsync(number)))
+
+    def watched(number):
+        seen.append(path.read_text())
+        fsync(number)
+
+    monkeypatch.setattr(os, "fsync", watched)
     write_whole(path, "nëw")
     assert seen == ["old"]
     assert path.read_text(encoding="utf-8") == "nëw"
@@ -107,7 +115,8 @@ def test_write_whole_keeps_the_old_file_when_it_cannot_finish(tmp_path, monkeypa
 
 
 def test_move_into_moves_every_file_over_what_is_there(tmp_path):
-    source, target = tmp_path / "source", tmp_path / "target"
+    source = tmp_path / "source"
+    target = tmp_path / "target"
     for folder, files in ((source, "ab"), (target, "bc")):
         folder.mkdir()
         for name in files:
@@ -180,6 +189,20 @@ def test_a_stage_counts_as_trained_only_with_the_settings_of_this_run(tmp_path):
     for change in ({"sft_steps": 9}, {"n_layer": 2}, {"dataset_path": "mine.csv"}, {"prompt_column": "review"}):
         with pytest.raises(UsageError, match=f"--{next(iter(change))} "):
             trained_stage(micro_config(**change), str(folder), "sft")
+    with pytest.raises(UsageError) as refusal:
+        trained_stage(micro_config(n_layer=2, sft_steps=9), str(folder), "sft")
+    assert str(refusal.value) == (
+        f"{folder} was trained with --n_layer {trained.n_layer} --sft_steps {trained.sft_steps}, and this run asks for "
+        "--n_layer 2 --sft_steps 9; give the flags that it has, or a --run_name of its own to this run"
+    )
+
+
+def test_the_notice_counts_the_parameters_of_a_model_with_all_its_tokens(tokenizer):
+    config = micro_config(vocab_size=len(tokenizer), n_layer=3, n_embd=24, context_length=20)
+    policy = PolicyModel(new_language_model(config, tokenizer))
+    n_parameters = sum(parameter.numel() for parameter in policy.parameters())
+    assert f"a language model of at most {n_parameters:,} parameters, trained here" in notice(config)
+    assert notice(micro_config(base_model_name="gpt2")) == ""
 
 
 def test_the_newest_run_is_the_one_whose_policy_was_saved_last(tmp_path, monkeypatch):
@@ -242,7 +265,8 @@ def test_what_is_no_final_policy_does_not_give_way_to_one(change, words, tmp_pat
 
 
 def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path):
-    folder, config = tmp_path / "deep" / "ppo", micro_config()
+    folder = tmp_path / "deep" / "ppo"
+    config = micro_config()
     claim_folder(folder, config)
     assert names(folder) == {"run_config.json", "NOTICE.txt"}
     assert (folder / "run_config.json").read_text() == to_json(config)

@@ -1,5 +1,6 @@
 """The reward stage: labelled texts, pairs of answers, and how certain the result is."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ from tiny_models import letter_tokenizer
 import classifier
 from classifier import (
     bradley_terry_loss,
+    class_batches,
     classifier_batch,
     cut_short,
     held_out_predictions,
@@ -28,24 +30,50 @@ pytest_plugins = ["micro"]
 CPU = torch.device("cpu")
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def test_half_of_the_texts_are_cut_short_at_any_length():
-    """Of ten tokens, all are kept with probability 1/2 + 1/2 x 1/10, and any other number with 1/20."""
-    ids, seed = list(range(10)), generator()
-    cuts = [cut_short(ids, 100, seed) for _ in range(4000)]
-    assert all(cut == ids[: len(cut)] and cut for cut in cuts)
-    counts = [sum(len(cut) == kept for cut in cuts) / 4000 for kept in range(1, 11)]
-    assert counts[-1] == pytest.approx(0.55, abs=0.03)
-    assert counts[:-1] == pytest.approx([0.05] * 9, abs=0.015)
+@pytest.mark.parametrize(("end", "kept"), [(0.01, 1), (0.1, 1), (0.11, 2), (0.95, 10), (0.999, 10)])
+def test_a_text_is_cut_at_a_share_of_its_tokens_or_not_at_all(end, kept):
+    """Of ten tokens: one for end from 0 to 1/10, two to 2/10, ...; where `whole` is below a half, all."""
+    ids = list(range(10))
+    assert cut_short(ids, 100, whole=0.5, end=end) == ids[:kept]
+    assert cut_short(ids, 100, whole=0.49, end=end) == ids
 
 
 def test_a_long_text_keeps_its_last_tokens():
-    ids, seed = list(range(10)), generator()
-    cuts = [cut_short(ids, 3, seed) for _ in range(200)]
-    assert {tuple(cut) for cut in cuts} == {(0,), (0, 1), *((i, i + 1, i + 2) for i in range(8))}
+    ids = list(range(10))
+    assert cut_short(ids, 3, whole=0.0, end=0.0) == [7, 8, 9]
+    assert cut_short(ids, 3, whole=0.9, end=0.45) == [2, 3, 4]
+    assert cut_short(ids, 3, whole=0.9, end=0.15) == [0, 1]
+
+
+def test_half_of_the_texts_of_class_batches_are_cut_short_at_any_length():
+    """Of ten tokens, all are kept with probability 1/2 + 1/2 x 1/10, and any other number with 1/20."""
+    rows = [{"text": "abcdefghij", "label": n % 2} for n in range(100)]
+    config = micro_config(reward_batch_size=100)
+    batches = class_batches(rows=rows, config=config, tokenizer=Letters(), length=100, device=CPU)
+    lengths = []
+    for batch in itertools.islice(batches, 40):
+        whole = batch["input_ids"].shape[1] - 2
+        assert whole == 10
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            start, *cut, end = ids[mask.bool()].tolist()
+            assert (start, end) == (90, 91) and cut == list(range(10, 10 + len(cut)))
+            lengths.append(len(cut))
+    shares = [lengths.count(kept) / len(lengths) for kept in range(1, 11)]
+    assert shares[-1] == pytest.approx(0.55, abs=0.03)
+    assert shares[:-1] == pytest.approx([0.05] * 9, abs=0.015)
+
+
+def test_class_batches_keep_texts_and_labels_together_and_repeat_with_their_seed():
+    def draw(seed: int) -> list[dict]:
+        rows = [{"text": letter * 8, "label": n % 2} for n, letter in enumerate("abcdefghij")]
+        config = micro_config(reward_batch_size=4, seed=seed)
+        batches = class_batches(rows=rows, config=config, tokenizer=Letters(), length=3, device=CPU)
+        return list(itertools.islice(batches, 6))
+
+    for batch in draw(0):
+        assert (batch["input_ids"][:, 1] % 2).tolist() == batch["labels"].tolist()  # "a" is 10, "b" is 11, ...
+    ids = [[batch["input_ids"].tolist() for batch in draw(seed)] for seed in (0, 0, 1)]
+    assert ids[0] == ids[1] != ids[2]
 
 
 SEVEN = 24  # the id of "7" for `digits`
@@ -62,7 +90,8 @@ def digits():
 class ContainsSeven:
     """Predicts label 1 for a text with a 7 in it."""
 
-    device, config = CPU, SimpleNamespace(num_labels=2)
+    device = CPU
+    config = SimpleNamespace(num_labels=2)
 
     def __call__(self, input_ids, attention_mask):
         positive = ((input_ids == SEVEN) & attention_mask.bool()).any(1)
@@ -75,10 +104,13 @@ class Letters:
     pad_token_id = 0
 
     def __call__(self, texts, add_special_tokens=True):
-        texts = [texts] if isinstance(texts, str) else texts
-        ends = ([90], [91]) if add_special_tokens else ([], [])
-        ids = [ends[0] + [int(letter, 36) for letter in text] + ends[1] for text in texts]
-        return SimpleNamespace(input_ids=ids if len(ids) > 1 else ids[0])
+        if isinstance(texts, str):
+            return SimpleNamespace(input_ids=self.encode(texts, add_special_tokens))
+        return SimpleNamespace(input_ids=[self.encode(text, add_special_tokens) for text in texts])
+
+    def encode(self, text, add_special_tokens):
+        ids = [int(letter, 36) for letter in text]
+        return [90, *ids, 91] if add_special_tokens else ids
 
 
 def test_special_tokens_at_both_ends_are_found():
@@ -152,7 +184,8 @@ def test_the_bradley_terry_loss_stays_finite_far_out():
 class CountsSevens:
     """A reward of 1 for every 7 in a text."""
 
-    device, config = CPU, SimpleNamespace(num_labels=1)
+    device = CPU
+    config = SimpleNamespace(num_labels=1)
 
     def __call__(self, input_ids, attention_mask, labels=None):
         return SimpleNamespace(logits=((input_ids == SEVEN) & attention_mask.bool()).sum(1, keepdim=True).float())
@@ -189,7 +222,8 @@ def test_a_batch_of_pairs_is_the_chosen_texts_then_the_rejected_ones_of_the_same
     """Each row once a pass; of a long text the last tokens."""
     rows = [{"text": f"Film {n}:", "good": f"good {n}", "bad": f"bad {n}"} for n in range(6)]
     config = micro_config(**PAIRED, reward_batch_size=2)
-    batches, seen = pair_batches(rows, config, tokenizer, length, CPU, generator()), []
+    batches = pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=length, device=CPU)
+    seen = []
     for batch in [next(batches) for _ in range(3)]:
         texts = [
             ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)

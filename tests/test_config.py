@@ -1,5 +1,6 @@
 """Settings: where a value comes from, what is refused, and that every field does something."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -14,19 +15,20 @@ import torch
 from micro import SETTINGS, flags, micro_config, review_texts
 
 import classifier
-import config as config_module
 import evaluation
 import main
 import report
+import run
 import sft
 import train
 from checkpoint import new_ppo_folder, run_settings, stage_folder
 from config import PRESETS, Config, UsageError, coerce, parse_args, to_json
-from dataset import load_prompts, load_rows, n_rollouts
+from dataset import Prompt, load_prompts, load_rows, n_rollouts
 from device import pick_device
 from generate import respond
 from loading import load_tokenizer
-from reward import load_reward_terms
+from randomness import uniforms
+from reward import load_reward_terms, total_reward
 from sft import new_language_model, new_tokenizer
 
 pytest_plugins = ["micro"]
@@ -81,7 +83,8 @@ def test_a_file_may_be_yaml_or_json(tmp_path):
     (tmp_path / "b.json").write_text(
         json.dumps({"learning_rate": 1e-5, "n_updates": 100.0, "whiten_scores": True, "prompt": ["A", "B"], "seed": 3})
     )
-    first, second = parse("--config", tmp_path / "a.yaml"), parse("--config", tmp_path / "b.json")
+    first = parse("--config", tmp_path / "a.yaml")
+    second = parse("--config", tmp_path / "b.json")
     assert first == second
     assert (first.learning_rate, first.n_updates, first.seed) == (1e-5, 100, 3)
     assert (first.whiten_scores, first.dry_run, first.prompt) == (True, False, ("A", "B"))
@@ -147,21 +150,32 @@ BOUNDED = [name for name, spec in FIELDS.items() if spec.metadata["interval"]]
 @pytest.mark.parametrize("name", BOUNDED)
 def test_values_outside_a_fields_interval_are_refused_and_its_ends_are_not(name):
     """An end that belongs to the interval is allowed; one that does not, and what lies beyond, is named."""
-    interval = FIELDS[name].metadata["interval"]
+    spec = FIELDS[name]
+    interval = spec.metadata["interval"]
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    step = 1 if FIELDS[name].type is int else 0.125
-    outside = [low - step, low if interval[0] == "(" else low - step]
-    outside += [high + step, high if interval[-1] == ")" else high + step] if high < float("inf") else []
+    step = 1 if spec.type is int else 0.125
+    outside = [low - step]
+    inside = []
+    if interval[0] == "(":
+        outside.append(low)
+        inside.append(low + step)
+    else:
+        inside.append(low)
+    if interval[-1] == "]":
+        inside.append(high)
+        outside.append(high + step)
+    elif high < float("inf"):
+        outside += [high, high + step]
     for value in outside:
-        value = coerce(FIELDS[name], value)
+        value = coerce(spec, value)
         with pytest.raises(UsageError, match=f"--{name} is {value}, expected a value in "):
             Config(task="generate", **{name: value})
-    inside = [low if interval[0] == "[" else low + step, *([high] if interval[-1] == "]" else [])]
-    rest = {"batch_size": 64, "mini_batch_size": 64, "n_embd": 64, "n_head": 1}
-    rest |= {"mini_batch_size": 1} if name in ("batch_size", "gradient_accumulation_steps") else {}
+    fitting = {"batch_size": 64, "mini_batch_size": 64, "n_embd": 64, "n_head": 1}  # whatever the field's value is
+    if name in ("batch_size", "gradient_accumulation_steps"):
+        fitting["mini_batch_size"] = 1
     for value in inside:
-        value = coerce(FIELDS[name], value)
-        assert getattr(Config(task="generate", **rest | {name: value}), name) == value
+        settings = fitting | {name: coerce(spec, value)}
+        assert getattr(Config(task="generate", **settings), name) == value
 
 
 @pytest.mark.parametrize("name", [name for name, spec in FIELDS.items() if spec.metadata["choices"]])
@@ -247,6 +261,11 @@ def entry_of(name: str, help_text: str) -> str:
     return re.search(rf" --{name}[ ,].*?\(default .*?\)", " ".join(help_text.split()))[0]
 
 
+def without_spaces(text: str) -> str:
+    """The help breaks its lines at hyphens, too."""
+    return "".join(text.split())
+
+
 def test_help_does_not_wait_for_torch(help_text):
     assert help_text.endswith("code 0\nheavy []\n")
 
@@ -255,7 +274,7 @@ def test_help_does_not_wait_for_torch(help_text):
 def test_help_lists_every_field_with_its_limits_and_default(name, help_text):
     spec = FIELDS[name]
     entry = entry_of(name, help_text)
-    assert spec.metadata["help"].split()[0] in entry
+    assert without_spaces(spec.metadata["help"]) in without_spaces(entry)
     assert spec.metadata["interval"] in entry
     for choice in spec.metadata["choices"]:
         assert choice in entry
@@ -279,13 +298,15 @@ class Bench:
     """What a setting may change, each as something that can be compared; all of it in a folder of its own."""
 
     def __init__(self, folder: Path, stages: Path) -> None:
-        self.folder, self.sft, self.reward = folder, str(stages / "sft"), str(stages / "reward")
+        self.folder = folder
+        self.sft = str(stages / "sft")
+        self.reward = str(stages / "reward")
         (folder / "reward.py").write_text(
             "def reward(prompts, responses, rows):\n    return [float(len(response)) for response in responses]\n"
         )
-        rows = [
-            {"text": text, "other": text[::-1], "label": n % 2, "stars": 1} for n, text in enumerate(review_texts())
-        ]
+        rows = []
+        for number, text in enumerate(review_texts()):
+            rows.append({"text": text, "other": text[::-1], "label": number % 2, "stars": 1})
         (folder / "data").mkdir()
         for name, part in (("train", rows[:150]), ("test", rows[150:])):
             lines = "".join(json.dumps(row) + "\n" for row in part)
@@ -297,22 +318,20 @@ class Bench:
     def weights(self, config: Config) -> list:
         """The policy and its values after two updates."""
         torch.manual_seed(config.seed)
-        models, prompts = train.load_models(config, self.base(config), self.reward)
-        generator = torch.Generator().manual_seed(config.seed)
-        batches = train.prompt_batches(prompts, config.batch_size, generator)
+        policy, fixed, prompts = run.load_models(config, self.base(config), self.reward)
         folder = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
-        train.run_updates(models, batches, [], config, generator, folder)
-        return [parameter.tolist() for parameter in models.policy.parameters()]
+        run.run_updates(train.new_state(policy, config), fixed, prompts, config, folder)
+        return [parameter.tolist() for parameter in policy.parameters()]
 
     def policy(self, config: Config) -> list:
-        models, _ = train.load_models(config, self.base(config), self.reward)
-        first = next(models.policy.parameters())
-        kinds = [parameter.dtype for parameter in models.policy.parameters()]
-        return [first.dtype, models.policy.language_model.is_gradient_checkpointing, kinds]
+        policy, _, _ = run.load_models(config, self.base(config), self.reward)
+        first = next(policy.parameters())
+        kinds = [parameter.dtype for parameter in policy.parameters()]
+        return [first.dtype, policy.language_model.is_gradient_checkpointing, kinds]
 
     def reference(self, config: Config) -> list:
-        models, _ = train.load_models(config, self.base(config), self.reward)
-        return [parameter.dtype for parameter in models.reference.parameters()]
+        _, fixed, _ = run.load_models(config, self.base(config), self.reward)
+        return [parameter.dtype for parameter in fixed.reference.parameters()]
 
     def prompts(self, config: Config) -> list:
         """The held-out prompts, and those of training."""
@@ -327,14 +346,15 @@ class Bench:
             return str(error)
 
     def responses(self, config: Config) -> list[str]:
-        models, _ = train.load_models(dataclasses.replace(config, task="generate"), self.sft, self.reward)
-        ids = [models.tokenizer("The film").input_ids] * 4
-        return respond(models.policy, models.tokenizer, ids, config, torch.Generator().manual_seed(0))[-1]
+        policy, fixed, _ = run.load_models(dataclasses.replace(config, task="generate"), self.sft, self.reward)
+        ids = [fixed.tokenizer("The film").input_ids] * 4
+        random_numbers = uniforms(0, "generate", 0, (4, config.max_new_tokens))
+        return respond(policy, fixed.tokenizer, ids, random_numbers, config).texts
 
     def rewards(self, config: Config) -> list:
         terms = load_reward_terms(config, config.reward_model_path or self.reward, CPU)
-        texts = ["The film"] * 2, [" is good.", " is bad."]
-        return [values.tolist() for values in train.total_reward(terms, *texts, [{}, {}], config)[1].values()]
+        _, values = total_reward(terms, ["The film"] * 2, [" is good.", " is bad."], [{}, {}], config)
+        return [term.tolist() for term in values.values()]
 
     def language_model(self, config: Config) -> list:
         """Tokenizer, shape and first weights of a model that is trained from scratch."""
@@ -369,8 +389,8 @@ def quick_measures(request, monkeypatch):
     """The stages' measures on held-out reviews are tested elsewhere."""
     if "bench" in request.fixturenames:
         monkeypatch.setattr(sft, "perplexity", lambda *_: 1.0)
-        nothing = torch.ones(2)
-        monkeypatch.setattr(classifier, "held_out_predictions", lambda *_: ((nothing, nothing), ""))
+        nothing = classifier.Predictions(certainty=torch.ones(2), is_right=torch.ones(2, dtype=torch.bool))
+        monkeypatch.setattr(classifier, "held_out_predictions", lambda *_: (nothing, ""))
         monkeypatch.setattr(report, "write_logs", lambda *_: None)
 
 
@@ -378,9 +398,14 @@ def observed(name: str) -> Callable:
     return lambda bench, config: getattr(bench, name)(config)
 
 
-WEIGHTS, PROMPTS, RESPONSES, REWARDS = map(observed, ("weights", "prompts", "responses", "rewards"))
-POLICY, MODEL = map(observed, ("policy", "language_model"))
-SFT, REWARD = map(observed, ("trained_language_model", "trained_reward"))
+WEIGHTS = observed("weights")
+PROMPTS = observed("prompts")
+RESPONSES = observed("responses")
+REWARDS = observed("rewards")
+POLICY = observed("policy")
+MODEL = observed("language_model")
+SFT = observed("trained_language_model")
+REWARD = observed("trained_reward")
 DATA = {"dataset_path": "DATA"}  # stands for the folder of the bench
 MOVING = {"learning_rate": 0.03}  # far enough for the clips to bind
 TWO_TERMS = {"reward_fn": "FUNCTION", "reward_weights": "reward_fn=1,reward_model=1"}
@@ -469,30 +494,35 @@ EFFECTS = {
 }
 # Tested where they do their work: each of these decides what a whole command does.
 ELSEWHERE = {
-    "matmul_precision": "test_device.py: test_a_precision_that_is_asked_for_is_set",
-    "peft_model_path": "test_adapters.py: test_the_reference_is_a_frozen_adapter_on_the_same_weights",
-    "merge": "test_adapters.py: test_a_merged_policy_needs_no_peft",
-    "load_in_4bit": "test_adapters.py: test_8_bits_without_an_adapter_are_refused",
-    "eval_every": "test_main.py: test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts",
-    "final_dir": "test_main.py: test_the_newest_policy_is_also_put_where_final_dir_says",
-    "sft_first": "test_main.py: test_the_sft_stage_comes_first_where_that_is_asked_for",
-    "task": "test_main.py",
-    "dry_run": "test_main.py: test_a_dry_run_samples_and_leaves_nothing",
-    "prompt": "test_main.py: test_generate_answers_each_prompt_and_repeats_itself",
-    "prompts": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
-    "num_samples": "test_main.py: test_generate_draws_several_samples",
-    "output": "test_main.py: test_generate_reads_prompts_from_a_file_and_writes_json_lines",
-    "stop": "test_ask.py: test_a_stop_string_ends_what_is_printed_written_and_rewarded",
-    "policies": "test_main.py: test_evaluate_compares_any_number_of_policies",
-    "reference_column": "test_main.py: test_evaluate_reports_rouge_and_values_on_both_splits",
+    "matmul_precision": "test_a_precision_that_is_asked_for_is_set",
+    "peft_model_path": "test_the_reference_is_a_frozen_adapter_on_the_same_weights",
+    "merge": "test_a_merged_policy_needs_no_peft",
+    "load_in_4bit": "test_8_bits_without_an_adapter_are_refused",
+    "eval_every": "test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts",
+    "final_dir": "test_the_newest_policy_is_also_put_where_final_dir_says",
+    "sft_first": "test_the_sft_stage_comes_first_where_that_is_asked_for",
+    "task": "test_stages_run_alone_into_a_folder_of_their_own",
+    "dry_run": "test_a_dry_run_samples_and_leaves_nothing",
+    "prompt": "test_generate_answers_each_prompt_and_repeats_itself",
+    "prompts": "test_generate_reads_prompts_from_a_file_and_writes_json_lines",
+    "num_samples": "test_generate_draws_several_samples",
+    "output": "test_generate_reads_prompts_from_a_file_and_writes_json_lines",
+    "stop": "test_a_stop_string_ends_what_is_printed_written_and_rewarded",
+    "policies": "test_evaluate_compares_any_number_of_policies",
+    "reference_column": "test_evaluate_reports_rouge_and_values_on_both_splits",
 }
 
 
-def test_every_field_is_in_the_table():
+def functions_of(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+def test_every_field_is_in_one_of_the_tables_and_every_test_named_there_exists():
     assert set(EFFECTS) | set(ELSEWHERE) == set(FIELDS)
-    for where in ELSEWHERE.values():
-        file, _, test = where.partition(": ")
-        assert f"def {test}" in (Path(__file__).parent / file).read_text(encoding="utf-8")
+    assert set(EFFECTS).isdisjoint(ELSEWHERE)
+    tests = set().union(*(functions_of(path) for path in Path(__file__).parent.glob("test_*.py")))
+    assert set(ELSEWHERE.values()) <= tests
 
 
 BASELINES: dict = {}
@@ -502,7 +532,8 @@ def show(bench: Bench, observe: Callable, settings: dict):
     torch.set_float32_matmul_precision("highest")  # not as a run before this one has left it, nor the next line
     torch.backends.cuda.enable_flash_sdp(True)
     paths = {"DATA": bench.folder / "data", "FUNCTION": f"{bench.folder / 'reward.py'}:reward", "REWARD": bench.reward}
-    return observe(bench, micro_config(**{k: str(paths.get(v, v)) if v in paths else v for k, v in settings.items()}))
+    filled = {name: str(paths[value]) if value in paths else value for name, value in settings.items()}
+    return observe(bench, micro_config(**filled))
 
 
 @pytest.mark.parametrize("name", EFFECTS)
@@ -521,12 +552,129 @@ def test_without_a_change_nothing_changes(bench):
         assert show(bench, observe, {}) == first
 
 
-def test_no_field_is_without_a_reader():
-    """Each is read somewhere, as an attribute or through the sampling options; two by `Config.run_folder`."""
-    folder = Path(config_module.__file__).parent
-    code = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py") if path.name != "config.py")
-    unread = [name for name in FIELDS if f"config.{name}" not in code and f'"{name}"' not in code]
-    assert set(unread) <= {"preset", "run_name"}
+# ----------------------------------------------------------------------------------------------------------------
+# Every field is read
+# ----------------------------------------------------------------------------------------------------------------
+
+# Where fields are read by getattr(config, name) and the names are texts in the same function. checkpoint.TRAINED_ON and
+# its like are not among these: what is only compared with an earlier run's changes nothing.
+BY_NAME = {"sampling_options"}
+
+
+def parameters_of(function: ast.FunctionDef | ast.Lambda) -> list[ast.arg]:
+    return [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+
+
+class Reads(ast.NodeVisitor):
+    """Collects the attributes that a module reads of a Config: of a parameter that is annotated so.
+
+    The like attribute of anything else, as of a model's configuration, is none, nor is the name in a text.
+    """
+
+    def __init__(self) -> None:
+        self.found: set[str] = set()
+        self.configs: set[str] = set()  # the parameters in sight that are a Config
+
+    def visit_FunctionDef(self, function: ast.FunctionDef | ast.Lambda) -> None:
+        outside = self.configs
+        for parameter in parameters_of(function):
+            is_config = isinstance(parameter.annotation, ast.Name) and parameter.annotation.id == "Config"
+            self.configs = self.configs | {parameter.arg} if is_config else self.configs - {parameter.arg}
+        if getattr(function, "name", "") in BY_NAME:
+            texts = [node.value for node in ast.walk(function) if isinstance(node, ast.Constant)]
+            self.found.update(text for text in texts if text in FIELDS)
+        self.generic_visit(function)
+        self.configs = outside
+
+    visit_Lambda = visit_FunctionDef
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        if isinstance(node.ctx, ast.Load) and isinstance(node.value, ast.Name) and node.value.id in self.configs:
+            self.found.add(node.attr)
+        self.generic_visit(node)
+
+    def visit_Call(self, call: ast.Call) -> None:
+        if isinstance(call.func, ast.Name) and call.func.id == "getattr":
+            owner, name = call.args[:2]
+            if isinstance(owner, ast.Name) and owner.id in self.configs and isinstance(name, ast.Constant):
+                self.found.add(name.value)
+        self.generic_visit(call)
+
+
+def properties_of_config(source: str) -> dict[str, set[str]]:
+    """The fields that each property of class Config reads. Checks do not count: to refuse a value is no use of it."""
+    fields = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and any(ast.unparse(each) == "property" for each in node.decorator_list):
+            reads = [part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)]
+            fields[node.name] = set(reads) & set(FIELDS)
+    return fields
+
+
+def unread(fields, sources: dict[str, str]) -> list[str]:
+    """The fields that no module reads, by itself or through a property that it reads."""
+    reads = Reads()
+    for name, source in sources.items():
+        if name != "config.py":
+            reads.visit(ast.parse(source))
+    found = set(reads.found)
+    for name, read in properties_of_config(sources["config.py"]).items():
+        if name in reads.found:
+            found |= read
+    return [name for name in fields if name not in found]
+
+
+@pytest.fixture(scope="module")
+def sources() -> dict[str, str]:
+    """The text of every module."""
+    return {path.name: path.read_text(encoding="utf-8") for path in Path(main.__file__).parent.glob("*.py")}
+
+
+def test_no_field_is_without_a_reader(sources):
+    assert unread(FIELDS, sources) == []
+
+
+READS = """
+def train(config: Config, other, spec):
+    def step():
+        return config.gamma
+    return [step(), getattr(config, "lam"), other.kl_coef, spec.metadata["seed"], config.has_adapter]
+
+def load(config: PretrainedConfig, critic):
+    "This names config.top_k."
+    return config.vocab_size, critic.config.n_head, lambda config: config.epochs
+
+def sampling_options(config: Config):
+    return {name: getattr(config, name) for name in ("top_p",)}
+
+def write(config: Config):
+    config.device = "cpu"
+"""
+CONFIG = """
+class Config:
+    def __post_init__(self):
+        self.merge
+
+    @property
+    def has_adapter(self):
+        return self.lora_r
+
+    @property
+    def that_nothing_reads(self):
+        return self.stop
+"""
+
+
+def test_a_field_that_nothing_reads_is_found_whatever_has_the_same_name():
+    read = ["gamma", "lam", "lora_r", "top_p"]
+    not_read = ["kl_coef", "seed", "top_k", "vocab_size", "n_head", "epochs", "device", "merge", "stop", "no_field"]
+    assert unread(read + not_read, {"train.py": READS, "config.py": CONFIG}) == not_read
+
+
+@pytest.mark.parametrize("name", ["kl_target", "critic", "vocab_size", "reward_fn"])
+def test_a_reader_that_is_taken_away_is_missed(name, sources):
+    without = {file: re.sub(rf"\bconfig\.{name}\b", "config.seed", text) for file, text in sources.items()}
+    assert unread(FIELDS, without) == [name]
 
 
 def test_evaluation_reads_the_split_that_is_asked_for(monkeypatch, tokenizer):
@@ -537,12 +685,14 @@ def test_evaluation_reads_the_split_that_is_asked_for(monkeypatch, tokenizer):
 
     def load_prompts(config, tokenizer, part, limit):
         parts.append((part, limit))
-        return []
+        enough = config.eval_split == "both" and part == "validation"
+        return [Prompt("A film", [2, 3], {})] * 2 if enough else []
 
     monkeypatch.setattr(evaluation, "load_prompts", load_prompts)
-    for split in ("validation", "test", "both"):
-        with pytest.raises(UsageError, match=f"{'validation' if split == 'both' else split} has 0 prompts"):
-            evaluation.evaluate(micro_config(task="evaluate", output_dir="x", eval_split=split), "base", "reward")
+    for split, last in (("validation", "validation"), ("test", "test"), ("both", "test")):
+        config = micro_config(task="evaluate", output_dir="x", eval_split=split)
+        with pytest.raises(UsageError, match=f"{last} has 0 prompts"):
+            evaluation.evaluate(config, "base", "reward")
     assert parts == [("validation", 4), ("test", 4), ("validation", 4), ("test", 4)]
 
 

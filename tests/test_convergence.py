@@ -9,6 +9,7 @@ at a distance of up to .1. Each run must come close, and each run with one error
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -78,14 +79,23 @@ def tabular_ppo(task, run: Run) -> tuple[torch.Tensor, torch.Tensor]:
         for _ in range(run.epochs):
             order = torch.randperm(run.responses, generator=generator)
             for rows in order.chunk(run.minibatches):
-                loss = minibatch_loss(task, run, logits, values, ppo.select_rows(rollout, rows))
+                loss = minibatch_loss(task, run, logits, values, Rollout(*(tensor[rows] for tensor in rollout)))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
     return logits.detach(), values.detach()
 
 
-def sample(task, run: Run, logits, values, generator) -> ppo.Rollout:
+class Rollout(NamedTuple):
+    response_ids: torch.Tensor
+    mask: torch.Tensor
+    logprobs: torch.Tensor
+    values: torch.Tensor
+    advantages: torch.Tensor
+    returns: torch.Tensor
+
+
+def sample(task, run: Run, logits, values, generator) -> Rollout:
     tokens = torch.zeros(run.responses, task.time, dtype=torch.long)
     for t in range(task.time):
         state = task.prefixes(tokens)[:, t]
@@ -96,35 +106,25 @@ def sample(task, run: Run, logits, values, generator) -> ppo.Rollout:
     logprobs = ppo.token_logprobs(logits[states], tokens)
     ref_logprobs = ppo.token_logprobs(task.reference[states], tokens)
     kl = run.kl_sign * ppo.kl_estimate(logprobs, ref_logprobs, mask, run.estimator)
-    scores = ppo.shape_scores(task.score(tokens), (tokens == task.eos).any(1))
-    rewards = ppo.shape_rewards(scores, kl, mask, task.beta)
+    rewards = ppo.shape_rewards(task.score(tokens), kl, mask, task.beta)
     advantages = ppo.estimate_advantages(rewards, values[states], mask, 1.0, run.lam)
-    prompt = torch.zeros(run.responses, 1, dtype=torch.long)
-    return ppo.Rollout(
-        query_ids=prompt,
-        query_mask=prompt == 0,
+    return Rollout(
         response_ids=tokens,
         mask=mask,
         logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
         values=values[states],
-        scores=scores,
-        kl=kl,
-        rewards=rewards,
         advantages=ppo.masked_whiten(advantages, mask) if run.whiten else advantages,
         returns=ppo.estimate_returns(advantages, values[states], mask),
     )
 
 
-def minibatch_loss(task, run: Run, logits, values, part: ppo.Rollout) -> torch.Tensor:
-    time = part.mask.shape[1]
-    padded = torch.nn.functional.pad(part.response_ids, (0, task.time - time))
-    states = task.prefixes(padded)[:, :time]
-    logprobs = ppo.token_logprobs(logits[states], part.response_ids)
-    ratio = ppo.importance_ratio(logprobs, part.logprobs, part.mask)
-    policy, _ = ppo.policy_losses(ratio, run.policy_sign * part.advantages, part.mask, 0.2)
-    value, _ = ppo.value_losses(values[states], part.values, part.returns, part.mask, 0.2)
-    return ppo.masked_mean(policy, part.mask) + ppo.masked_mean(value, part.mask)
+def minibatch_loss(task, run: Run, logits, values, rows: Rollout) -> torch.Tensor:
+    states = task.prefixes(rows.response_ids)
+    logprobs = ppo.token_logprobs(logits[states], rows.response_ids)
+    ratio = ppo.importance_ratio(logprobs, rows.logprobs, rows.mask)
+    policy, _ = ppo.policy_losses(ratio, run.policy_sign * rows.advantages, rows.mask, 0.2)
+    value, _ = ppo.value_losses(values[states], rows.values, rows.returns, rows.mask, 0.2)
+    return ppo.masked_mean(policy, rows.mask) + ppo.masked_mean(value, rows.mask)
 
 
 def distance_and_value_error(task, **options) -> tuple[float, float]:

@@ -1,6 +1,5 @@
 """Rows, their parts, prompts, padding and decoding."""
 
-import collections
 import json
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from dataset import (
     PARTS,
     Prompt,
     batch_arithmetic,
+    batch_of,
     column,
     decode_responses,
     first_words,
@@ -23,7 +23,6 @@ from dataset import (
     load_prompts,
     load_rows,
     pad,
-    prompt_batches,
     with_prompt_column,
 )
 
@@ -59,7 +58,7 @@ def texts_of(rows: list[dict]) -> list[str]:
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.parquet"])
 def test_a_file_is_divided_into_parts_that_share_no_row(name, tmp_path):
-    """A quarter to judge, a twentieth to choose by, a tenth to report on, the rest to train on; nothing is lost."""
+    """A quarter to judge, a tenth to choose by, a tenth to report on, the rest to train on; nothing is lost."""
     parts = parts_of(write(tmp_path, name))
     assert {part: len(rows) for part, rows in parts.items()} == {"train": 55, "judge": 25, "validation": 10, "test": 10}
     rows = [row for part in parts.values() for row in part]
@@ -218,7 +217,7 @@ def test_the_batch_arithmetic_by_hand():
     config = micro_config(n_updates=10, batch_size=64, mini_batch_size=4, gradient_accumulation_steps=8, ppo_epochs=3)
     text = batch_arithmetic(config, 1000)
     assert "1,000 prompts; 10 updates x 64 prompts a rollout = 0.64 passes over them" in text
-    assert "each update: epochs 3 x optimizer steps 2 x forward passes 8 x rows 4" in text
+    assert "each update: epochs 3 x optimizer steps 2 x rows 32, at most 4 in a forward pass" in text
     assert text.endswith("optimizer steps in all: 60")
 
 
@@ -233,33 +232,61 @@ def test_padding_is_on_the_side_asked_for():
     assert ids.dtype == torch.long and mask.dtype == torch.bool
 
 
-def take(batches, n: int) -> list[list[int]]:
-    return [[prompt.ids[0] for prompt in next(batches)] for _ in range(n)]
-
-
 def numbered_prompts(n: int) -> list[Prompt]:
     return [Prompt(str(number), [number], {}) for number in range(n)]
+
+
+def numbers_of(batch: list[Prompt]) -> list[int]:
+    return [prompt.ids[0] for prompt in batch]
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(12, 4), (10, 4), (3, 7), (1, 2)])
 def test_batches_cover_every_prompt_once_a_pass(n, batch_size):
     """Also where a batch straddles two passes, and where it is larger than one."""
-    batches = prompt_batches(numbered_prompts(n), batch_size, torch.Generator().manual_seed(0))
-    drawn = take(batches, 3 * n)
-    assert {len(batch) for batch in drawn} == {batch_size}
-    flat = [number for batch in drawn for number in batch]
+    prompts = numbered_prompts(n)
+    batches = [numbers_of(batch_of(prompts, batch_size, number, seed=0)) for number in range(3 * n)]
+    assert {len(batch) for batch in batches} == {batch_size}
+    flat = [number for batch in batches for number in batch]
     passes = [flat[start : start + n] for start in range(0, len(flat), n)]
     assert all(sorted(numbers) == list(range(n)) for numbers in passes)
     assert n < 10 or passes[0] != passes[1]
 
 
-def test_batches_repeat_with_their_seed_and_change_with_it():
-    def draw(seed: int) -> list[list[int]]:
-        return take(prompt_batches(numbered_prompts(20), 5, torch.Generator().manual_seed(seed)), 8)
+@pytest.mark.parametrize("batch_size", [4, 25])
+def test_an_updates_prompts_do_not_depend_on_those_asked_for_before(batch_size):
+    """So that a run can go on from the number of its next update alone."""
+    prompts = numbered_prompts(10)
+    dataset.pass_order.cache_clear()
+    alone = batch_of(prompts, batch_size, 7, seed=3)
+    dataset.pass_order.cache_clear()
+    in_order = [batch_of(prompts, batch_size, number, seed=3) for number in range(8)]
+    assert in_order[7] == alone
+    assert batch_of(prompts, batch_size, 7, seed=3) == alone
+    assert batch_of(prompts, batch_size, 2, seed=3) == in_order[2]
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
-    assert collections.Counter(number for batch in draw(1) for number in batch) == dict.fromkeys(range(20), 2)
+
+def test_the_order_of_the_prompts_changes_with_the_seed():
+    prompts = numbered_prompts(20)
+    orders = [numbers_of(batch_of(prompts, 20, 0, seed)) for seed in (1, 2)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(20))
+
+
+def test_a_pass_is_shuffled_once(monkeypatch):
+    """However many batches are taken from it."""
+    passes = []
+
+    def permutation(seed, purpose, number, n):
+        passes.append((purpose, number))
+        return torch.arange(n)
+
+    monkeypatch.setattr(dataset, "permutation", permutation)
+    dataset.pass_order.cache_clear()
+    prompts = numbered_prompts(10)
+    batches = [numbers_of(batch_of(prompts, 4, number, seed=0)) for number in range(5)]
+    assert batches[2] == [8, 9, 0, 1]
+    assert passes == [("prompts", 0), ("prompts", 1)]
+    dataset.pass_order.cache_clear()  # of the orders made here
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -268,9 +295,17 @@ def test_batches_repeat_with_their_seed_and_change_with_it():
 
 
 def decode(tokenizer, prompts: list[str], responses: list[list[int]], encoder_decoder: bool = False) -> list[str]:
-    query = pad([tokenizer(prompt).input_ids for prompt in prompts], tokenizer.pad_token_id, "left")
-    response = pad(responses, tokenizer.pad_token_id, "right")
-    return decode_responses(tokenizer, *query, *response, encoder_decoder)
+    encoded = tokenizer(prompts, add_special_tokens=False).input_ids
+    query_ids, query_mask = pad(encoded, tokenizer.pad_token_id, "left")
+    response_ids, mask = pad(responses, tokenizer.pad_token_id, "right")
+    return decode_responses(
+        tokenizer,
+        query_ids=query_ids,
+        query_mask=query_mask,
+        response_ids=response_ids,
+        mask=mask,
+        is_encoder_decoder=encoder_decoder,
+    )
 
 
 def test_a_response_keeps_its_leading_space_and_loses_special_tokens(tokenizer):
@@ -281,12 +316,18 @@ def test_a_response_keeps_its_leading_space_and_loses_special_tokens(tokenizer):
 
 
 def test_what_stands_beyond_the_mask_is_not_decoded(tokenizer):
-    ids = torch.tensor([tokenizer(" good film").input_ids])
-    query, ones = torch.tensor([tokenizer("A").input_ids]), torch.ones(1, 1, dtype=torch.bool)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[:, :1] = True
-    expected = tokenizer.decode(ids[0, :1])
-    assert decode_responses(tokenizer, query, ones, ids, mask, False) == [expected]
+    query_ids, query_mask = pad([tokenizer("A").input_ids], 0, "left")
+    response_ids, mask = pad([tokenizer(" good film").input_ids], 0, "right")
+    mask[:, 1:] = False
+    texts = decode_responses(
+        tokenizer,
+        query_ids=query_ids,
+        query_mask=query_mask,
+        response_ids=response_ids,
+        mask=mask,
+        is_encoder_decoder=False,
+    )
+    assert texts == [tokenizer.decode(response_ids[0, :1])]
 
 
 def test_a_tokenizer_that_drops_leading_spaces_keeps_them_behind_a_prompt(t5_folder):
@@ -294,10 +335,9 @@ def test_a_tokenizer_that_drops_leading_spaces_keeps_them_behind_a_prompt(t5_fol
     tokenizer = AutoTokenizer.from_pretrained(t5_folder)
     ids = tokenizer("is good", add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == "is good"
-    query = pad([tokenizer("The film", add_special_tokens=False).input_ids], 0, "left")
-    response = pad([[*ids, tokenizer.eos_token_id]], 0, "right")
-    assert decode_responses(tokenizer, *query, *response, False) == [" is good"]
-    assert decode_responses(tokenizer, *query, *response, True) == ["is good"]
+    response = [*ids, tokenizer.eos_token_id]
+    assert decode(tokenizer, ["The film"], [response]) == [" is good"]
+    assert decode(tokenizer, ["The film"], [response], encoder_decoder=True) == ["is good"]
 
 
 def test_an_encoder_decoders_response_stands_alone(tokenizer):

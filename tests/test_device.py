@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import assert_close
 from tiny_models import tiny_policy
 
 import device
@@ -36,7 +37,8 @@ def test_products_by_default_have_the_error_of_float32():
     prepare_device(Config(device="cpu"))
     generator = torch.Generator().manual_seed(1)
     for m, k, n in ((3, 700, 129), (64, 64, 64), (257, 128, 1)):
-        left, right = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
+        left = torch.randn(m, k, generator=generator)
+        right = torch.randn(k, n, generator=generator)
         exact = left.double() @ right.double()
         assert (left @ right - exact).norm() < 1e-6 * exact.norm()
 
@@ -44,13 +46,15 @@ def test_products_by_default_have_the_error_of_float32():
 @pytest.mark.parametrize(("exact", "expected"), [("medium", "medium"), ("high", "high"), ("highest", "highest")])
 def test_the_loosest_exact_precision_is_found(exact, expected, monkeypatch):
     """A processor that multiplies in bfloat16 at every setting that is looser than `exact`."""
-    order, product = ("medium", "high", "highest"), torch.Tensor.__matmul__
+    order = ("medium", "high", "highest")
+    product = torch.Tensor.__matmul__
 
     def rounded(left, right):
-        loose = order.index(torch.get_float32_matmul_precision()) < order.index(exact)
-        if loose and left.dtype == torch.float32:
-            left, right = left.bfloat16().float(), right.bfloat16().float()
-        differs = 0 if torch.get_float32_matmul_precision() == "highest" else 1e-7
+        precision = torch.get_float32_matmul_precision()
+        if order.index(precision) < order.index(exact) and left.dtype == torch.float32:
+            left = left.bfloat16().float()
+            right = right.bfloat16().float()
+        differs = 0 if precision == "highest" else 1e-7
         return (product(left.double(), right.double()) * (1 + differs)).to(left.dtype)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
@@ -89,13 +93,20 @@ def test_attention_is_fused_where_that_is_fast_or_texts_are_long(settings, fused
 
 def test_attention_is_the_same_fused_or_not():
     policy = tiny_policy("gpt2")
-    batch = *pad([[5, 3, 8, 2], [4]], 0, "left"), *pad([[3, 4, 9], [5]], 0, "right")
-    found = []
+    query_ids, query_mask = pad([[5, 3, 8, 2], [4]], 0, "left")
+    response_ids, mask = pad([[3, 4, 9], [5]], 0, "right")
+    found = {}
     for fused in (True, False):
         torch.backends.cuda.enable_flash_sdp(fused)
-        scores = policy.score(*batch)
-        found.append(torch.stack([scores.logprobs, scores.values])[:, batch[3]].detach())
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+        with torch.profiler.profile() as profile, torch.no_grad():
+            scores = policy.score(
+                query_ids=query_ids, query_mask=query_mask, response_ids=response_ids, response_mask=mask
+            )
+        kernels = [event.name for event in profile.events()]
+        assert any("flash_attention" in name for name in kernels) == fused
+        found[fused] = scores
+    assert_close(found[True].logprobs[mask], found[False].logprobs[mask])
+    assert_close(found[True].values[mask], found[False].values[mask])
 
 
 FAULTS = """
@@ -118,6 +129,7 @@ print(first, faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator than glibc's")
 def test_freed_memory_is_used_again_without_the_system():
     """Ten tensors one after another: the system gives each its pages, of 4 KiB or 2 MiB; kept, the first alone."""
-    here = {"cwd": Path(device.__file__).parent, "capture_output": True, "text": True, "check": True}
-    first, kept = map(int, subprocess.run([sys.executable, "-c", FAULTS], **here).stdout.split())
+    here = Path(device.__file__).parent
+    done = subprocess.run([sys.executable, "-c", FAULTS], cwd=here, capture_output=True, text=True, check=True)
+    first, kept = (int(number) for number in done.stdout.split())
     assert first > 10 * 64 / 2 and kept < first / 5

@@ -28,6 +28,7 @@ from evaluation import (
 from model import PolicyModel
 from reviews import movie_reviews
 from sft import new_language_model
+from train import Fixed
 
 pytest_plugins = ["micro"]
 
@@ -228,8 +229,8 @@ def evaluated(policy, reference, tokenizer, **settings) -> list[dict]:
         "length": lambda prompts, responses, rows: torch.tensor([float(len(text)) for text in responses]),
     }
     prompts = [Prompt(text[:9], tokenizer(text[:9]).input_ids, {}) for text in review_texts(10)]
-    config = micro_config(reward_weights="length=0.5", batch_size=2, **settings)
-    return evaluate_policy(policy, reference, tokenizer, terms, prompts, config)
+    config = micro_config(**{"reward_weights": "length=0.5", "batch_size": 2} | settings)
+    return evaluate_policy(policy, Fixed(reference, tokenizer, terms), prompts, config)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
@@ -271,6 +272,16 @@ def test_two_policies_draw_with_the_same_random_numbers(tokenizer):
     assert [row["response"] for row in table] != [
         row["response"] for row in evaluated(policy, policy, tokenizer, seed=1)
     ]
+
+
+def test_an_evaluation_draws_alike_whatever_the_batches_are(tokenizer):
+    """Two evaluations are paired: prompt i has the same random numbers in each, in batches of any size."""
+    policy, reference = new_policy(tokenizer), new_policy(tokenizer, seed=1)
+    table = evaluated(policy, reference, tokenizer)
+    assert len({row["response"] for row in table}) > 5
+    for batch_size in (2, 10, 64):
+        again = evaluated(policy, reference, tokenizer, batch_size=batch_size)
+        assert [row["response_ids"] for row in again] == [row["response_ids"] for row in table]
 
 
 def row(query: str, response: str, reward: float, length: int, **changes) -> dict:

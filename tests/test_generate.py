@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import assert_close
 from tiny_models import EOS, FAMILIES, PAD, VOCAB, brute_force, letter_tokenizer, next_token, tiny_policy
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,10 +13,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 import ppo
 from config import Config
 from dataset import Prompt, pad
-from generate import draw, eval_mode, respond, sample
-from model import PolicyModel, frozen_copy
+from generate import Sample, draw, respond, sample
+from model import PolicyModel, eval_mode, frozen_copy
+from randomness import uniforms
 from sft import new_tokenizer
-from train import Models, collect_rollout
+from train import Fixed, collect_rollout
 
 pytest_plugins = ["micro"]
 QUERIES = [[5, 3, 8, 2, 9], [4, 7], [6], [2, 2, 10]]
@@ -26,12 +28,12 @@ def encode(policy: PolicyModel, queries=QUERIES, pad_id: int = PAD) -> list[torc
     return [*pad(queries, pad_id, "right" if policy.is_encoder_decoder else "left")]
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def assert_close(actual, expected, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(torch.as_tensor(actual), torch.as_tensor(expected), rtol=0, atol=atol)
+def sampled(
+    policy: PolicyModel, query_ids, query_mask, time: int, eos_id: int, pad_id: int, seed: int = 0, **options
+) -> Sample:
+    """`sample` with the random numbers that belong to the seed."""
+    numbers = uniforms(seed, "sampling", 0, (len(query_ids), time))
+    return sample(policy, query_ids, query_mask, numbers, eos_id=eos_id, pad_id=pad_id, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def test_greedy_equals_transformers_generate(family, training, checkpointing):
     if checkpointing:
         policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
     policy.train(training)
-    drawn = sample(policy, query_ids, query_mask, 12, EOS, PAD, temperature=0.0)
+    drawn = sampled(policy, query_ids, query_mask, 12, EOS, PAD, temperature=0.0)
     assert drawn.response_ids.tolist() == expected.tolist()
     assert policy.training == policy.language_model.training == training
     assert len(set(expected.flatten().tolist())) > 3  # else a wrong cache could go unnoticed
@@ -70,7 +72,7 @@ def test_greedy_equals_transformers_generate(family, training, checkpointing):
 def test_greedy_is_the_likeliest_token_at_every_step(family):
     """Oracle: the whole prefix anew for every token, without cache and without padding."""
     policy = tiny_policy(family)
-    drawn = sample(policy, *encode(policy), 6, NEVER, PAD, temperature=0.0)
+    drawn = sampled(policy, *encode(policy), 6, NEVER, PAD, temperature=0.0)
     for query, response in zip(QUERIES, drawn.response_ids.tolist(), strict=True):
         for t in range(6):
             assert response[t] == next_token(policy, query, response[:t])[0].argmax().item()
@@ -137,8 +139,8 @@ def test_sampled_frequencies_match_the_softmax(family, temperature, top_k, top_p
     with torch.no_grad():
         policy.language_model.get_output_embeddings().weight.mul_(0.5)  # leaves every token likely enough to turn up
     query = encode(policy, [QUERIES[0]] * DRAWS)
-    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": seeded()}
-    ids = sample(policy, *query, 2, NEVER, PAD, **options).response_ids
+    options = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    ids = sampled(policy, *query, 2, NEVER, PAD, **options).response_ids
     first = ids[:, 0].mode().values.item()
     for tokens, before in ((ids[:, 0], []), (ids[ids[:, 0] == first, 1], [first])):
         logits = next_token(policy, QUERIES[0], before)[0] / temperature
@@ -160,7 +162,7 @@ def test_every_token_of_a_large_vocabulary_can_be_drawn():
         policy.language_model.lm_head.weight.mul_(0.1)
     policy.language_model.generation_config.top_k = 5
     policy.language_model.generation_config.temperature = 0.1
-    ids = sample(policy, *encode(policy, [[5]] * DRAWS), 1, NEVER, PAD, generator=seeded()).response_ids
+    ids = sampled(policy, *encode(policy, [[5]] * DRAWS), 1, NEVER, PAD).response_ids
     assert len(ids.unique()) == 200
 
 
@@ -168,7 +170,7 @@ def test_every_token_of_a_large_vocabulary_can_be_drawn():
 @pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.8, 0.999, 1.0])
 def test_truncation_equals_a_naive_loop(top_k, top_p):
     """The middle of each kept token's interval draws it, with its share of their mass: no other token has a share."""
-    for logits in 2 * torch.randn(16, 8, generator=seeded(), dtype=torch.float64):
+    for logits in 2 * torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64):
         kept = torch.tensor(naive_truncation(logits.tolist(), top_k, top_p)).nonzero()[:, 0]
         shares = logits[kept].softmax(0)
         tokens, logprobs = draw(logits.expand(len(kept), 8), shares.cumsum(0) - shares / 2, top_k=top_k, top_p=top_p)
@@ -239,7 +241,7 @@ def test_draw_keeps_tokens_that_are_rarer_than_float32_can_tell():
 def test_sampler_and_score_give_the_same_log_probabilities(family, temperature):
     policy = tiny_policy(family)
     query = encode(policy, QUERIES * 4)
-    drawn = sample(policy, *query, 12, EOS, PAD, temperature=temperature, generator=seeded())
+    drawn = sampled(policy, *query, 12, EOS, PAD, temperature=temperature)
     with torch.no_grad():
         scored = policy.score(*query, *drawn[:2], temperature).logprobs
         other = policy.score(*query, *drawn[:2], 1.7 - temperature).logprobs
@@ -253,7 +255,7 @@ def test_sampler_and_score_give_the_same_log_probabilities(family, temperature):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sampled_log_probabilities_equal_brute_force(family):
     policy = tiny_policy(family)
-    drawn = sample(policy, *encode(policy), 8, EOS, PAD, temperature=0.7, generator=seeded())
+    drawn = sampled(policy, *encode(policy), 8, EOS, PAD, temperature=0.7)
     for i, query in enumerate(QUERIES):
         real = drawn.mask[i]
         expected = brute_force(policy, query, drawn.response_ids[i, real].tolist(), 0.7)[0]
@@ -262,7 +264,7 @@ def test_sampled_log_probabilities_equal_brute_force(family):
 
 def test_sampling_carries_no_gradient():
     policy = tiny_policy("gpt2")
-    drawn = sample(policy, *encode(policy), 4, EOS, PAD, generator=seeded())
+    drawn = sampled(policy, *encode(policy), 4, EOS, PAD)
     assert not any(x.requires_grad for x in drawn)
 
 
@@ -282,11 +284,12 @@ def forward_batch_sizes(policy: PolicyModel) -> list[int]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_row_is_sampled_as_if_it_were_alone(family):
-    """Row i of n draws with uniforms i·T to (i+1)·T of the generator. Alone and with the same, it is the same: neither
-    its neighbours, nor the padding that they bring, nor their leaving changes it."""
+    """Alone, with its own row of the random numbers, it is the same: neither its neighbours, nor the padding that they
+    bring, nor their leaving changes it."""
     policy, rows, time = tiny_policy(family), QUERIES * 3, 16
+    numbers = uniforms(5, "sampling", 0, (len(rows), time))
     sizes = forward_batch_sizes(policy)
-    drawn = sample(policy, *encode(policy, rows), time, EOS, PAD, generator=seeded(5))
+    drawn = sampled(policy, *encode(policy, rows), time, EOS, PAD, seed=5)
     assert sizes[0] == len(rows)
     assert sizes == sorted(sizes, reverse=True)
     assert len(set(sizes)) >= 2
@@ -295,12 +298,25 @@ def test_each_row_is_sampled_as_if_it_were_alone(family):
         running = int((lengths > step).sum())  # rows that have not ended before this step
         assert running <= size <= max(2 * running, 1)
     for i, query in enumerate(rows):
-        generator = seeded(5)
-        torch.rand(i * time, generator=generator, dtype=torch.float64)
-        alone = sample(policy, *encode(policy, [query]), time, EOS, PAD, generator=generator)
+        alone = sample(policy, *encode(policy, [query]), numbers[i : i + 1], EOS, PAD)
         n = lengths[i]
         assert alone.response_ids[0].tolist() == drawn.response_ids[i, :n].tolist()
         assert_close(alone.logprobs[0], drawn.logprobs[i, :n])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_halves_of_a_batch_draw_the_rows_of_the_whole(family):
+    """As two processes would: each makes the numbers of the whole batch and keeps its own rows."""
+    policy, rows = tiny_policy(family), QUERIES * 2
+    whole = sampled(policy, *encode(policy, rows), 8, EOS, PAD)
+    for half in (slice(0, 4), slice(4, 8)):
+        numbers = uniforms(0, "sampling", 0, (8, 8))[half]
+        part = sample(policy, *encode(policy, rows[half]), numbers, EOS, PAD)
+        width = part.mask.shape[1]
+        assert part.mask.tolist() == whole.mask[half, :width].tolist()
+        assert part.response_ids.tolist() == whole.response_ids[half, :width].tolist()
+        assert not whole.mask[half, width:].any()
+    assert whole.response_ids[:4].tolist() != whole.response_ids[4:].tolist()
 
 
 class Successor(PreTrainedModel):
@@ -334,7 +350,7 @@ def test_a_policy_that_counts():
     """Worked by hand: prompts that end in 3, 6, 8 and 1; the end is 9, the padding 0, and at most five tokens fit."""
     policy = PolicyModel(Successor(12))
     query = pad([[2, 3], [4, 5, 6], [8], [11, 1]], 0, "left")
-    drawn = sample(policy, *query, 5, eos_id=9, pad_id=0, generator=seeded())
+    drawn = sampled(policy, *query, 5, eos_id=9, pad_id=0)
     assert drawn.response_ids.tolist() == [[4, 5, 6, 7, 8], [7, 8, 9, 0, 0], [9, 0, 0, 0, 0], [2, 3, 4, 5, 6]]
     assert drawn.mask.sum(1).tolist() == [5, 3, 1, 5]
     assert_close(drawn.logprobs, torch.zeros(4, 5))
@@ -345,7 +361,7 @@ def test_a_policy_that_counts_loses_rows_that_ended():
     """Five prompts; after the first step three have ended, and after the third one more: 5, 2, 2, 2 rows computed."""
     policy = PolicyModel(Successor(12))
     query = pad([[8], [8], [2, 3], [8], [6]], 0, "left")
-    drawn = sample(policy, *query, 4, eos_id=9, pad_id=0)
+    drawn = sampled(policy, *query, 4, eos_id=9, pad_id=0)
     nine = [9, 0, 0, 0]
     assert drawn.response_ids.tolist() == [nine, nine, [4, 5, 6, 7], nine, [7, 8, 9, 0]]
     assert policy.language_model.read == [(5, 2), (2, 1), (2, 1), (2, 1)]
@@ -353,7 +369,7 @@ def test_a_policy_that_counts_loses_rows_that_ended():
 
 def test_sampling_stops_when_every_row_has_ended():
     policy = PolicyModel(Successor(12))
-    drawn = sample(policy, *pad([[7], [8]], 0, "left"), 10, eos_id=9, pad_id=0)
+    drawn = sampled(policy, *pad([[7], [8]], 0, "left"), 10, eos_id=9, pad_id=0)
     assert drawn.response_ids.tolist() == [[8, 9], [9, 0]]
     assert len(policy.language_model.read) == 2
 
@@ -361,7 +377,7 @@ def test_sampling_stops_when_every_row_has_ended():
 def test_a_token_behind_the_end_is_neither_real_nor_a_second_end():
     """With an EOS drawn first, the counting policy goes on to 10, 11, ... while the others need it to."""
     policy = PolicyModel(Successor(12))
-    drawn = sample(policy, *pad([[8], [2], [2]], 0, "left"), 3, eos_id=9, pad_id=0)
+    drawn = sampled(policy, *pad([[8], [2], [2]], 0, "left"), 3, eos_id=9, pad_id=0)
     assert drawn.response_ids.tolist() == [[9, 0, 0], [3, 4, 5], [3, 4, 5]]
     assert drawn.mask.tolist() == [[True, False, False], [True] * 3, [True] * 3]
     assert policy.language_model.read == [(3, 1), (3, 1), (3, 1)]
@@ -370,7 +386,9 @@ def test_a_token_behind_the_end_is_neither_real_nor_a_second_end():
 def test_each_steps_tokens_are_reported_when_they_are_drawn():
     policy, steps = PolicyModel(Successor(12)), []
     query = pad([[7], [2]], 0, "left")
-    sample(policy, *query, 3, 9, 0, on_tokens=lambda ids: steps.append((ids.tolist(), len(policy.language_model.read))))
+    sampled(
+        policy, *query, 3, 9, 0, on_tokens=lambda ids: steps.append((ids.tolist(), len(policy.language_model.read)))
+    )
     assert steps == [([8, 3], 1), ([9, 4], 2), ([10, 5], 3)]
 
 
@@ -379,7 +397,7 @@ def test_the_mask_ends_with_the_first_eos_whatever_the_pad_token(family):
     policy = tiny_policy(family)
     masks = []
     for pad_id in (PAD, EOS):
-        drawn = sample(policy, *encode(policy, QUERIES * 8, pad_id), 9, EOS, pad_id, generator=seeded())
+        drawn = sampled(policy, *encode(policy, QUERIES * 8, pad_id), 9, EOS, pad_id)
         assert torch.equal(drawn.mask, ppo.response_mask(drawn.response_ids, EOS))
         assert (drawn.response_ids[~drawn.mask] == pad_id).all()
         assert (drawn.logprobs[~drawn.mask] == 0).all()
@@ -398,8 +416,8 @@ def test_a_minimum_length_holds_back_the_end(family):
     """No EOS among the first tokens, drawn from what remains; after them it comes as always."""
     policy = tiny_policy(family)
     query = encode(policy, QUERIES * 16)
-    free = sample(policy, *query, 6, EOS, PAD, generator=seeded())
-    held = sample(policy, *query, 6, EOS, PAD, min_new_tokens=3, generator=seeded())
+    free = sampled(policy, *query, 6, EOS, PAD)
+    held = sampled(policy, *query, 6, EOS, PAD, min_new_tokens=3)
     assert free.mask.sum(1).min() == 1
     assert held.mask.sum(1).min() == 4
     logits = next_token(policy, QUERIES[0], [])[0]
@@ -410,7 +428,7 @@ def test_a_minimum_length_holds_back_the_end(family):
 def test_no_response_is_longer_than_max_new_tokens():
     policy = tiny_policy("gpt2")
     for longest in (1, 2, 7):
-        drawn = sample(policy, *encode(policy), longest, NEVER, PAD, generator=seeded())
+        drawn = sampled(policy, *encode(policy), longest, NEVER, PAD)
         assert drawn.response_ids.shape == (4, longest)
         assert drawn.mask.all()
 
@@ -418,14 +436,12 @@ def test_no_response_is_longer_than_max_new_tokens():
 def test_a_seed_decides_what_is_drawn():
     policy = tiny_policy("gpt2")
     torch.manual_seed(1)
-    one, same, other = (
-        sample(policy, *encode(policy, QUERIES * 4), 8, EOS, PAD, generator=seeded(seed)) for seed in (0, 0, 1)
-    )
+    one, same, other = (sampled(policy, *encode(policy, QUERIES * 4), 8, EOS, PAD, seed=seed) for seed in (0, 0, 1))
     assert torch.equal(one.response_ids, same.response_ids)
     assert torch.equal(one.logprobs, same.logprobs)
     assert one.response_ids.tolist() != other.response_ids.tolist()
     state = torch.get_rng_state()
-    sample(policy, *encode(policy), 8, EOS, PAD, generator=seeded())
+    sampled(policy, *encode(policy), 8, EOS, PAD)
     assert torch.equal(torch.get_rng_state(), state)  # the global generator is left alone
 
 
@@ -438,13 +454,15 @@ def test_a_seed_decides_what_is_drawn():
 def test_respond_pads_samples_and_decodes(family):
     policy = tiny_policy(family)
     config = Config(max_new_tokens=6, temperature=0.7, batch_size=4, mini_batch_size=4)
-    query_ids, query_mask, sampled, texts = respond(policy, letter_tokenizer(), QUERIES, config, seeded())
-    assert torch.equal(query_ids, encode(policy)[0])
-    assert torch.equal(query_mask, encode(policy)[1])
-    expected = sample(policy, *encode(policy), 6, EOS, PAD, temperature=0.7, generator=seeded())
-    for actual, wanted in zip(sampled, expected, strict=True):
-        assert torch.equal(actual, wanted)
-    for text, ids in zip(texts, sampled.response_ids.tolist(), strict=True):
+    drawn = respond(policy, letter_tokenizer(), QUERIES, uniforms(0, "sampling", 0, (4, 6)), config)
+    query_ids, query_mask = encode(policy)
+    assert torch.equal(drawn.query_ids, query_ids)
+    assert torch.equal(drawn.query_mask, query_mask)
+    expected = sampled(policy, query_ids, query_mask, 6, EOS, PAD, temperature=0.7)
+    assert torch.equal(drawn.response_ids, expected.response_ids)
+    assert torch.equal(drawn.mask, expected.mask)
+    assert torch.equal(drawn.logprobs, expected.logprobs)
+    for text, ids in zip(drawn.texts, drawn.response_ids.tolist(), strict=True):
         assert text == "".join("..abcdefghi"[i] for i in ids if i > EOS)
 
 
@@ -463,16 +481,16 @@ def test_a_rollout_trains_on_the_sampled_ids_not_on_their_text_tokenised_again()
         seen.extend(responses)
         return torch.zeros(len(responses))
 
-    models = Models(policy, frozen_copy(policy), tokenizer, {"zero": term})
-    collected = collect_rollout(models, prompts, config, 0.1, seeded())
+    fixed = Fixed(frozen_copy(policy), tokenizer, {"zero": term})
+    rollout = collect_rollout(policy, fixed, prompts, config, 0)
     query = encode(policy, [prompt.ids for prompt in prompts], tokenizer.pad_token_id)
-    expected = sample(policy, *query, 12, *ends.values(), generator=seeded())
-    assert torch.equal(collected.rollout.response_ids, expected.response_ids)
-    assert torch.equal(collected.rollout.mask, expected.mask)
-    assert seen == collected.responses
-    sampled = [ids[keep].tolist() for ids, keep in zip(expected.response_ids, expected.mask, strict=True)]
+    expected = sampled(policy, *query, 12, *ends.values())
+    assert torch.equal(rollout.response_ids, expected.response_ids)
+    assert torch.equal(rollout.mask, expected.mask)
+    assert seen == rollout.texts
+    drawn = [ids[keep].tolist() for ids, keep in zip(expected.response_ids, expected.mask, strict=True)]
     again = [tokenizer(text).input_ids for text in seen]
-    assert sum(one != other for one, other in zip(sampled, again, strict=True)) == 4
+    assert sum(one != other for one, other in zip(drawn, again, strict=True)) == 4
     assert any("\ufffd" in text for text in seen)  # bytes that are no character: the text cannot bring them back
 
 

@@ -2,10 +2,12 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
 import transformers.modeling_utils
+from helpers import assert_close
 from tiny_models import (
     BUILDERS,
     EOS,
@@ -23,6 +25,7 @@ from tiny_models import (
 )
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -33,6 +36,7 @@ from transformers import (
     T5Config,
 )
 
+import model
 import ppo
 from config import Config
 from dataset import pad
@@ -43,8 +47,17 @@ from loading import (
     prepare_config,
     save_policy,
 )
-from model import PolicyModel, frozen_copy, length_groups, position_ids, score_rows
-from report import TOLERANCE
+from model import (
+    PolicyModel,
+    frozen_copy,
+    length_groups,
+    position_ids,
+    score_in_passes,
+    thin_entropy,
+    thin_logprobs,
+)
+from preflight import TOLERANCE
+from randomness import uniforms
 from sft import new_tokenizer
 
 CPU = torch.device("cpu")
@@ -56,10 +69,6 @@ def encode(policy: PolicyModel, queries=QUERIES, responses=RESPONSES, query_side
     """Query ids and mask, response ids and mask, padded on the sides that the family wants."""
     side = query_side or ("right" if policy.is_encoder_decoder else "left")
     return [*pad(queries, PAD, side), *pad(responses, PAD, "right")]
-
-
-def assert_close(actual: torch.Tensor, expected, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(actual, torch.as_tensor(expected), rtol=0, atol=atol)
 
 
 def assert_equals_brute_force(policy: PolicyModel, batch, responses, temperature: float = 1.0, queries=QUERIES) -> None:
@@ -233,15 +242,74 @@ def test_score_refuses_a_temperature_that_is_not_positive(temperature):
         policy.score(*encode(policy), temperature)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_calling_the_policy_is_scoring(family):
-    policy = tiny_policy(family)
-    assert policy.is_encoder_decoder == (family == "t5")
-    for called, scored in zip(
-        policy(*encode(policy), 0.7, True), policy.score(*encode(policy), 0.7, True), strict=True
-    ):
-        assert torch.equal(called, scored)
-    assert policy.score(*encode(policy)).entropy is None
+def test_calling_the_policy_is_scoring():
+    """`forward` takes what `score` takes: a wrapper such as DistributedDataParallel calls it, hooks and all."""
+    policy, seen = tiny_policy("gpt2"), []
+    policy.register_forward_hook(lambda module, inputs, outputs: seen.append(outputs))
+    batch = encode(policy)
+    called = policy(*batch, 0.7, True)
+    assert len(seen) == 1 and seen[0] is called
+    for i, (query, response) in enumerate(zip(QUERIES, RESPONSES, strict=True)):
+        logprobs, values, entropy = brute_force(policy, query, response, 0.7)
+        assert_close(called.logprobs[i, : len(response)], logprobs)
+        assert_close(called.values[i, : len(response)], values)
+        assert_close(called.entropy[i, : len(response)], entropy)
+
+
+def test_entropy_is_there_only_where_it_is_asked_for():
+    policy = tiny_policy("gpt2")
+    batch = encode(policy)
+    assert policy.score(*batch).entropy is None
+    assert score_in_passes(policy, *batch, mini_batch_size=2).entropy is None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The forms that save memory equal the equations of ppo.py
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def logits_and_tokens() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits, tokens, and a weight for each of their numbers."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 3 * torch.randn(2, 3, 7, dtype=torch.float64, generator=generator)
+    tokens = torch.randint(7, (2, 3), generator=generator)
+    weight = torch.randn(2, 3, dtype=torch.float64, generator=generator)
+    return logits.requires_grad_(), tokens, weight
+
+
+def test_thin_logprobs_and_their_gradient_are_those_of_the_equation():
+    logits, tokens, weight = logits_and_tokens()
+    before = logits.detach().clone()
+    equation, thin = ppo.token_logprobs(logits, tokens), thin_logprobs(logits, tokens)
+    assert_close(thin, equation, atol=1e-12)
+    (expected,) = torch.autograd.grad((weight * equation).sum(), logits)
+    (actual,) = torch.autograd.grad((weight * thin).sum(), logits)
+    assert_close(actual, expected, atol=1e-12)
+    assert expected.abs().max() > 0.1
+    assert torch.equal(logits.detach(), before)
+
+
+def test_thin_entropy_and_its_gradient_are_those_of_the_equation():
+    logits, _, weight = logits_and_tokens()
+    equation, thin = ppo.token_entropy(logits), thin_entropy(logits)
+    assert_close(thin, equation, atol=1e-12)
+    (expected,) = torch.autograd.grad((weight * equation).sum(), logits)
+    (actual,) = torch.autograd.grad((weight * thin).sum(), logits)
+    assert_close(actual, expected, atol=1e-12)
+    assert expected.abs().max() > 0.1
+
+
+def test_a_gradient_of_thin_logprobs_is_there_once():
+    """It is written over what it is made of: a second one, or a gradient of it, is refused, not made wrong."""
+    logits = torch.randn(1, 2, 3, requires_grad=True)
+    loss = thin_logprobs(logits, torch.tensor([[0, 2]])).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    loss = thin_logprobs(logits, torch.tensor([[0, 2]])).sum()
+    (gradient,) = torch.autograd.grad(loss, logits, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"does not require grad|differentiate twice"):
+        gradient.sum().backward()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -401,7 +469,7 @@ def test_a_bfloat16_policy_scores_in_float32_within_tolerance_of_its_sampler(fam
     assert policy.language_model.dtype == torch.bfloat16
     assert policy.value_head.weight.dtype == torch.float32
     query_ids, query_mask, _, _ = encode(policy)
-    drawn = sample(policy, query_ids, query_mask, 8, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    drawn = sample(policy, query_ids, query_mask, uniforms(0, "sampling", 0, (4, 8)), EOS, PAD)
     scores = policy.score(query_ids, query_mask, *drawn[:2], with_entropy=True)
     assert {x.dtype for x in scores} == {torch.float32}
     gap = (scores.logprobs - drawn.logprobs)[drawn.mask].abs().max().item()
@@ -479,15 +547,32 @@ def test_the_tiny_models_and_tokenizer_are_what_they_seem():
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mini_batch_size", [1, 2, 4])
-def test_rows_scored_by_length_keep_their_places(family, mini_batch_size):
-    """In passes of any size the same numbers at the same rows, and 0 behind each pass's longest row."""
+def test_rows_scored_in_passes_keep_their_places(family, mini_batch_size, monkeypatch):
+    """In passes of any size, and halved wherever it saves anything: the numbers of all rows scored at once."""
+    monkeypatch.setattr(model, "PASS_TOKENS", 1)
     policy = tiny_policy(family)
     batch = encode(policy)
-    whole, parts = policy.score(*batch, 0.7, True), score_rows(policy, *batch, mini_batch_size, 0.7, True)
+    mask = batch[3]
+    whole = policy.score(*batch, 0.7, with_entropy=True)
+    parts = score_in_passes(policy, *batch, mini_batch_size, 0.7, with_entropy=True)
     for expected, actual in zip(whole, parts, strict=True):
-        assert_close(actual[batch[3]], expected[batch[3]].detach())
-    assert score_rows(policy, *batch, mini_batch_size, 0.7).entropy.abs().sum() == 0
+        assert_close(actual[mask], expected[mask].detach())
     assert not parts.logprobs.requires_grad
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_in_another_order_have_the_same_numbers_in_that_order(family, monkeypatch):
+    """All that belongs to a row is reordered together, the mask included; each of the 24 orders of four rows."""
+    monkeypatch.setattr(model, "PASS_TOKENS", 1)
+    policy = tiny_policy(family)
+    batch = encode(policy)
+    expected = score_in_passes(policy, *batch, 4, with_entropy=True)
+    for order in itertools.permutations(range(4)):
+        rows = torch.tensor(order)
+        actual = score_in_passes(policy, *(tensor[rows] for tensor in batch), 4, with_entropy=True)
+        mask = batch[3][rows]
+        for one, other in zip(actual, expected, strict=True):
+            assert_close(one[mask], other[rows][mask])
 
 
 def test_rows_share_a_pass_with_rows_of_like_length_by_hand():
@@ -513,3 +598,21 @@ def test_an_encoder_critic_values_the_mean_state_of_the_prompts_real_tokens():
     for query, row in zip(queries, values, strict=True):
         state = policy.critic(input_ids=torch.tensor([query])).last_hidden_state[0].mean(0)
         assert_close(row, policy.value_head(state).expand(3))
+
+
+@pytest.mark.parametrize(("family", "kind"), [("gpt2", "separate"), ("t5", "separate"), ("t5", "encoder")])
+def test_a_critics_own_weights_learn_from_its_values_and_the_policys_do_not(family, kind):
+    """The value loss's gradient reaches every weight of the critic's trunk that a value depends on, and no other."""
+    language_model = BUILDERS[family]()
+    if kind == "encoder":
+        trunk = copy.deepcopy(language_model.get_encoder())
+    else:
+        trunk = AutoModel.from_config(language_model.config)
+    policy = PolicyModel(language_model, trunk, kind)
+    with torch.no_grad():
+        policy.value_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    batch = encode(policy)
+    ppo.masked_mean(policy.score(*batch).values ** 2, batch[3]).backward()
+    silent = [name for name, p in trunk.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    assert silent == []
+    assert all(p.grad is None or p.grad.abs().max() == 0 for p in language_model.parameters())

@@ -1,178 +1,20 @@
-"""What a run says before it starts, the invariants that it checks on its own data, and its log rows."""
+"""What a run says of itself: its log rows, its progress bar, its alarms."""
 
 import csv
 import itertools
 import json
 import math
-import re
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
-from micro import micro_config
 
 import report
-from checkpoint import notice
-from config import RunError
+from dataset import Prompt
 from evaluation import diversity
-from generate import Sample
-from model import PolicyModel, frozen_copy
-from ppo import Rollout
-from report import LIMITS, alarms, bar_numbers, check_invariants, memory_estimate, rollout_stats
-from sft import new_language_model
-from train import Models, collect_rollout, load_prompts
-
-pytest_plugins = ["micro"]
-
-
-def new_policy(tokenizer, **settings) -> PolicyModel:
-    torch.manual_seed(0)
-    policy = PolicyModel(new_language_model(micro_config(**settings), tokenizer)).eval()
-    with torch.no_grad():
-        policy.language_model.transformer.wte.weight.mul_(3)  # far from uniform
-    return policy
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Before the run
-# ----------------------------------------------------------------------------------------------------------------
-
-
-def estimate(monkeypatch, tokenizer, **settings) -> tuple[int, int]:
-    """Bytes of weights and their like, and of a forward pass, as the estimate prints them."""
-    monkeypatch.setattr(report, "gigabytes", lambda n_bytes: f"<{n_bytes:.0f}>")
-    config = micro_config(**settings)
-    language_model = new_language_model(config, tokenizer).to(getattr(torch, config.dtype))
-    text = memory_estimate(config, PolicyModel(language_model))
-    static, forward = map(int, re.findall(r"<(\d+)>", text))
-    return static, forward
-
-
-def test_the_memory_estimate_by_hand(monkeypatch, tokenizer):
-    """Weights, reference, gradients and two moments; 18 floats a token, layer and unit; three tensors of logits."""
-    parameters = sum(p.numel() for p in new_policy(tokenizer).parameters())
-    logits = 3 * 4 * 2 * 12 * len(tokenizer)
-    assert estimate(monkeypatch, tokenizer) == (5 * 4 * parameters, 18 * 4 * 2 * (12 + 12) * 1 * 16 + logits)
-
-
-@pytest.mark.parametrize(
-    ("change", "static", "forward"),
-    [
-        ({"mini_batch_size": 4}, "same", "more"),
-        ({"max_new_tokens": 24}, "same", "more"),
-        ({"max_prompt_length": 24}, "same", "more"),
-        ({"gradient_checkpointing": True}, "same", "less"),
-        ({"n_layer": 2}, "more", "more"),
-        ({"n_embd": 32}, "more", "more"),
-        ({"dtype": "bfloat16", "task": "generate"}, "less", "less"),
-        ({"ppo_epochs": 9}, "same", "same"),
-    ],
-)
-def test_the_memory_estimate_moves_with_the_settings(change, static, forward, monkeypatch, tokenizer):
-    before, after = estimate(monkeypatch, tokenizer), estimate(monkeypatch, tokenizer, **change)
-    words = ["more" if b > a else "less" if b < a else "same" for a, b in zip(before, after, strict=True)]
-    assert words == [static, forward]
-
-
-def test_gigabytes_are_thousands_of_millions():
-    assert report.gigabytes(1_234_567_890) == "1.23 GB"
-
-
-def test_the_notice_is_for_models_trained_from_scratch():
-    text = notice(micro_config())
-    for words in ("teaching demonstration", "8,897 parameters", "generated movie reviews", "--preset gpt2-imdb"):
-        assert words in text
-    assert "on data/mine.csv." in notice(micro_config(dataset_path="data/mine.csv"))
-    assert notice(micro_config(base_model_name="gpt2")) == ""
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Invariants
-# ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def start(tokenizer):
-    """A policy, its rollout and its samples before any update; the rows differ in length."""
-    policy = new_policy(tokenizer)
-    with torch.no_grad():
-        policy.language_model.transformer.wte.weight[tokenizer.eos_token_id] *= 3
-    terms = {"zero": lambda prompts, responses, rows: torch.zeros(len(responses))}
-    config = micro_config(batch_size=8)
-    prompts = load_prompts(config, tokenizer, "train", 8)
-    models = Models(policy, frozen_copy(policy), tokenizer, terms)
-    collected = collect_rollout(models, prompts, config, 0.05, torch.Generator().manual_seed(0))
-    assert not collected.rollout.mask.all()
-    return policy, collected.rollout, collected.sampled
-
-
-def nudge(logprobs: torch.Tensor, by: float) -> torch.Tensor:
-    """The first token of the last row a little more probable."""
-    logprobs = logprobs.clone()
-    logprobs[-1, 0] += by
-    return logprobs
-
-
-def test_an_untouched_policy_passes(start):
-    check_invariants(*start, micro_config())
-
-
-@pytest.mark.parametrize("by", [0.01, -0.01, math.nan])
-def test_sampling_that_disagrees_with_scoring_is_diagnosed(by, start):
-    policy, rollout, sampled = start
-    wrong = Sample(sampled.response_ids, sampled.mask, nudge(sampled.logprobs, by))
-    with pytest.raises(RunError, match="sampling and scoring disagree by"):
-        check_invariants(policy, rollout, wrong, micro_config())
-    with pytest.raises(RunError, match="sampling and scoring disagree by"):
-        check_invariants(policy, replace(rollout, logprobs=nudge(rollout.logprobs, by)), sampled, micro_config())
-
-
-@pytest.mark.parametrize("by", [0.01, -0.01])
-def test_scoring_that_does_not_repeat_is_diagnosed(by, start):
-    """Sampling and the first scoring agree, and a second one does not."""
-    policy, rollout, sampled = start
-    rollout = replace(rollout, logprobs=nudge(rollout.logprobs, by), ref_logprobs=nudge(rollout.ref_logprobs, by))
-    sampled = Sample(sampled.response_ids, sampled.mask, nudge(sampled.logprobs, by))
-    with pytest.raises(RunError, match=r"the importance ratio is .* before any update, not 1"):
-        check_invariants(policy, rollout, sampled, micro_config(batch_size=8, mini_batch_size=8))
-
-
-@pytest.mark.parametrize("by", [0.01, -0.01, math.nan])
-def test_a_reference_with_other_weights_is_diagnosed(by, start):
-    policy, rollout, sampled = start
-    with pytest.raises(RunError, match="policy and reference differ by"):
-        check_invariants(
-            policy, replace(rollout, ref_logprobs=nudge(rollout.ref_logprobs, by)), sampled, micro_config()
-        )
-
-
-def test_dropout_is_diagnosed_where_it_is_on(start):
-    """Only in training mode, and only with a probability above 0."""
-    policy, rollout, sampled = start
-    policy.language_model.transformer.drop = torch.nn.Dropout(0.1)
-    check_invariants(policy.eval(), rollout, sampled, micro_config())
-    with pytest.raises(RunError, match=r"dropout is on in language_model\.transformer\.drop"):
-        check_invariants(policy.train(), rollout, sampled, micro_config())
-    policy.language_model.transformer.drop.p = 0.0
-    check_invariants(policy, rollout, sampled, micro_config())
-
-
-def test_another_temperature_in_scoring_is_noticed(start):
-    with pytest.raises(RunError, match="the importance ratio is"):
-        check_invariants(*start, micro_config(temperature=0.7))
-
-
-def test_what_stands_beyond_the_mask_is_not_checked(start):
-    policy, rollout, sampled = start
-
-    def spoil(logprobs: torch.Tensor) -> torch.Tensor:
-        return logprobs.masked_fill(~rollout.mask, math.nan)
-
-    rollout = replace(rollout, logprobs=spoil(rollout.logprobs), ref_logprobs=spoil(rollout.ref_logprobs))
-    check_invariants(policy, rollout, Sample(*sampled[:2], spoil(sampled.logprobs)), micro_config())
-
+from report import LIMITS, alarms, bar_numbers, log_rows, rollout_stats
+from train import Rollout
 
 # ----------------------------------------------------------------------------------------------------------------
 # Log rows
@@ -188,17 +30,24 @@ def test_the_statistics_of_a_rollout_by_hand():
         query_mask=torch.ones(2, 1, dtype=torch.bool),
         response_ids=torch.zeros(2, 3, dtype=torch.long),
         mask=mask,
+        sampling_logprobs=torch.tensor([[x, x, x], [x, x, x]]),
         logprobs=torch.tensor([[-1.0, -2.0, -1.0], [-0.5, x, x]]),
         ref_logprobs=torch.tensor([[-1.5, -1.0, -1.0], [-1.0, x, x]]),
         values=torch.tensor([[1.0, 2.0, 3.0], [2.0, x, x]]),
+        entropy=torch.tensor([[1.0, 2.0, 0.5], [0.5, x, x]]),
+        has_eos=torch.tensor([False, True]),
+        prompts=[Prompt("A", [0], {}), Prompt("B", [0], {})],
+        texts=["good  film good\nFilm", " bad"],
+        raw_scores=torch.tensor([1.0, 2.0]),
+        term_scores={"fn": torch.tensor([3.0, 5.0])},
+        collected_at=0.0,
         scores=torch.tensor([0.5, 1.5]),
         kl=torch.tensor([[0.1, 0.2, 0.0], [0.5, 0.0, 0.0]]),
         rewards=torch.zeros(2, 3),
         advantages=torch.zeros(2, 3),
         returns=torch.tensor([[2.0, 2.0, 4.0], [0.0, x, x]]),
     )
-    responses = ["good  film good\nFilm", " bad"]
-    stats = rollout_stats(rollout, {"fn": torch.tensor([3.0, 5.0])}, torch.tensor([1.0, 2.0]), responses)
+    stats = rollout_stats(rollout)
     k3 = (math.exp(-0.5) - 0.5) + (math.exp(1.0) - 2.0) + (math.exp(-0.5) - 0.5)
     expected = {
         "reward": 1.5,
@@ -208,11 +57,20 @@ def test_the_statistics_of_a_rollout_by_hand():
         "kl": 0.4,
         "kl_k1": 0.0,
         "kl_k3": k3 / 2,
+        "value": 2.0,
+        "return": 2.0,
+        "explained_variance": 0.25,  # returns 2 2 4 0 have variance 2, and returns - values 1 0 1 -2 have 1.5
+        "response_length": 2.0,
+        "distinct_bigrams": 2 / 3,  # good film, film good, good film
+        "ref_perplexity": math.exp(4.5 / 4),
+        "entropy": 1.0,
+        "ended": 0.5,
     }
-    expected |= {"value": 2.0, "return": 2.0, "response_length": 2.0}
-    expected |= {"distinct_bigrams": 2 / 3, "ref_perplexity": math.exp(4.5 / 4)}  # good film, film good, good film
-    # returns 2 2 4 0 have variance 2, and returns - values 1 0 1 -2 have 1.5
-    assert stats == pytest.approx(expected | {"explained_variance": 0.25}, abs=1e-5)
+    assert stats == pytest.approx(expected, abs=1e-5)
+    assert log_rows(7, rollout) == [
+        {"step": 7, "query": "A", "response": "good  film good\nFilm", "reward": 1.0, "reward_fn": 3.0},
+        {"step": 7, "query": "B", "response": " bad", "reward": 2.0, "reward_fn": 5.0},
+    ]
 
 
 def test_the_progress_bar_shows_five_numbers():

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from helpers import assert_close
 from micro import micro_config
 from tiny_models import GPT2_SIZE, NO_DROPOUT, letter_tokenizer, randomise, tiny_policy
 from transformers import (
@@ -55,10 +56,6 @@ def function(tmp_path):
         "number = 3\n"
     )
     return f"{path}:lengths"
-
-
-def assert_close(actual: torch.Tensor, expected, atol: float = 1e-5) -> None:
-    torch.testing.assert_close(actual, torch.as_tensor(expected), rtol=0, atol=atol)
 
 
 def constant(value: float):
@@ -187,7 +184,12 @@ def test_weights_are_signed_so_that_a_higher_total_is_better(monkeypatch):
 )
 def test_the_classifier_reads_the_text_that_it_should(reward_input, separator, expected, monkeypatch):
     read = []
-    monkeypatch.setattr(reward, "load_reward_model", lambda *_: lambda texts: read.extend(texts) or torch.zeros(2))
+
+    def score(texts):
+        read.extend(texts)
+        return torch.zeros(2)
+
+    monkeypatch.setattr(reward, "load_reward_model", lambda *_: score)
     term = classifier_term(micro_config(reward_input=reward_input), "classifier", CPU, separator)
     term(["The film", "A"], [" is good", ""], [{}, {}])
     assert read == expected
@@ -204,10 +206,9 @@ def test_the_rewarded_label_decides_the_sign(chain):
     positive = score(reward_label="positive")
     assert positive.tolist() == score().tolist() == score(reward_label="1").tolist()
     assert positive.abs().min() > 1e-3
-    torch.testing.assert_close(score(reward_label="NEGATIVE"), -positive, rtol=0, atol=1e-5)
-    probability = score(reward_output="probability")
-    torch.testing.assert_close(probability, positive.sigmoid(), rtol=0, atol=1e-5)
-    torch.testing.assert_close(score(reward_output="logprob"), positive.sigmoid().log(), rtol=0, atol=1e-5)
+    assert_close(score(reward_label="NEGATIVE"), -positive)
+    assert_close(score(reward_output="probability"), positive.sigmoid())
+    assert_close(score(reward_output="logprob"), positive.sigmoid().log())
 
 
 def test_a_function_is_called_with_texts_and_rows(function):
@@ -463,8 +464,9 @@ def test_a_text_beyond_the_classifiers_length_loses_its_beginning(classifier_fol
     reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
     end = "the end is read!"
     assert len(end) == 16
-    long, other, short = (reward_model([text])[0] for text in ("beginning, then " + end, "x" * 90 + end, end))
-    assert long == other == short
+    short = reward_model([end])[0]
+    assert reward_model(["beginning, then " + end])[0] == short
+    assert reward_model(["x" * 90 + end])[0] == short
     assert abs(reward_model(["another end !!!!"])[0] - short) > 0.1
 
 
@@ -487,11 +489,18 @@ def test_a_classifier_of_a_single_label_is_loaded_as_a_regression(output, tmp_pa
 
 def test_a_reward_model_is_frozen(classifier_folder, monkeypatch):
     read = []
-    monkeypatch.setattr(reward, "text_logits", lambda *read_by: read.extend(read_by) or text_logits(*read_by))
+
+    def watched(classifier, tokenizer, texts):
+        read.append(classifier)
+        return text_logits(classifier, tokenizer, texts)
+
+    monkeypatch.setattr(reward, "text_logits", watched)
     reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
     assert not reward_model(["a"]).requires_grad
-    assert not read[0].training
-    assert not any(p.requires_grad for p in read[0].parameters())
+    [classifier] = read
+    assert not classifier.training
+    parameters = list(classifier.parameters())
+    assert parameters and not any(parameter.requires_grad for parameter in parameters)
 
 
 def test_a_reward_file_may_hold_a_dataclass(tmp_path):

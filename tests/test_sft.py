@@ -52,17 +52,14 @@ def without_prompt(pieces: list[list[int]]) -> list[Example]:
     return [Example([], piece) for piece in pieces]
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Pieces and batches
 # ----------------------------------------------------------------------------------------------------------------
 
 
 def test_pieces_are_the_texts_with_eos_cut_at_the_length(tokenizer):
-    texts, end = review_texts(20), tokenizer.eos_token_id
+    texts = review_texts(20)
+    end = tokenizer.eos_token_id
     whole = [[*tokenizer(text).input_ids, end] for text in texts]
     assert pieces_of(texts, tokenizer, 10_000) == whole
     pieces = pieces_of(texts, tokenizer, 7)
@@ -100,8 +97,9 @@ def test_padding_leaves_the_loss_alone(language_model):
 
 @pytest.mark.parametrize(("n", "batch_size"), [(100, 7), (64, 8), (5, 9), (700, 3)])
 def test_every_text_comes_once_a_pass_in_batches_of_like_length(n, batch_size):
-    lengths = torch.randint(1, 50, (n,), generator=generator()).tolist()
-    batches, number = length_grouped(lengths, batch_size, generator()), math.ceil(n / batch_size)
+    lengths = torch.randint(1, 50, (n,), generator=torch.Generator().manual_seed(0)).tolist()
+    batches = length_grouped(lengths, batch_size, seed=0)
+    number = math.ceil(n / batch_size)
     for _ in range(3):
         drawn = [next(batches) for _ in range(number)]
         assert sorted(i for batch in drawn for i in batch) == list(range(n))
@@ -113,11 +111,23 @@ def test_every_text_comes_once_a_pass_in_batches_of_like_length(n, batch_size):
 
 def test_length_grouped_changes_the_order_and_repeats_with_its_seed():
     def draw(seed: int) -> list[list[int]]:
-        batches = length_grouped(list(range(40)), 4, generator(seed))
+        batches = length_grouped(list(range(40)), 4, seed)
         return [next(batches) for _ in range(20)]
 
-    assert draw(0) == draw(0) != draw(1)
-    assert draw(0)[:10] != draw(0)[10:] and draw(0)[:10] != sorted(draw(0)[:10])
+    assert draw(0) == draw(0)
+    assert draw(0) != draw(1)
+    first_pass = draw(0)[:10]
+    second_pass = draw(0)[10:]
+    assert first_pass != second_pass
+    assert first_pass != sorted(first_pass)
+
+
+def test_texts_of_one_length_are_batched_with_others_in_each_pass():
+    """The texts are shuffled before they are sorted, so that a batch is not always of the same ones."""
+    batches = length_grouped([5] * 40, 4, seed=0)
+    first_pass = {frozenset(next(batches)) for _ in range(10)}
+    second_pass = {frozenset(next(batches)) for _ in range(10)}
+    assert first_pass.isdisjoint(second_pass)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -130,7 +140,9 @@ class Line(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.w, self.seen, self.modes = nn.Parameter(torch.zeros(())), [], []
+        self.w = nn.Parameter(torch.zeros(()))
+        self.seen = []
+        self.modes = []
 
     def forward(self, scale: float):
         self.seen.append(self.w.item())
@@ -171,10 +183,11 @@ def test_a_model_from_elsewhere_is_fine_tuned(chain, tmp_path):
     config = micro_config(task="sft", preset="", base_model_name=str(start), output_dir=str(tmp_path / "tuned"))
     folder = run_sft(config)
     assert (start / "model.safetensors").read_bytes() == before
-    models = [load_language_model(str(path), "float32", CPU) for path in (start, folder)]
-    assert any(not torch.equal(a, b) for a, b in zip(*(model.parameters() for model in models), strict=True))
-    vocabularies = [AutoTokenizer.from_pretrained(path).get_vocab() for path in (start, folder)]
-    assert vocabularies[0] == vocabularies[1]
+    model = load_language_model(str(start), "float32", CPU)
+    tuned = load_language_model(str(folder), "float32", CPU)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), tuned.parameters(), strict=True))
+    vocabulary = AutoTokenizer.from_pretrained(start).get_vocab()
+    assert AutoTokenizer.from_pretrained(folder).get_vocab() == vocabulary
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -188,7 +201,8 @@ def test_perplexity_equals_brute_force(language_model, tokenizer):
     texts = [text[: 4 + number % 7] for number, text in enumerate(review_texts(70))]
     pieces = pieces_of(texts, tokenizer, 12)
     assert len(pieces) > 64 and len({len(piece) for piece in pieces}) > 3
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     for piece in pieces:
         for t in range(1, len(piece)):
             logits = language_model(torch.tensor([piece[:t]])).logits[0, -1]
@@ -233,9 +247,11 @@ def test_the_loss_is_minus_the_log_probability_that_ppo_scores(family):
     policy = tiny_policy(family)
     model = policy.language_model
     batch = language_batch(COMPLETIONS, 0, policy.is_encoder_decoder, CPU)
-    query = pad([e.prompt for e in COMPLETIONS], 0, "right" if policy.is_encoder_decoder else "left")
-    response_ids, mask = pad([e.completion for e in COMPLETIONS], 0, "right")
-    logprobs = policy.score(*query, response_ids, mask).logprobs[mask]
+    side = "right" if policy.is_encoder_decoder else "left"
+    query_ids, query_mask = pad([example.prompt for example in COMPLETIONS], 0, side)
+    response_ids, mask = pad([example.completion for example in COMPLETIONS], 0, "right")
+    scores = policy.score(query_ids=query_ids, query_mask=query_mask, response_ids=response_ids, response_mask=mask)
+    logprobs = scores.logprobs[mask]
     assert own_loss(model, batch).item() == pytest.approx(-logprobs.mean().item(), abs=1e-5)
     assert perplexity(model, COMPLETIONS, 0) == pytest.approx(math.exp(-logprobs.mean().item()), rel=1e-5)
 
@@ -271,7 +287,8 @@ def test_an_encoder_decoder_learns_to_answer(t5_folder, tmp_path):
     )
     run_sft(config)
     tokenizer = AutoTokenizer.from_pretrained(t5_folder)
-    before, after = (load_language_model(str(path), "float32", CPU) for path in (t5_folder, tmp_path / "tuned"))
+    before = load_language_model(str(t5_folder), "float32", CPU)
+    after = load_language_model(str(tmp_path / "tuned"), "float32", CPU)
     examples = sft.completions(rows, config, tokenizer)
     assert tokenizer.decode(examples[0].prompt, skip_special_tokens=True) == "see the good film"
     assert examples[0].completion[-1] == tokenizer.eos_token_id

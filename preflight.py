@@ -1,0 +1,172 @@
+"""What is checked and said before a run: data and settings, memory, the model's context, the start-up invariants."""
+
+import torch
+
+import ppo
+from classifier import class_names
+from config import Config, RunError, UsageError
+from dataset import Prompt, column, load_rows
+from generate import respond
+from loading import context_length
+from model import PolicyModel, score_in_passes
+from randomness import uniforms
+from reward import check_weights, load_reward_function
+from train import Fixed, Rollout
+
+# nats, between sampling token by token and scoring at once
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.5, "float16": 0.1}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
+
+
+def check_before_training(config: Config, trains_reward: bool) -> None:
+    """Refuse, before minutes of training, what would be refused after them: data, columns, weights, lengths."""
+    check_weights(config)
+    if config.reward_fn:
+        load_reward_function(config.reward_fn)
+    rows = load_rows(config, "train", None if config.dataset_path or trains_reward else 1)
+    column(rows, config.prompt_column, "prompt_column", (str, list))
+    load_rows(config, "validation", 1)
+    if config.task == "sft" and config.completion_column:
+        column(rows, config.completion_column, "completion_column")
+    if trains_reward and config.chosen_column:
+        column(rows, config.chosen_column, "chosen_column")
+        column(rows, config.rejected_column, "rejected_column")
+    elif trains_reward:
+        class_names(rows, config)
+    longest = config.max_prompt_length + config.max_new_tokens
+    if config.task == "train" and config.trains_from_scratch and longest > config.context_length:
+        raise UsageError(
+            f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} "
+            f"is more than the {config.context_length} tokens of --context_length"
+        )
+
+
+def check_context(config: Config, policy: PolicyModel) -> None:
+    """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
+    context = context_length(policy.language_model.config)
+    prompt, response = config.max_prompt_length, config.max_new_tokens
+    if policy.is_encoder_decoder:
+        needed, room, word = max(prompt, response), context, "or"
+    else:
+        needed, room, word = prompt + response, max(context - response, 0), "plus"
+    if needed > context:
+        raise UsageError(
+            f"--max_prompt_length {prompt} {word} --max_new_tokens {response} is more than the "
+            f"{context} tokens that the model can read; there is room for --max_prompt_length {room}"
+        )
+
+
+def count_parameters(policy: PolicyModel) -> str:
+    """How many parameters there are, and how many of them are trained where an adapter freezes the rest."""
+    whole = sum(p.numel() for p in policy.parameters())
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    return f"{whole:,} parameters" + (f", of which {trained:,} are trained" if trained < whole else "")
+
+
+def memory_estimate(config: Config, policy: PolicyModel) -> str:
+    """Bytes that the update needs, roughly: weights, reference, gradients and Adam's two moments, activations, logits.
+
+    Of logits there are two (rows, response, vocab) tensors in float32. Activations are taken as 18 numbers a token,
+    layer and unit of width; with activation checkpointing as two a layer, and the 18 of the layer that is recomputed,
+    when the logits are gone.
+    """
+    model_config = policy.language_model.config
+    weights = sum(n_bytes(p) for p in policy.parameters())
+    trained = sum(n_bytes(p) for p in policy.parameters() if p.requires_grad)
+    static = weights + 4 * trained  # of what trains there are a reference, a gradient and two moments, too
+
+    logits = 2 * BYTES["float32"] * config.mini_batch_size * config.max_new_tokens * model_config.vocab_size
+    tokens = config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens)
+    number_a_layer = BYTES[config.dtype] * tokens * model_config.hidden_size  # bytes of one number a unit of width
+    if config.gradient_checkpointing:
+        inputs = 2 * number_a_layer * model_config.num_hidden_layers
+        forward = inputs + max(logits, 18 * number_a_layer)
+    else:
+        forward = 18 * number_a_layer * model_config.num_hidden_layers + logits
+    return (
+        f"memory, estimated: {gigabytes(static)} for {count_parameters(policy)} with reference, gradients and Adam, "
+        f"{gigabytes(forward)} for a forward pass of {config.mini_batch_size} rows "
+        "(less with a smaller --mini_batch_size or with --gradient_checkpointing)"
+    )
+
+
+def n_bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def gigabytes(n: float) -> str:
+    return f"{n / 1e9:.2f} GB"
+
+
+@torch.no_grad()
+def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> None:
+    """What must hold before the first update, on responses to a minibatch of the run's own prompts.
+
+    Sampling and scoring agree on every log-probability, scoring twice gives the same (the ratio is 1), the policy is
+    its reference (KL is 0), and no dropout is on. Raises RunError with the likely cause where one of them does not.
+    """
+    prompts = prompts[: config.mini_batch_size]
+    random_numbers = uniforms(config.seed, "sampling", 0, (len(prompts), config.max_new_tokens))
+    drawn = respond(policy, fixed.tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
+    rows = {
+        "query_ids": drawn.query_ids,
+        "query_mask": drawn.query_mask,
+        "response_ids": drawn.response_ids,
+        "response_mask": drawn.mask,
+        "temperature": config.temperature,
+    }
+    policy.train()  # as an update has it
+    check_dropout(policy)
+    compare_logprobs(
+        config,
+        mask=drawn.mask,
+        sampled=drawn.logprobs,
+        scored=score_in_passes(policy, **rows, mini_batch_size=config.mini_batch_size).logprobs,
+        scored_again=policy(**rows).logprobs,
+        reference=score_in_passes(fixed.reference, **rows, mini_batch_size=config.mini_batch_size).logprobs,
+    )
+
+
+def check_dropout(policy: PolicyModel) -> None:
+    """Raise RunError where a module drops what it is given at random."""
+    for name, module in policy.named_modules():
+        if isinstance(module, torch.nn.Dropout) and module.training and module.p > 0:
+            raise RunError(f"dropout is on in {name}: the same tokens would score differently every time")
+
+
+def compare_logprobs(
+    config: Config,
+    mask: torch.Tensor,
+    sampled: torch.Tensor,
+    scored: torch.Tensor,
+    scored_again: torch.Tensor,
+    reference: torch.Tensor,
+) -> None:
+    """Four log-probabilities of the same tokens, (batch, time), that must be one; RunError says which are not."""
+    exact = config.mixed_precision == "no" and not (config.load_in_8bit or config.load_in_4bit)
+    tolerance = TOLERANCE[config.dtype] if exact else 0.5
+
+    def largest_gap(one: torch.Tensor, other: torch.Tensor) -> float:
+        return torch.where(mask, (one - other).abs(), 0.0).max().item()
+
+    gap = largest_gap(sampled, scored)
+    if not gap <= tolerance:  # true of NaN, too
+        raise RunError(
+            f"sampling and scoring disagree by {gap:.3g} nats on a token (tolerance {tolerance}): likely causes are "
+            "positions that count padding, a logits processor that only one of them applies, or a wrong shift"
+        )
+    ratio = ppo.importance_ratio(logprobs=scored_again, old_logprobs=scored, mask=mask)
+    if not (ratio - 1).abs().max().item() <= tolerance:
+        raise RunError(f"the importance ratio is {ratio.max().item():.4f} before any update, not 1: scoring is random")
+    gap = largest_gap(scored, reference)
+    if config.reference_in_8bit:
+        print(f"policy and 8-bit reference differ by at most {gap:.3g} nats on a token before any update")
+    elif not gap <= tolerance:
+        raise RunError(f"policy and reference differ by {gap:.3g} nats on a token before any update: other weights")
+
+
+def show_samples(rollout: Rollout, count: int = 3) -> None:
+    """Print a few responses of a rollout with their rewards."""
+    for i in range(min(count, len(rollout.texts))):
+        terms = ", ".join(f"{name} {values[i].item():.3f}" for name, values in rollout.term_scores.items())
+        print(f"prompt {rollout.prompts[i].text!r}\n  response {rollout.texts[i]!r}\n  {terms}")

@@ -1,0 +1,146 @@
+"""The run around the loop: preflight, `train` with everything that is logged of it, and what came of it, saved.
+
+The algorithm is in train.py; nothing here changes what it computes.
+"""
+
+import math
+import shlex
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+import report
+from checkpoint import claim_folder, move_into, notice
+from config import Config, RunError
+from dataset import Prompt, batch_arithmetic, batch_of, load_prompts, n_rollouts
+from device import prepare_device
+from evaluation import compare, evaluate_policy
+from loading import load_policy, load_reference, load_tokenizer, save_policy
+from model import PolicyModel
+from plot import plot_training, reward_difference, sample_pairs
+from preflight import check_context, check_invariants, count_parameters, memory_estimate, show_samples
+from reward import load_reward_terms
+from train import Best, Fixed, State, collect_rollout, learning_rate, new_state, train
+
+
+class Prompts(NamedTuple):
+    """To train on, to choose a policy by, and to judge it by: what chooses a policy cannot judge it."""
+
+    train: list[Prompt]
+    validation: list[Prompt]
+    held_out: list[Prompt]
+
+
+def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
+    """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
+    policy, fixed, prompts = load_models(config, base_model, reward_model_path)
+    config = replace(config, n_updates=n_rollouts(config, len(prompts.train)))
+    check_context(config, policy)
+    say_what_will_run(config, policy, base_model, len(prompts.train))
+    first = batch_of(prompts.train, config.batch_size, 0, config.seed)
+    check_invariants(policy, fixed, first, config)
+    if config.dry_run:
+        print("start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout")
+        return show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
+    state = new_state(policy, config)
+    run_updates(state, fixed, prompts, config, folder)
+    if state.best:
+        policy.load_state_dict(state.best.weights, strict=False)
+        reward = f"a reward of {state.best.reward:.3f} on validation prompts"
+        print(f"the policy of update {state.best.update} is kept, with {reward}")
+    save_result(policy, fixed, config, folder)
+    show_result(policy, fixed, prompts.held_out, config, folder)
+
+
+def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[PolicyModel, Fixed, Prompts]:
+    """The policy, what it is held to and rewarded by, and the prompts."""
+    device = prepare_device(config)
+    tokenizer = load_tokenizer(base_model)
+    limit = None if config.epochs else config.n_updates * config.batch_size
+    training = load_prompts(config, tokenizer, "train", limit)
+    policy = load_policy(config, base_model, device)
+    terms = load_reward_terms(config, reward_model_path, device, policy.separator)
+    fixed = Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
+    validation = load_prompts(config, tokenizer, "validation", config.eval_samples)
+    held_out = load_prompts(config, tokenizer, "test", config.eval_samples) if config.eval_every else validation
+    return policy, fixed, Prompts(train=training, validation=validation, held_out=held_out)
+
+
+def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_prompts: int) -> None:
+    """Print what trains, on what, in which batches, and what memory it is likely to need."""
+    precision = torch.get_float32_matmul_precision()
+    print(f"{base_model}: {count_parameters(policy)}, on {policy.device}, float32 products: {precision}")
+    print(batch_arithmetic(config, n_prompts))
+    print(memory_estimate(config, policy))
+
+
+def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path) -> None:
+    """Train, and log every update as it ends, into a folder that is claimed with the first of them."""
+    log, timings, announced = [], [], set()
+    started = time.perf_counter()
+    with tqdm(total=config.n_updates, desc="PPO", unit="update") as bar:
+        for rollout, stats in train(state, fixed, prompts.train, config):
+            number = state.update - 1
+            if not math.isfinite(stats["loss"]):
+                raise RunError(f"the loss is {stats['loss']} at update {number}; try a lower --learning_rate")
+            if number == 0:
+                claim_folder(folder, config)
+            row = {"step": number, **report.rollout_stats(rollout), **stats}
+            row["learning_rate"] = learning_rate(config, number)
+            log.append(row)
+            raised = report.alarms(log, config.batch_size)
+            row["alarms"] = list(raised.values())
+            for name in [name for name in raised if name not in announced]:
+                bar.write(f"alarm at update {number}: {raised[name]}")
+            announced |= raised.keys()
+            timings.append(report.timing(number, started, rollout))
+            if is_time_to_evaluate(config, state.update):
+                row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, folder / "checkpoints/best")
+            report.write_logs(folder, log, timings, report.log_rows(number, rollout))
+            bar.set_postfix(report.bar_numbers(row), refresh=False)
+            bar.update()
+            started = time.perf_counter()
+
+
+def is_time_to_evaluate(config: Config, n_updates: int) -> bool:
+    """Every --eval_every updates, and after the last one."""
+    return config.eval_every > 0 and (n_updates % config.eval_every == 0 or n_updates == config.n_updates)
+
+
+def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path) -> float:
+    """The policy's mean reward on held-out prompts. The best so far is noted in the state, and saved in `folder` in
+    place of the one before, for the case that the run does not live to its end.
+    """
+    table = evaluate_policy(state.policy, fixed, prompts, config)
+    reward = fmean(row["reward"] for row in table)
+    if state.best is None or reward > state.best.reward:
+        save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json")
+        trained = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
+        state.best = Best(reward=reward, update=state.update - 1, weights=trained)
+    return reward
+
+
+def save_result(policy: PolicyModel, fixed: Fixed, config: Config, folder: Path) -> None:
+    """The policy into the run's folder, and where --final_dir says."""
+    save_policy(policy, fixed.tokenizer, folder / "policy", config.merge)
+    move_into(folder / "policy", folder)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    if config.final_dir:
+        final = Path(config.final_dir).resolve()
+        save_policy(policy, fixed.tokenizer, final, config.merge, replaces="manifest.json")
+
+
+def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path) -> None:
+    """Print what PPO has changed, on held-out prompts, and where to go on from there."""
+    policies = {"before": fixed.reference, "after": policy}
+    comparison = compare({name: evaluate_policy(each, fixed, prompts, config) for name, each in policies.items()})
+    print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
+    print(f"policy, tokenizer, logs: {folder}\ntraining curves: {plot_training(folder, notice(config))}")
+    print(f"now try: python main.py --task generate --output_dir {folder} --prompt {shlex.quote(prompts[0].text)}")
+    print(notice(config))

@@ -1,0 +1,218 @@
+"""What a run leaves and says, from nothing to a policy: the whole chain in micro settings."""
+
+import json
+import math
+import os
+import re
+import shlex
+
+import pytest
+import torch
+from helpers import assert_all_moved, read_log, read_stats
+from micro import PPO, SETTINGS, flags, listing, run_main
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from config import PRESETS
+
+pytest_plugins = ["micro"]
+pytestmark = pytest.mark.usefixtures("no_figures")
+
+STATISTICS = {
+    "step",
+    "reward",
+    "variance",
+    "reward_reward_model",
+    "score",
+    "kl",
+    "kl_k1",
+    "kl_k3",
+    "kl_coef",
+    "entropy",
+    "value",
+    "return",
+    "explained_variance",
+    "response_length",
+    "distinct_bigrams",
+    "ref_perplexity",
+    "ended",
+    "alarms",
+    "loss",
+    "policy_loss",
+    "value_loss",
+    "clip_fraction",
+    "value_clip_fraction",
+    "approx_kl_k1",
+    "approx_kl_k3",
+    "ratio",
+    "ratio_min",
+    "ratio_max",
+    "learning_rate",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What it leaves
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
+    model = {"config.json", "model.safetensors", "run_config.json", "tokenizer.json", "tokenizer_config.json"}
+    folders = {name: set(os.listdir(chain.root / "saved_models/tiny" / name)) for name in ("sft", "reward", "ppo")}
+    assert set(os.listdir(chain.root)) == {"saved_models"}
+    assert set(os.listdir(chain.root / "saved_models/tiny")) == set(folders)
+    assert folders["sft"] == model | {"generation_config.json"}
+    assert folders["reward"] == model | {"plots"}
+    assert folders["ppo"] == model | {
+        "generation_config.json",
+        "value_head.safetensors",
+        "training_log.csv",
+        "training_stats.json",
+        "timings.json",
+        "plots",
+        "NOTICE.txt",
+        "manifest.json",
+    }
+    assert (chain.root / PPO / "plots/training.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_policy_loads_without_this_project(chain):
+    """Plain transformers gives a model that differs from the one before PPO, and continues a text."""
+    assert_all_moved(chain.root / PPO.with_name("sft"), chain.root / PPO, AutoModelForCausalLM)
+    policy = AutoModelForCausalLM.from_pretrained(chain.root / PPO)
+    tokenizer = AutoTokenizer.from_pretrained(chain.root / PPO)
+    ids = tokenizer("The film", return_tensors="pt").input_ids
+    continued = policy.generate(ids, max_new_tokens=3, do_sample=False)
+    assert continued.shape == (1, ids.shape[1] + 3) and torch.equal(continued[:, :-3], ids)
+
+
+def test_the_value_head_is_saved_and_has_learned(chain):
+    """It starts as zeros."""
+    head = load_file(chain.root / PPO / "value_head.safetensors")
+    assert {name: list(tensor.shape) for name, tensor in head.items()} == {"weight": [1, 16], "bias": [1]}
+    assert all(tensor.abs().max() > 0 for tensor in head.values())
+
+
+def test_the_resolved_configuration_is_saved(chain):
+    saved = json.loads((chain.root / PPO / "run_config.json").read_text())
+    assert {name: saved[name] for name in SETTINGS} == SETTINGS
+    assert (saved["preset"], saved["kl_coef"], saved["gamma"]) == ("tiny", PRESETS["tiny"]["kl_coef"], 1.0)
+
+
+def test_the_log_has_a_row_a_response(chain):
+    rows = read_log(chain.root / PPO)
+    assert list(rows[0]) == ["step", "query", "response", "reward", "reward_reward_model"]
+    assert [row["step"] for row in rows] == ["0"] * 4 + ["1"] * 4
+    assert all(row["query"] and float(row["reward"]) == float(row["reward_reward_model"]) for row in rows)
+
+
+def test_the_statistics_have_a_row_a_step_with_every_figure(chain):
+    """And with none of what differs from one machine to the next."""
+    rows = read_stats(chain.root / PPO)
+    assert [row["step"] for row in rows] == [0, 1]
+    for row in rows:
+        assert set(row) >= STATISTICS
+        assert row.pop("alarms") == []
+        assert all(math.isfinite(value) for value in row.values())
+    assert not any(re.search("second|time", name) for name in rows[0])
+
+
+def test_the_statistics_agree_with_the_log_and_the_settings(chain):
+    rows, responses = read_stats(chain.root / PPO), read_log(chain.root / PPO)
+    for row in rows:
+        rewards = [float(r["reward"]) for r in responses if int(r["step"]) == row["step"]]
+        assert row["reward"] == pytest.approx(sum(rewards) / 4, abs=1e-5)
+    assert rows[0]["kl_k1"] == rows[0]["kl_k3"] == 0 and rows[1]["kl_k3"] > 0
+    rate = PRESETS["tiny"]["learning_rate"]
+    assert [row["learning_rate"] for row in rows] == pytest.approx([rate, rate / 2], abs=1e-9)
+    assert all(0 < row["response_length"] <= 12 and 0 <= row["ended"] <= 1 for row in rows)
+
+
+def test_timings_are_in_a_file_of_their_own(chain):
+    timings = json.loads((chain.root / PPO / "timings.json").read_text())
+    assert [set(row) for row in timings] == [{"step", "seconds_rollout", "seconds_update", "tokens_per_second"}] * 2
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What it says
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_notice_comes_first_and_last_and_is_saved(chain):
+    notice = (chain.root / PPO / "NOTICE.txt").read_text().rstrip("\n")
+    assert notice.startswith("This is a teaching demonstration") and "--preset gpt2-imdb" in notice
+    assert "8,897 parameters" in notice
+    assert chain.output.rstrip("\n").endswith(notice)
+    assert chain.output.startswith("This is a teaching demonstration")
+
+
+def test_each_stage_says_how_good_its_model_is_and_where(chain):
+    """The words by which the tests elsewhere see that a stage did not run."""
+    for line in (
+        r"language model: held-out perplexity \d+\.\d\d a token, 8,880 parameters, in saved_models/tiny/sft$",
+        r"reward model: held-out accuracy \d+\.\d% on whole texts, .* in saved_models/tiny/reward \(",
+    ):
+        assert len(re.findall(f"^{line}", chain.output, re.MULTILINE)) == 1
+
+
+def test_the_run_ends_with_rewards_samples_and_paths(chain):
+    number, interval = r"-?\d+\.\d{3}", r"\[[+-]\d+\.\d{3}, [+-]\d+\.\d{3}\]"
+    pattern = (
+        rf"reward on 4 held-out prompts: {number} before, {number} after; difference [+-]\d+\.\d{{3}}, 95 % interval"
+    )
+    assert re.search(f"{pattern} {interval}", chain.output)
+    for heading in (r"^prompt  '", r"^  before \(", r"^  after  \("):
+        assert len(re.findall(heading, chain.output, re.MULTILINE)) == 3
+    assert str(PPO / "plots/training.png") in chain.output
+    assert "Traceback" not in chain.errors
+
+
+def test_the_printed_command_generates(chain, workplace, capsys):
+    command = re.search("now try: (.*)", chain.output)[1]
+    program, script, *arguments = shlex.split(command)
+    assert (program, script) == ("python", "main.py")
+    assert run_main(*arguments) == 0
+    prompt = arguments[arguments.index("--prompt") + 1]
+    assert f"\n{prompt}" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Another run beside it
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_stands_beside_the_first_and_equals_it(workplace, capsys):
+    """Same seed, same bytes; the stages are used as they are."""
+    before = listing(workplace)
+    assert run_main("--task", "train", *flags()) == 0
+    after, second = listing(workplace), workplace / "saved_models/tiny/ppo-2"
+    assert {name: after[name] for name in before} == before
+    for name in ("model.safetensors", "value_head.safetensors", "training_stats.json", "training_log.csv"):
+        assert (second / name).read_bytes() == (workplace / PPO / name).read_bytes()
+    output = capsys.readouterr().out
+    assert "language model:" not in output and "reward model:" not in output
+
+
+def test_another_seed_gives_another_run(workplace):
+    assert run_main("--task", "train", "--seed", "1", *flags()) == 0
+    second = workplace / "saved_models/tiny/ppo-2"
+    for name in ("model.safetensors", "value_head.safetensors", "training_stats.json"):
+        assert (second / name).read_bytes() != (workplace / PPO / name).read_bytes()
+
+
+def test_a_dry_run_samples_and_leaves_nothing(workplace, capsys):
+    before = listing(workplace)
+    assert run_main("--task", "train", "--dry_run", *flags()) == 0
+    assert listing(workplace) == before
+    output = capsys.readouterr().out
+    assert "invariants hold" in output
+    assert len(re.findall(r"^prompt '", output, re.MULTILINE)) == 3
+    assert len(re.findall(r"reward_model -?\d+\.\d{3}$", output, re.MULTILINE)) == 3
+
+
+def test_an_explicit_folder_is_used_for_the_run_and_found_by_generate(workplace, capsys):
+    assert run_main("--task", "train", "--output_dir", "mine", *flags()) == 0
+    assert (workplace / "mine/model.safetensors").read_bytes() == (workplace / PPO / "model.safetensors").read_bytes()
+    capsys.readouterr()
+    assert run_main("--task", "generate", "--output_dir", "mine", "--prompt", "The film") == 0
+    assert capsys.readouterr().out.startswith("using mine\nThe film")

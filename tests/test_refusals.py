@@ -1,0 +1,212 @@
+"""Mistakes in flags, settings, data and folders are refused in one sentence, before anything is made."""
+
+import pytest
+from micro import SETTINGS, assert_refused, flags, run_main
+
+pytest_plugins = ["micro"]
+
+# ----------------------------------------------------------------------------------------------------------------
+# Flags and files of settings
+# ----------------------------------------------------------------------------------------------------------------
+
+SAMPLING = "are for --task generate: training and its evaluation must score the very distribution they sample from"
+MISTAKES = {
+    "task": (["--task", "trian"], "did you mean train?"),
+    "preset": (["--task", "train", "--preset", "tinny"], "did you mean tiny?"),
+    "flag": (["--task", "train", "--clip_rang", "0.1"], "did you mean --clip_range?"),
+    "abbreviated flag": (["--task", "train", "--clip_r", "0.1"], "unknown argument --clip_r"),
+    "flag with =": (["--task", "train", "--n_update=3"], "did you mean --n_updates?"),
+    "flag without value": (["--task", "train", "--seed"], "argument --seed: expected one argument"),
+    "positional": (["train"], "unknown argument train; did you mean --task train?"),
+    "choice": (["--task", "train", "--kl_estimator", "k11"], "did you mean k1?"),
+    "reward output": (["--task", "train", "--reward_output", "logits"], "did you mean logit?"),
+    "not a number": (["--task", "train", "--learning_rate", "fast"], "--learning_rate is 'fast', expected float"),
+    "not whole": (["--task", "train", "--n_updates", "2.5"], "--n_updates is '2.5', expected int"),
+    "nan": (["--task", "train", "--kl_coef", "nan"], "--kl_coef is nan, expected a value in [0, inf)"),
+    "infinite": (["--task", "train", "--kl_coef", "inf"], "--kl_coef is inf, expected a value in [0, inf)"),
+    "clip_range": (["--task", "train", "--clip_range", "0"], "--clip_range is 0.0, expected a value in (0, 1)"),
+    "gamma": (["--task", "train", "--gamma", "1.5"], "--gamma is 1.5, expected a value in [0, 1]"),
+    "lam": (["--task", "train", "--lam", "-0.1"], "--lam is -0.1, expected a value in [0, 1]"),
+    "learning_rate": (["--task", "train", "--learning_rate", "0"], "--learning_rate is 0.0, expected a value in (0,"),
+    "n_updates": (["--task", "train", "--n_updates", "0"], "--n_updates is 0, expected a value in [1, inf)"),
+    "seed": (["--task", "train", "--seed", "-1"], "--seed is -1, expected a value in [0, 4294967296)"),
+    "mini-batch": (["--task", "train", "--batch_size", "64", "--mini_batch_size", "15"], "nearest that does is 16"),
+    "accumulation": (
+        ["--task", "train", "--batch_size", "8", "--mini_batch_size", "2", "--gradient_accumulation_steps", "3"],
+        "--mini_batch_size 2 x --gradient_accumulation_steps 3 does not divide --batch_size 8",
+    ),
+    "whitened and normalised": (
+        ["--task", "train", "--whiten_scores", "--normalize_scores"],
+        "--whiten_scores undoes --normalize_scores",
+    ),
+    "heads": (["--task", "train", "--n_embd", "16", "--n_head", "3"], "--n_head 3 does not divide --n_embd 16"),
+    "dtype": (["--task", "train", "--dtype", "bfloat16"], "--dtype bfloat16 would round most of Adam's small steps"),
+    "top_k": (["--task", "train", "--top_k", "50"], SAMPLING),
+    "top_p": (["--task", "train", "--top_p", "0.9"], SAMPLING),
+    "min_new_tokens": (["--task", "train", "--min_new_tokens", "5"], SAMPLING),
+    "greedy": (["--task", "train", "--temperature", "0"], SAMPLING),
+    "weights": (["--task", "train", "--reward_weights", "reward_model=much"], "is 'reward_model=much', expected name="),
+    "weight of no term": (["--task", "train", "--reward_weights", "reward_modle=1"], "did you mean reward_model?"),
+    "weight of no function": (["--task", "train", "--reward_weights", "reward_fn=1"], "needs --reward_fn FILE.py:NAME"),
+    "no length range": (["--task", "train", "--reward_weights", "length=1"], "--length_range is '', expected LOW,HIGH"),
+    "length range": (["--task", "train", "--length_range", "9,4"], "--length_range is '9,4', expected LOW,HIGH"),
+    "device": (["--task", "train", "--device", "abacus"], "--device abacus cannot be used here; expected auto, cpu"),
+    "no file of a function": (["--task", "train", "--reward_fn", "nowhere.py:reward"], "with an existing file"),
+    "no name of a function": (
+        ["--task", "train", "--reward_fn", "reward"],
+        "--reward_fn reward: expected FILE.py:NAME",
+    ),
+    "no run to generate from": (["--task", "generate", "--prompt", "The film"], "saved_models/ holds no trained run"),
+    "no run to evaluate": (["--task", "evaluate"], "saved_models/ holds no trained run; run `python main.py --task t"),
+    "no run to plot": (["--task", "plot", "--output_dir", "elsewhere"], "--output_dir elsewhere holds no trained run"),
+    "no config file": (
+        ["--task", "train", "--config", "nowhere.yaml"],
+        "--config nowhere.yaml cannot be read: [Errno 2]",
+    ),
+    "no dataset file": (["--task", "train", "--dataset_path", "nowhere.csv"], "nowhere.csv does not exist"),
+    "no dataset folder": (["--task", "train", "--dataset_path", "nowhere/at/all"], "nowhere/at/all cannot be loaded: "),
+    "no base model": (["--task", "train", "--base_model_name", "nowhere/at/all"], "nowhere/at/all is no folder"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_refused_in_one_sentence_before_anything_is_made(mistake, empty, capsys):
+    """From nothing, so that no stage may be trained before the mistake is seen."""
+    arguments, words = MISTAKES[mistake]
+    rest = {name: value for name, value in SETTINGS.items() if f"--{name}" not in arguments}
+    small = [part for name, value in rest.items() for part in (f"--{name}", value)] if "train" in arguments else []
+    assert_refused(capsys, empty, [*arguments, *small], words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("clip_rang: 0.1", "did you mean clip_range?"),
+        ("clip_range: 0", "--clip_range is 0.0, expected a value in (0, 1)"),
+        ("clip_range: wide", "--clip_range is 'wide', expected float"),
+        ("whiten_scores: perhaps", "--whiten_scores is 'perhaps', expected bool"),
+        ("seed: [1, 2]", "--seed is [1, 2], expected int"),
+        ("- clip_range", "holds a list"),
+        ("clip_range: [0.1", "run.yaml cannot be read: while parsing"),
+        ("3: 4", "unknown field 3"),
+    ],
+)
+def test_a_bad_config_file_is_refused(text, words, empty, capsys):
+    (empty / "run.yaml").write_text(text)
+    assert_refused(capsys, empty, ["--task", "train", "--config", "run.yaml", *flags()], words)
+
+
+def test_a_config_file_that_is_no_text_is_refused(empty, capsys):
+    (empty / "run.yaml").write_bytes(b"\xff\xfe\x00seed: 1")
+    assert_refused(capsys, empty, ["--task", "train", "--config", "run.yaml"], "run.yaml cannot be read: 'utf-8'")
+    (empty / "folder.yaml").mkdir()
+    assert_refused(capsys, empty, ["--task", "train", "--config", "folder.yaml"], "folder.yaml cannot be read: [Errno")
+
+
+def test_a_run_whose_settings_are_damaged_is_refused(workplace, capsys):
+    settings = workplace / "saved_models/tiny/ppo/run_config.json"
+    generate = ["--task", "generate", "--prompt", "The film"]
+    settings.write_text('{"seed": ')
+    assert_refused(capsys, workplace, generate, "run_config.json cannot be read: Expecting value: line 1")
+    settings.unlink()
+    assert_refused(capsys, workplace, generate, "run_config.json cannot be read: [Errno 2]")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------------
+
+DATA = {
+    "broken.jsonl": ('{"text": "one"}\n{"text": \n', "broken.jsonl cannot be loaded: JSON parse error"),
+    "broken.parquet": ("no parquet", "broken.parquet cannot be loaded: Parquet magic bytes not found"),
+    "empty.csv": ("", "empty.csv cannot be loaded: No columns"),
+    "header.csv": ("text,label\n", 'header.csv cannot be loaded: Instruction "train" corresponds to no data'),
+    "few.csv": ("text,label\nA film.,1\n", "few.csv has no rows for train"),
+    "columns.csv": (
+        "review,stars\n" + "A fine film.,4\n" * 40,
+        "--prompt_column 'text' is no column of the data; it has review, stars",
+    ),
+    "numbers.csv": ("text,label\n" + "7,1\n" * 40, "--prompt_column 'text' holds a int in row 0, expected a str"),
+    "gaps.jsonl": (
+        '{"text": "A film."}\n' * 39 + '{"text": null}\n',
+        "--prompt_column 'text' holds a NoneType in row ",
+    ),
+}
+
+
+@pytest.fixture
+def trained_models(chain) -> list:
+    """The chain's models, named as a user names models from elsewhere."""
+    here = chain.root / "saved_models/tiny"
+    return ["--base_model_name", here / "sft", "--reward_model_path", here / "reward"]
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("stages", ["trained", "untrained"])
+def test_bad_data_is_refused(stages, name, trained_models, empty, capsys, caplog):
+    """Beside models from elsewhere, and before any stage is trained on it; the library adds no words of its own."""
+    content, words = DATA[name]
+    (empty / name).write_text(content)
+    arguments = ["--task", "train", "--dataset_path", name, *flags(), *(trained_models if stages == "trained" else [])]
+    assert_refused(capsys, empty, arguments, words)
+    assert [record.message for record in caplog.records if record.name.startswith("datasets")] == []
+
+
+def test_data_without_any_text_is_refused(trained_models, empty, capsys):
+    (empty / "blank.jsonl").write_text('{"text": ""}\n' * 40)
+    arguments = ["--task", "train", "--dataset_path", "blank.jsonl", *flags(), *trained_models]
+    assert_refused(capsys, empty, arguments, "--prompt_column 'text' holds no text")
+
+
+def test_a_split_that_does_not_exist_is_refused_with_those_that_do(empty, capsys):
+    (empty / "data.csv").write_text("text,label\n" + "A fine film.,1\n" * 40)
+    arguments = ["--task", "train", "--dataset_path", "data.csv", "--dataset_split", "dev", *flags()]
+    assert_refused(capsys, empty, arguments, "'dev' is not in data.csv; it has train")
+
+
+def test_labels_that_are_no_classes_are_refused_before_training(empty, capsys):
+    (empty / "data.csv").write_text("text,label\n" + "A fine film.,7\nA poor one.,9\n" * 40)
+    arguments = ["--task", "train", "--dataset_path", "data.csv", *flags()]
+    assert_refused(capsys, empty, arguments, "--label_column 'label' holds [7, 9]")
+
+
+LONG = ["--prompt_tokens", "0", "--max_prompt_length", "5"]
+
+
+def test_long_prompts_are_refused_on_request(workplace, capsys):
+    arguments = ["--task", "train", *LONG, "--long_prompts", "refuse", *flags()]
+    assert_refused(capsys, workplace, arguments, "8 of 8 prompts are longer than --max_prompt_length 5")
+
+
+def test_long_prompts_are_cut_and_counted(workplace, capsys):
+    assert run_main("--task", "train", "--dry_run", *LONG, *flags()) == 0
+    assert "8 of 8 prompts were cut on the left to 5 tokens" in capsys.readouterr().out
+
+
+def test_prompt_and_response_beyond_the_context_are_refused(workplace, capsys):
+    arguments = ["--task", "train", *flags(max_new_tokens=40)]
+    assert_refused(capsys, workplace, arguments, "--max_prompt_length 12", "--max_new_tokens 40", "48 tokens")
+
+
+def test_a_context_too_short_is_refused_before_the_stages_are_trained(empty, capsys):
+    arguments = ["--task", "train", *flags(max_new_tokens=40)]
+    assert_refused(capsys, empty, arguments, "--max_prompt_length 12", "--max_new_tokens 40", "48 tokens")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Folders
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_holds_a_run_is_not_written_over(workplace, capsys):
+    folder = "saved_models/tiny/ppo"
+    assert_refused(capsys, workplace, ["--task", "train", "--output_dir", folder, *flags()], folder, "not empty")
+    for stage in ("sft", "reward"):
+        assert_refused(capsys, workplace, ["--task", stage, *flags()], f"saved_models/tiny/{stage} exists already")
+
+
+@pytest.mark.parametrize("task", ["train", "sft", "reward"])
+def test_a_folder_that_cannot_be_written_is_refused_before_training(task, workplace, capsys):
+    (workplace / "file").write_text("no folder")
+    arguments = ["--task", task, "--output_dir", "file/below", *flags()]
+    assert_refused(capsys, workplace, arguments, "file/below cannot be written: ", "file is not a folder")
