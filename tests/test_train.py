@@ -25,7 +25,7 @@ from device import prepare_device
 from evaluation import evaluate_policy
 from loading import load_policy, save_policy
 from model import PolicyModel, frozen_copy
-from randomness import uniforms
+from randomness import permutation, uniforms
 from report import rollout_stats
 from train import Fixed, Minibatch, Rollout, State, new_state
 
@@ -449,6 +449,17 @@ def test_the_loss_by_brute_force():
     assert_close(stats["ratio_max"], math.exp(-min(log_ratios)))
 
 
+@pytest.mark.parametrize("shift", [0.2, -0.2])
+def test_the_extremes_of_the_ratio_are_those_of_real_tokens(shift):
+    """All ratios on one side of 1, which is what stands beyond the mask: exp(-.2) = .819, exp(.2) = 1.221."""
+    policy = tiny_policy("gpt2")
+    rollout = first_rollout(policy, settings())
+    assert not rollout.mask.all()
+    rollout = replace(rollout, logprobs=rollout.logprobs - shift)
+    _, stats = train.minibatch_loss(policy, *whole_minibatch(rollout), settings())
+    assert_close([stats["ratio_min"], stats["ratio"], stats["ratio_max"]], [math.exp(shift)] * 3)
+
+
 def test_the_gradient_of_the_loss_by_central_differences(monkeypatch):
     """Along random lines through the weights, in double precision: (L(θ + h v) - L(θ - h v)) / 2h.
 
@@ -641,6 +652,32 @@ def test_an_update_does_what_the_batch_arithmetic_says():
     assert steps_taken == [rows * (i + 1) for i in range(epochs * steps)]
 
 
+def test_an_update_is_in_train_mode_and_what_collects_is_in_eval_mode():
+    """Activation checkpointing sleeps in eval mode, and would lose the cache of a sampler in train mode."""
+    policy, modes = tiny_policy("gpt2").eval(), []
+    policy.language_model.register_forward_pre_hook(
+        lambda module, *_: modes.append((torch.is_grad_enabled(), module.training))
+    )
+    train_all(policy, settings())
+    assert set(modes) == {(False, False), (True, True)}
+
+
+def test_memory_that_an_update_freed_is_kept_for_the_next_one(monkeypatch):
+    kept = []
+    monkeypatch.setattr(train, "keep_freed_memory", lambda: kept.append(1))
+    train_all(tiny_policy("gpt2"), settings(n_updates=2))
+    assert kept == [1, 1]
+
+
+def test_the_rows_of_every_step_are_a_function_of_seed_update_and_epoch():
+    config = settings(seed=5, batch_size=16, mini_batch_size=4, ppo_epochs=2)
+    steps = train.shuffled_steps(16, config, 7)
+    assert [len(rows) for rows in steps] == [4] * 8
+    for epoch in (0, 1):
+        order = permutation(5, "minibatches", 7, 16, part=epoch)
+        assert torch.equal(torch.cat(steps[4 * epoch : 4 * epoch + 4]), order)
+
+
 def plain_update(policy: PolicyModel, rollout: Rollout, config: Config) -> None:
     """The update as one would first write it: all of a step's rows at once, padding and all, autograd's own
     derivatives, Adam."""
@@ -760,7 +797,7 @@ def test_gradients_are_finite_whatever_stands_beyond_the_mask(family):
 def widened(rollout: Rollout) -> Rollout:
     """Three more columns behind the responses, and everything beyond the mask changed, except where it must be 0."""
     mask = widen(rollout.mask, (0, 3))
-    junk = {"response_ids": 7, "logprobs": 50.0, "ref_logprobs": float("nan"), "values": float("inf")}
+    junk = {"response_ids": 7} | dict.fromkeys(("logprobs", "ref_logprobs", "values"), float("nan"))
     junk |= {"advantages": float("nan"), "returns": -1e9, "entropy": float("nan"), "kl": 0.0, "rewards": 0.0}
     wide = {name: torch.where(mask, widen(getattr(rollout, name), (0, 3)), value) for name, value in junk.items()}
     return replace(rollout, mask=mask, **wide)
