@@ -177,7 +177,14 @@ def respond(
         mask=sampled.mask,
         is_encoder_decoder=policy.is_encoder_decoder,
     )
-    return Responses(query_ids, query_mask, sampled.response_ids, sampled.mask, sampled.logprobs, texts)
+    return Responses(
+        query_ids=query_ids,
+        query_mask=query_mask,
+        response_ids=sampled.response_ids,
+        mask=sampled.mask,
+        logprobs=sampled.logprobs,
+        texts=texts,
+    )
 
 
 def sampling_options(config: Config) -> dict[str, float | int]:

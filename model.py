@@ -93,10 +93,14 @@ class PolicyModel(nn.Module):
         time = response_ids.shape[1]
         if self.is_encoder_decoder:
             start_id = self.language_model.config.decoder_start_token_id
-            inputs = encoder_decoder_inputs(query_ids, query_mask, response_ids, start_id)
+            inputs = encoder_decoder_inputs(
+                query_ids=query_ids, query_mask=query_mask, response_ids=response_ids, start_id=start_id
+            )
             keep = {}  # the decoder reads nothing but the response
         else:
-            inputs = causal_inputs(query_ids, query_mask, response_ids, response_mask)
+            inputs = causal_inputs(
+                query_ids=query_ids, query_mask=query_mask, response_ids=response_ids, response_mask=response_mask
+            )
             keep = {"logits_to_keep": time}
         with self.autocast():
             output = self.language_model(**inputs, **keep, output_hidden_states=True, use_cache=False)
