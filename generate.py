@@ -2,7 +2,7 @@
 
 The sampling contract: what `sample` draws from is exactly what `PolicyModel.score` computes. Temperature is applied in
 both. Top-k, top-p, a minimum length and greedy choice change the distribution, so they are for `--task generate` alone
-(ask.py): training samples with none of them.
+(ask.py): config.py refuses them in training.
 """
 
 from collections.abc import Callable
@@ -41,16 +41,17 @@ def sample(
     """Sample one response a prompt with the options of `draw`; `pad_id` fills what follows an EOS.
 
     `uniforms` are the random numbers in [0, 1), one a token, and decide all: a row with the same prompt and numbers
-    is the same, whatever its neighbours are. Rows that have ended leave the batch, and its key/value cache, once they
-    are more than half of it. `on_tokens` is given each step's tokens.
+    is the same up to rounding, whatever its neighbours are. Rows that have ended leave the batch, and its key/value
+    cache, once they are more than half of it. `on_tokens` is given each step's tokens.
     """
+    max_new_tokens = uniforms.shape[1]
     ids = torch.full(uniforms.shape, eos_id, device=query_ids.device)
     logprobs = torch.zeros(uniforms.shape, device=query_ids.device)
     rows = torch.arange(len(query_ids), device=query_ids.device)  # those still computed
     ended = torch.zeros_like(query_mask[:, 0])
     with eval_mode(policy), policy.autocast():
         inputs = first_inputs(policy.language_model, query_ids, query_mask)
-        for t in range(uniforms.shape[1]):
+        for t in range(max_new_tokens):
             output = policy.language_model(**inputs, use_cache=True)
             logits = output.logits[:, -1].float()
             if t < min_new_tokens:
@@ -118,8 +119,8 @@ def draw(
 ) -> tuple[TensorType["batch"], TensorType["batch", is_float]]:
     """Draw a token a row, and its log-probability: the first token whose cumulative probability exceeds u in [0, 1).
 
-    At temperature 0 it is the likeliest, surely. Else among the top_k likeliest (0: all), and among these the fewest
-    whose probabilities reach top_p.
+    At temperature 0 it is the likeliest, with probability 1. Else among the top_k likeliest (0: all), and among these
+    the fewest whose probabilities reach top_p.
     """
     if temperature == 0:
         return logits.argmax(-1), torch.zeros_like(logits[:, 0])

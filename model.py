@@ -33,7 +33,7 @@ class PolicyModel(nn.Module):
 
     shared    the head reads the policy's own trunk: V(x, y_<t), nearly free, but two losses pull on one trunk
     separate  it reads a trunk of the critic's own: V(x, y_<t), twice the work
-    encoder   it reads an encoder of the prompt alone: V(x), the same for every token of the response. An encoder that
+    encoder   of an encoder-decoder: it reads the prompt alone: V(x), the same for every response token. An encoder that
               also read the response would see, at token t, the tokens after t, and its baseline would be biased.
               As no state after the prompt is valued, only λ = 1 leaves the policy gradient unbiased.
 
@@ -138,8 +138,8 @@ def causal_inputs(
 ) -> dict[str, torch.Tensor]:
     """The one sequence that a causal model reads: the prompt, and the response but for its last token.
 
-    The one place where tokens and outputs are shifted: the output at index i has read tokens 0..i and predicts token
-    i + 1. Nothing reads the last response token, so the last `time` outputs are those that predict the response.
+    Where tokens and outputs are shifted: the output at index i has read tokens 0..i and predicts token i + 1. Nothing
+    reads the last response token, so the last `time` outputs are those that predict the response: `score` takes them.
     Left padding needs explicit positions: GPT-2 would count the padding.
     """
     ids = torch.cat([query_ids, response_ids[:, :-1]], dim=1)  # (batch, query + time - 1)
@@ -153,7 +153,7 @@ def encoder_decoder_inputs(
     response_ids: TensorType["batch", "time"],
     start_id: int,
 ) -> dict[str, torch.Tensor]:
-    """What encoder and decoder read; the decoder reads start, y_0, ..., y_{T-2}, so all its outputs predict.
+    """What encoder and decoder read; the decoder's shift is its start token: start, y_0, ..., y_{T-2} all predict.
 
     No decoder mask: a causal decoder never sees the padding on the right, and the start token, which T5 shares with
     padding, must not be hidden from it.

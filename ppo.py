@@ -5,7 +5,7 @@ end-of-sequence token (EOS) or at the length cap. All tensors are (batch, time) 
 here can tell a GPT-2 from a T5: column t holds the log-probability OF token y_t and the value BEFORE it.
 `mask` is True on real response tokens, the EOS included, and is a prefix of every row; what stands beyond it,
 even NaN, changes nothing. After two averages over real tokens, which are used throughout, the functions stand in the
-order in which an update first calls them (`train` in train.py):
+order in which an update first calls them (`train` in train.py); what only the log shows comes last:
 
     symbol       variable          meaning                                               defined by
     y_t          response_ids      token t of the response                               -
@@ -73,14 +73,20 @@ def response_mask(response_ids: TensorType["batch", "time"], eos_id: int) -> Ten
 def token_logprobs(
     logits: TensorType["batch", "time", "vocab", is_float], tokens: TensorType["batch", "time"]
 ) -> TensorType["batch", "time", is_float]:
-    """log softmax(z_t)[y_t], in nats; the logits z are already divided by the temperature."""
+    """log softmax(z_t)[y_t], in nats; the logits z are already divided by the temperature.
+
+    The definition: a run takes the same numbers from `thin_logprobs` of model.py, which needs less memory.
+    """
     return logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
 
 
 def token_entropy(
     logits: TensorType["batch", "time", "vocab", is_float],
 ) -> TensorType["batch", "time", is_float]:
-    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab)."""
+    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab).
+
+    The definition: a run takes the same numbers from `thin_entropy` of model.py, which needs less memory.
+    """
     logprobs = logits.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
@@ -262,8 +268,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n_re
     """β ← β (1 + e n / horizon), e = clip(KL / target - 1, ±0.2): Ziegler et al. 2019, section 2.2.
 
     kl: mean over the rollout of the KL summed over a response, in nats; n: responses in the rollout. The paper's
-    gain K_β is written n / horizon, as its code has it. Raises ValueError for a negative kl: no KL is, but k1's
-    average can be, and would lower β for as long as sampling and scoring disagree. Feed the average of k3.
+    gain K_β is written n / horizon, as its code has it. Raises ValueError for a negative kl: no KL is, but an
+    average of k1 can be, by chance or where sampling and scoring disagree, and would lower β. Feed the average of k3.
     """
     if kl < 0:
         raise ValueError(f"a KL divergence cannot be negative, got {kl}")

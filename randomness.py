@@ -14,7 +14,7 @@ from torchtyping import TensorType
 PURPOSES = (  # and what `number` counts
     "prompts",  # passes over the prompts of PPO
     "sampling",  # updates
-    "minibatches",  # updates, and in each the epochs
+    "steps",  # updates, and in each the epochs: the order of the rows
     "evaluation",  # nothing: every evaluation draws alike
     "generate",  # responses of the generate task
     "texts",  # passes over the texts of a stage

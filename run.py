@@ -86,7 +86,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
     started = time.perf_counter()
     with tqdm(total=config.n_updates, desc="PPO", unit="update") as bar:
         for rollout, stats in train(state, fixed, prompts.train, config):
-            number = state.update - 1
+            number = state.next_update - 1
             if not math.isfinite(stats["loss"]):
                 raise RunError(f"the loss is {stats['loss']} at update {number}; try a lower --learning_rate")
             if number == 0:
@@ -100,7 +100,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
                 bar.write(f"alarm at update {number}: {raised[name]}")
             announced |= raised.keys()
             timings.append(report.timing(number, started, rollout))
-            if is_time_to_evaluate(config, state.update):
+            if is_time_to_evaluate(config, state.next_update):
                 row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, folder / "checkpoints/best")
             report.write_logs(folder, log, timings, report.log_rows(number, rollout))
             bar.set_postfix(report.bar_numbers(row), refresh=False)
@@ -122,7 +122,7 @@ def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config,
     if state.best is None or reward > state.best.reward:
         save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json")
         trained = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
-        state.best = Best(reward=reward, update=state.update - 1, weights=trained)
+        state.best = Best(reward=reward, update=state.next_update - 1, weights=trained)
     return reward
 
 

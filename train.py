@@ -1,12 +1,13 @@
 """PPO itself: sample, score, shape rewards, estimate advantages, update, adapt; and again.
 
-The equations are in ppo.py, what is trained in model.py, how text is sampled in generate.py. This file reads downwards:
-what a rollout is and how one is collected, the loss of a minibatch, an update on a rollout, and `train`, which is the
-whole algorithm on one screen. What surrounds it (checks, logs, figures, evaluation, saving) is in run.py.
+The equations are in ppo.py, what is trained in model.py, how text is sampled in generate.py. This file goes from
+the parts to the whole: what a rollout is and how one is collected, the loss of a minibatch, an update on a rollout, and
+`train`, which is the whole algorithm on one screen: begin with it, at the end, if you know the parts. What surrounds it
+(checks, logs, figures, evaluation, saving) is in run.py.
 
     rollout     a response to each of batch_size prompts; each update has one, and goes over it ppo_epochs times
     step        rows that share an optimizer step: mini_batch_size x gradient_accumulation_steps
-    minibatch   rows that share a forward pass: at most mini_batch_size
+    minibatch   rows that share a forward pass: at most mini_batch_size (elsewhere often called a micro-batch)
 """
 
 import time
@@ -48,14 +49,14 @@ class Best(NamedTuple):
 
 @dataclass
 class State:
-    """All that an update changes: with it, and with what is `Fixed`, a run goes on as if it had never stopped."""
+    """All that a run changes: with it, and with what is `Fixed`, it goes on as if it had never stopped."""
 
     policy: PolicyModel  # with its value head and critic
     optimizer: torch.optim.Optimizer  # with Adam's moments
     kl_coef: float
     moments: ppo.Moments = field(default_factory=ppo.Moments)  # of all scores so far
-    update: int = 0  # the number of the next one
-    best: Best | None = None
+    next_update: int = 0  # its number
+    best: Best | None = None  # noted by run.py
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,17 @@ class Rollout:
     query_mask: TensorType["batch", "query", bool]
     response_ids: TensorType["batch", "time"]
     mask: TensorType["batch", "time", bool]
-    sampling_logprobs: TensorType["batch", "time", is_float]  # token by token, as they were drawn: to check `logprobs`
-    logprobs: TensorType["batch", "time", is_float]  # of the policy that sampled
+    sampling_logprobs: TensorType["batch", "time", is_float]  # noted when each was drawn: the start-up check's
+    logprobs: TensorType["batch", "time", is_float]  # of the same policy and tokens by `score`: the ratio's denominator
     ref_logprobs: TensorType["batch", "time", is_float]
     values: TensorType["batch", "time", is_float]
     entropy: TensorType["batch", "time", is_float]
     has_eos: TensorType["batch", bool]
     prompts: list[Prompt]
     texts: list[str]  # the responses
-    raw_scores: TensorType["batch", is_float]  # the weighted sum of the reward's terms, one number a response
+    raw_scores: TensorType["batch", is_float]  # the reward's terms in a weighted sum, one number a response
     term_scores: dict[str, TensorType["batch", is_float]]
-    collected_at: float  # by time.perf_counter()
+    collected_at: float  # by time.perf_counter(), for timings.json
 
     # worked out from the above in `train`
     scores: TensorType["batch", is_float] | None = None  # those trained on, one a response
@@ -94,7 +95,7 @@ class Rollout:
 def collect_rollout(
     policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, update_number: int
 ) -> Rollout:
-    """Sample a response to every prompt, with the random numbers of that update; score its tokens and its text."""
+    """Sample a response to every prompt, by that update's random numbers; what policies and reward say of each."""
     # The ids drawn here are the ones trained on; they are never decoded and tokenised again.
     random_numbers = uniforms(config.seed, "sampling", update_number, (len(prompts), config.max_new_tokens))
     drawn = respond(policy, fixed.tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
@@ -129,7 +130,7 @@ def collect_rollout(
         ref_logprobs=reference.logprobs,
         values=own.values,
         entropy=own.entropy,
-        has_eos=(drawn.response_ids == fixed.tokenizer.eos_token_id).any(1),  # only a row that has ended is padded
+        has_eos=(drawn.response_ids == fixed.tokenizer.eos_token_id).any(1),  # true of the pads, too, if pad = EOS
         prompts=prompts,
         texts=drawn.texts,
         raw_scores=raw_scores.to(drawn.mask.device),
@@ -204,15 +205,17 @@ def minibatch_loss(
         loss = loss - config.entropy_coef * mean(new.entropy)
 
     with torch.no_grad():
-        moved = partial(ppo.kl_estimate, logprobs=minibatch.old_logprobs, other_logprobs=new.logprobs, mask=mask)
+        kl_from_sampler = partial(
+            ppo.kl_estimate, logprobs=minibatch.old_logprobs, other_logprobs=new.logprobs, mask=mask
+        )
         stats = {
             "loss": loss,
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "clip_fraction": mean(clipped),
             "value_clip_fraction": mean(value_clipped),
-            "approx_kl_k1": mean(moved(estimator="k1")),
-            "approx_kl_k3": mean(moved(estimator="k3")),
+            "approx_kl_k1": mean(kl_from_sampler(estimator="k1")),
+            "approx_kl_k3": mean(kl_from_sampler(estimator="k3")),
             "ratio": mean(ratio),
             "ratio_min": ratio.masked_fill(~mask, float("inf")).min(),
             "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
@@ -250,7 +253,7 @@ def shuffled_steps(n_rows: int, config: Config, update_number: int) -> list[Tens
     step_size = config.mini_batch_size * config.gradient_accumulation_steps
     steps = []
     for epoch in range(config.ppo_epochs):
-        order = permutation(config.seed, "minibatches", update_number, n_rows, part=epoch)
+        order = permutation(config.seed, "steps", update_number, n_rows, part=epoch)
         steps += order.split(step_size)
     return steps
 
@@ -260,9 +263,10 @@ def update(
 ) -> dict[str, float]:
     """ppo_epochs passes over the rollout, an optimizer step for every few rows; the means of the steps' statistics.
 
-    With `target_kl`, a step whose k3 to the policy that sampled exceeds 1.5 target_kl is not taken: the update ends.
+    With `target_kl` (`kl_target` is another thing: for the price of KL), the update ends before a step whose k3 to the
+    policy that sampled exceeds 1.5 target_kl, in nats a token; that step's statistics count.
     """
-    policy.train()  # no dropout anywhere: for activation checkpointing, which sleeps in eval mode
+    policy.train()  # for activation checkpointing, which sleeps in eval mode; models are loaded without dropout
     optimizer.param_groups[0]["lr"] = learning_rate(config, update_number)
     device = rollout.mask.device
     history = []
@@ -276,7 +280,7 @@ def update(
         optimizer.step()
     optimizer.zero_grad()  # nothing keeps gradients while the next rollout is sampled
     if device.type == "cpu":
-        keep_freed_memory()
+        keep_freed_memory()  # else it goes back to the system, and returns page by page
     return combine(history, fmean)
 
 
@@ -294,17 +298,17 @@ def train(
 
     All random numbers are functions of the seed and the update's number, so it does not matter where a run starts.
     """
-    for update_number in range(state.update, config.n_updates):
+    for update_number in range(state.next_update, config.n_updates):
         # Sample responses, and score them: their tokens by policy and reference, their texts by the reward.
         batch = batch_of(prompts, config.batch_size, update_number, config.seed)
         rollout = collect_rollout(state.policy, fixed, batch, config, update_number)
         mask, values = rollout.mask, rollout.values
 
         # Shape: a price for every nat of KL to the reference, token by token, and the text's score on its last token.
-        raw_scores = ppo.penalise_missing_eos(rollout.raw_scores, rollout.has_eos, config.missing_eos_penalty)
-        state.moments = ppo.update_moments(state.moments, raw_scores)  # before their use, so that a first has some
+        penalised = ppo.penalise_missing_eos(rollout.raw_scores, rollout.has_eos, config.missing_eos_penalty)
+        state.moments = ppo.update_moments(state.moments, penalised)  # first, or the first rollout would have none
         scores = ppo.shape_scores(
-            raw_scores,
+            penalised,
             moments=state.moments if config.normalize_scores else None,
             whiten=config.whiten_scores,
             clip=config.score_clip or None,
@@ -333,7 +337,11 @@ def train(
                 logprobs=rollout.logprobs, other_logprobs=rollout.ref_logprobs, mask=mask, estimator="k3"
             )
             state.kl_coef = ppo.adapt_kl_coef(
-                state.kl_coef, k3.sum(1).mean().item(), config.kl_target, config.kl_horizon, config.batch_size
+                kl_coef=state.kl_coef,
+                kl=k3.sum(1).mean().item(),
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+                n_responses=config.batch_size,
             )
-        state.update = update_number + 1
+        state.next_update = update_number + 1
         yield rollout, stats

@@ -14,7 +14,7 @@ import ppo
 from config import Config
 from dataset import Prompt, pad
 from generate import Sample, draw, respond, sample
-from model import PolicyModel, eval_mode, frozen_copy
+from model import PolicyModel, frozen_copy
 from randomness import uniforms
 from sft import new_tokenizer
 from train import Fixed, collect_rollout
@@ -76,21 +76,6 @@ def test_greedy_is_the_likeliest_token_at_every_step(family):
     for query, response in zip(QUERIES, drawn.response_ids.tolist(), strict=True):
         for t in range(6):
             assert response[t] == next_token(policy, query, response[:t])[0].argmax().item()
-
-
-def test_eval_mode_is_for_a_while_only_and_ends_after_an_error_too():
-    policy = tiny_policy("gpt2").train()
-    with eval_mode(policy):
-        assert not policy.training
-        assert not policy.language_model.training
-    assert policy.training
-    with pytest.raises(RuntimeError), eval_mode(policy):
-        raise RuntimeError
-    assert policy.training
-    assert policy.language_model.training
-    with eval_mode(policy.eval()):
-        pass
-    assert not policy.training
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -260,6 +245,27 @@ def test_sampled_log_probabilities_equal_brute_force(family):
         real = drawn.mask[i]
         expected = brute_force(policy, query, drawn.response_ids[i, real].tolist(), 0.7)[0]
         assert_close(drawn.logprobs[i, real], expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_t_of_a_row_is_drawn_by_number_t_of_its_random_numbers(family):
+    """Oracle: the whole prefix anew for every token, and the first token whose cumulative probability exceeds u."""
+    policy, random_numbers = tiny_policy(family), uniforms(3, "sampling", 0, (4, 6))
+    drawn = sample(policy, *encode(policy), random_numbers, EOS, PAD, temperature=0.7)
+    for query, row, response, mask in zip(QUERIES, random_numbers, drawn.response_ids, drawn.mask, strict=True):
+        before = []
+        for u, token in zip(row.tolist(), response[mask].tolist(), strict=False):
+            cumulative = (next_token(policy, query, before)[0].double() / 0.7).softmax(-1).cumsum(-1)
+            assert token == int((cumulative <= u).sum())
+            before.append(token)
+    assert drawn.mask.sum() > 10
+
+
+def test_logits_that_are_no_numbers_give_a_token_and_a_log_probability_that_is_none():
+    """So that it is the start-up check that stops the run and says why, not an index beyond the vocabulary."""
+    tokens, logprobs = draw(torch.full((2, 3), float("nan")), torch.tensor([0.0, 0.9], dtype=torch.float64))
+    assert ((tokens >= 0) & (tokens < 3)).all()
+    assert logprobs.isnan().all()
 
 
 def test_sampling_carries_no_gradient():
@@ -462,6 +468,9 @@ def test_respond_pads_samples_and_decodes(family):
     assert torch.equal(drawn.response_ids, expected.response_ids)
     assert torch.equal(drawn.mask, expected.mask)
     assert torch.equal(drawn.logprobs, expected.logprobs)
+    steps = []
+    respond(policy, letter_tokenizer(), QUERIES, uniforms(0, "sampling", 0, (4, 6)), config, on_tokens=steps.append)
+    assert len(steps) == drawn.mask.shape[1]
     for text, ids in zip(drawn.texts, drawn.response_ids.tolist(), strict=True):
         assert text == "".join("..abcdefghi"[i] for i in ids if i > EOS)
 

@@ -49,6 +49,7 @@ from loading import (
 )
 from model import (
     PolicyModel,
+    eval_mode,
     frozen_copy,
     length_groups,
     position_ids,
@@ -546,10 +547,11 @@ def test_the_tiny_models_and_tokenizer_are_what_they_seem():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pass_tokens", [1, 128])
 @pytest.mark.parametrize("mini_batch_size", [1, 2, 4])
-def test_rows_scored_in_passes_keep_their_places(family, mini_batch_size, monkeypatch):
-    """In passes of any size, and halved wherever it saves anything: the numbers of all rows scored at once."""
-    monkeypatch.setattr(model, "PASS_TOKENS", 1)
+def test_rows_scored_in_passes_keep_their_places(family, mini_batch_size, pass_tokens, monkeypatch):
+    """In passes of any size, halved wherever that saves anything or never: the numbers of all rows scored at once."""
+    monkeypatch.setattr(model, "PASS_TOKENS", pass_tokens)
     policy = tiny_policy(family)
     batch = encode(policy)
     mask = batch[3]
@@ -557,7 +559,18 @@ def test_rows_scored_in_passes_keep_their_places(family, mini_batch_size, monkey
     parts = score_in_passes(policy, *batch, mini_batch_size, 0.7, with_entropy=True)
     for expected, actual in zip(whole, parts, strict=True):
         assert_close(actual[mask], expected[mask].detach())
+        assert actual.dtype == torch.float32
     assert not parts.logprobs.requires_grad
+    if mini_batch_size == 1:  # each row in a pass of its own width
+        assert all((tensor[~mask] == 0).all() for tensor in parts)
+
+
+def test_scoring_in_passes_is_at_temperature_1_and_without_entropy_unless_told_otherwise():
+    policy = tiny_policy("gpt2")
+    batch = encode(policy)
+    outputs = score_in_passes(policy, *batch, mini_batch_size=4)
+    assert outputs.entropy is None
+    assert_close(outputs.logprobs[batch[3]], policy.score(*batch, 1.0).logprobs[batch[3]].detach())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -584,6 +597,8 @@ def test_rows_share_a_pass_with_rows_of_like_length_by_hand():
     assert length_groups([300, 1, 150], 3) == [[1], [2], [0]]  # 1 x 299, and of the other two 1 x 150
     assert length_groups([5, 5, 5, 5, 5], 2) == [[0, 1], [2, 3], [4]]
     assert length_groups([7], 8) == [[0]]
+    assert length_groups([200, 73], 2) == [[1, 0]]  # 127
+    assert length_groups([200, 72], 2) == [[1], [0]]  # 128
 
 
 def test_an_encoder_critic_values_the_mean_state_of_the_prompts_real_tokens():
@@ -616,3 +631,44 @@ def test_a_critics_own_weights_learn_from_its_values_and_the_policys_do_not(fami
     silent = [name for name, p in trunk.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
     assert silent == []
     assert all(p.grad is None or p.grad.abs().max() == 0 for p in language_model.parameters())
+
+
+def test_a_critic_may_be_of_another_width_than_the_policy():
+    trunk = AutoModel.from_config(tiny_gpt2(n_embd=16).config)
+    policy = PolicyModel(tiny_gpt2(), trunk, "separate")
+    assert policy.value_head.in_features == 16
+    assert policy.score(*encode(policy)).values.shape == (4, 6)
+
+
+def test_a_causal_response_goes_on_and_an_answer_begins_a_line():
+    assert [tiny_policy(family).separator for family in FAMILIES] == ["", "", "\n"]
+
+
+def test_a_reference_shares_what_is_frozen_and_nothing_that_trains():
+    """With half of its weights frozen, and of a module with weights of both kinds, nothing."""
+    policy = PolicyModel(tiny_gpt2(), mixed_precision=True)
+    body = policy.language_model.transformer
+    body.h[0].requires_grad_(False)
+    body.h[1].mlp.requires_grad_(False)
+    reference = frozen_copy(policy)
+    assert reference.mixed_precision
+    theirs = reference.language_model.transformer
+    assert theirs.h[0] is body.h[0] and theirs.h[1].mlp is body.h[1].mlp
+    assert theirs is not body and theirs.h[1] is not body.h[1] and theirs.h[1].attn is not body.h[1].attn
+    places = {parameter.data_ptr() for parameter in reference.parameters()}
+    assert all(p.data_ptr() not in places for p in policy.parameters() if p.requires_grad)
+
+
+def test_eval_mode_is_for_a_while_only_and_ends_after_an_error_too():
+    policy = tiny_policy("gpt2").train()
+    with eval_mode(policy):
+        assert not policy.training
+        assert not policy.language_model.training
+    assert policy.training
+    with pytest.raises(RuntimeError), eval_mode(policy):
+        raise RuntimeError
+    assert policy.training
+    assert policy.language_model.training
+    with eval_mode(policy.eval()):
+        pass
+    assert not policy.training

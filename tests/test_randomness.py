@@ -17,7 +17,7 @@ ROOT = Path(randomness.__file__).parent
 def test_the_same_arguments_give_the_same_numbers_whatever_was_drawn_before():
     first = uniforms(3, "sampling", 7, (4, 5))
     uniforms(3, "sampling", 6, (9, 9))
-    permutation(3, "minibatches", 7, 100)
+    permutation(3, "steps", 7, 100)
     torch.rand(3)
     assert torch.equal(uniforms(3, "sampling", 7, (4, 5)), first)
 

@@ -674,7 +674,7 @@ def test_the_rows_of_every_step_are_a_function_of_seed_update_and_epoch():
     steps = train.shuffled_steps(16, config, 7)
     assert [len(rows) for rows in steps] == [4] * 8
     for epoch in (0, 1):
-        order = permutation(5, "minibatches", 7, 16, part=epoch)
+        order = permutation(5, "steps", 7, 16, part=epoch)
         assert torch.equal(torch.cat(steps[4 * epoch : 4 * epoch + 4]), order)
 
 
@@ -876,7 +876,7 @@ def test_a_coefficient_without_a_target_stays():
 
 def test_a_kl_target_reads_k3_which_is_never_negative(monkeypatch):
     seen, real = [], ppo.adapt_kl_coef
-    monkeypatch.setattr(ppo, "adapt_kl_coef", lambda kl_coef, kl, *args: (seen.append(kl), real(kl_coef, kl, *args))[1])
+    monkeypatch.setattr(ppo, "adapt_kl_coef", lambda **settings: (seen.append(settings["kl"]), real(**settings))[1])
     config = settings(n_updates=3, kl_target=1.0, learning_rate=3e-3, kl_estimator="abs")
     _, updates = train_all(tiny_policy("gpt2"), config)
     rows = [rollout_stats(rollout) for rollout, _ in updates]
@@ -950,7 +950,11 @@ def assert_same_end(actual: State, expected: State) -> None:
     assert torch.equal(weights(actual.policy), weights(expected.policy))
     for one, other in zip(actual.optimizer.state.values(), expected.optimizer.state.values(), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in other)
-    assert (actual.kl_coef, actual.moments, actual.update) == (expected.kl_coef, expected.moments, expected.update)
+    assert (actual.kl_coef, actual.moments, actual.next_update) == (
+        expected.kl_coef,
+        expected.moments,
+        expected.next_update,
+    )
 
 
 @pytest.mark.parametrize("begun", [1, 3])
@@ -972,7 +976,7 @@ FORGET = {
     "Adam's moments": forget_moments_of_adam,
     "kl_coef": lambda state: setattr(state, "kl_coef", 0.05),
     "moments of the scores": lambda state: setattr(state, "moments", ppo.Moments()),
-    "number of the update": lambda state: setattr(state, "update", 2),
+    "number of the update": lambda state: setattr(state, "next_update", 2),
 }
 
 
@@ -996,7 +1000,7 @@ def test_update_seven_draws_the_same_whether_or_not_there_were_others_before_it(
     _, updates = train_all(policy, config)
     with_others, their_orders = updates[7][0], orders[-6:]
     orders.clear()
-    _, [(alone, _)] = train_all(policy, config, state=replace(new_state(policy, config), update=7))
+    _, [(alone, _)] = train_all(policy, config, state=replace(new_state(policy, config), next_update=7))
     assert [prompt.ids for prompt in alone.prompts] == [prompt.ids for prompt in with_others.prompts]
     assert torch.equal(alone.response_ids, with_others.response_ids)
     assert orders == their_orders
