@@ -203,6 +203,8 @@ def test_draw_with_temperature_and_truncation_by_hand():
     tokens, logprobs = draw(logits, uniforms, temperature=0.5)
     assert tokens.tolist() == [0, 1, 1, 2]
     assert_close(logprobs, (torch.tensor([1, 4, 4, 16]) / 21).log())
+    tokens, logprobs = draw(logits.square(), torch.full((4,), 0.99, dtype=torch.float64), temperature=2.0)
+    assert_close(logprobs, (logits.square() / 2).log_softmax(-1)[:, 2])
     tokens, logprobs = draw(logits, torch.tensor([0.0, 0.19, 0.21, 0.99], dtype=torch.float64), 0.5, top_k=2)
     assert tokens.tolist() == [1, 1, 2, 2]
     assert_close(logprobs, torch.tensor([0.2, 0.2, 0.8, 0.8]).log())

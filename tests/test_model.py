@@ -85,7 +85,7 @@ def assert_equals_brute_force(policy: PolicyModel, batch, responses, temperature
 # ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.0])
 @pytest.mark.parametrize("family", BUILDERS)
 def test_score_equals_one_token_at_a_time(family, temperature):
     """Oracle: each prefix alone, without padding, cache, mask or explicit positions; softmax of its last output."""
@@ -597,6 +597,7 @@ def test_rows_share_a_pass_with_rows_of_like_length_by_hand():
     assert length_groups([300, 1, 150], 3) == [[1], [2], [0]]  # 1 x 299, and of the other two 1 x 150
     assert length_groups([5, 5, 5, 5, 5], 2) == [[0, 1], [2, 3], [4]]
     assert length_groups([7], 8) == [[0]]
+    assert length_groups([401, 1, 150, 400], 4) == [[1], [2], [3, 0]]  # 2 x (401 - 150), and of the shorter two 149
     assert length_groups([200, 73], 2) == [[1, 0]]  # 127
     assert length_groups([200, 72], 2) == [[1], [0]]  # 128
 

@@ -797,8 +797,8 @@ def test_gradients_are_finite_whatever_stands_beyond_the_mask(family):
 def widened(rollout: Rollout) -> Rollout:
     """Three more columns behind the responses, and everything beyond the mask changed, except where it must be 0."""
     mask = widen(rollout.mask, (0, 3))
-    junk = {"response_ids": 7} | dict.fromkeys(("logprobs", "ref_logprobs", "values"), float("nan"))
-    junk |= {"advantages": float("nan"), "returns": -1e9, "entropy": float("nan"), "kl": 0.0, "rewards": 0.0}
+    junk = {"response_ids": 7} | dict.fromkeys(("logprobs", "ref_logprobs", "values", "returns"), float("nan"))
+    junk |= {"advantages": float("nan"), "entropy": float("nan"), "kl": 0.0, "rewards": 0.0}
     wide = {name: torch.where(mask, widen(getattr(rollout, name), (0, 3)), value) for name, value in junk.items()}
     return replace(rollout, mask=mask, **wide)
 
