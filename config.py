@@ -58,7 +58,7 @@ class Config:
     task: str = option("task", "train", "what to do", TASKS)
     preset: str = option("task", "", "the system to start from", ("", *PRESETS))
     run_name: str = option("task", "", "folder under saved_models/ of a run's stages, {dataset} being the data's name")
-    output_dir: str = option("task", "", "folder to write, or for generate, evaluate and plot to read; see README")
+    output_dir: str = option("task", "", "folder to write, or for generate, evaluate and plot to read: docs/usage.md")
     final_dir: str = option("task", "", "where the newest trained policy is also put, in place of the one before it")
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")

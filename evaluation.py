@@ -237,7 +237,8 @@ def compare(tables: dict[str, list[dict]], text_judge=None, fluency_judge=None, 
 
 def side_by_side(tables: dict[str, list[dict]]) -> list[dict]:
     """A row a prompt: query, reference if there is one, `<column>_<policy>` for all, reward_diff from first to last."""
-    first, *_, last = tables.values()
+    everyone = list(tables.values())
+    first, last = everyone[0], everyone[-1]
     table = []
     for i in range(len(first)):
         row = {"query": first[i]["query"]}
@@ -302,6 +303,8 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)
     text_judge = load_text_judge(config) if config.trains_from_scratch else None
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
+    results = Path(config.output_dir) / "results"
+    results.mkdir(exist_ok=True)  # before the work, as it may fail
     tables = {}
     for split in prompts:
         tables[split] = {}
@@ -312,12 +315,11 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     comparison = {"policies": paths, "splits": {}}
     for split in prompts:
         comparison["splits"][split] = compare(tables[split], text_judge, fluency_judge, tokenizer.pad_token_id)
-    write_results(Path(config.output_dir) / "results", comparison, tables, Path(config.dataset_path).stem or "reviews")
+    write_results(results, comparison, tables, Path(config.dataset_path).stem or "reviews")
 
 
 def write_results(folder: Path, comparison: dict, tables: dict[str, dict[str, list[dict]]], data: str) -> None:
     """The comparison, a table a split, and the samples of all of them, sorted by how much the reward changed."""
-    folder.mkdir(exist_ok=True)
     samples = []
     for split, policies in tables.items():
         rows = side_by_side(policies)

@@ -66,16 +66,17 @@ def count_parameters(policy: PolicyModel) -> str:
 def memory_estimate(config: Config, policy: PolicyModel) -> str:
     """Bytes that the update needs, roughly: weights, reference, gradients and Adam's two moments, activations, logits.
 
-    Of logits there are two (rows, response, vocab) tensors in float32. Activations are taken as 18 numbers a token,
-    layer and unit of width; with activation checkpointing as two a layer, and the 18 of the layer that is recomputed,
-    when the logits are gone.
+    Of (rows, response, vocab) tensors in float32 there are two, one more where a temperature divides the logits, two more
+    for an entropy bonus. Activations are taken as 18 numbers a token, layer and unit of width; with activation
+    checkpointing as two a layer, and the 18 of the layer that is recomputed, when the logits are gone.
     """
     model_config = policy.language_model.config
     weights = sum(n_bytes(p) for p in policy.parameters())
     trained = sum(n_bytes(p) for p in policy.parameters() if p.requires_grad)
     static = weights + 4 * trained  # of what trains there are a reference, a gradient and two moments, too
 
-    logits = 2 * BYTES["float32"] * config.mini_batch_size * config.max_new_tokens * model_config.vocab_size
+    n_logits = 2 + (config.temperature != 1) + 2 * (config.entropy_coef > 0)
+    logits = n_logits * BYTES["float32"] * config.mini_batch_size * config.max_new_tokens * model_config.vocab_size
     tokens = config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens)
     number_a_layer = BYTES[config.dtype] * tokens * model_config.hidden_size  # bytes of one number a unit of width
     if config.gradient_checkpointing:
@@ -103,7 +104,8 @@ def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], c
     """What must hold before the first update, on responses to a minibatch of the run's own prompts.
 
     Sampling and scoring agree on every log-probability, scoring twice gives the same (the ratio is 1), the policy is
-    its reference (KL is 0), and no dropout is on. Raises RunError with the likely cause where one of them does not.
+    its reference (KL is 0), and no dropout is on. Raises RunError with the likely cause where one of them does not. The
+    policy is left in train mode, as an update has it.
     """
     prompts = prompts[: config.mini_batch_size]
     random_numbers = uniforms(config.seed, "sampling", 0, (len(prompts), config.max_new_tokens))
@@ -115,7 +117,7 @@ def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], c
         "response_mask": drawn.mask,
         "temperature": config.temperature,
     }
-    policy.train()  # as an update has it
+    policy.train()
     check_dropout(policy)
     compare_logprobs(
         config,

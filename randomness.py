@@ -4,7 +4,7 @@ A generator is made for them on the spot and thrown away. So none has a state to
 draws moves another, two evaluations draw alike, and a run goes on from the number of its next update alone. Whoever
 needs a part of a batch makes the numbers of the whole batch, which are few, and keeps its rows.
 
-Initial weights are the one exception: torch draws them from its global generator, which main.py seeds for each stage.
+Initial weights are the one exception: torch draws them from its global generator, which is seeded before each stage.
 """
 
 import numpy as np

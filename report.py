@@ -114,7 +114,10 @@ def bar_numbers(stats: dict[str, float]) -> dict[str, str]:
 
 
 def timing(update: int, started: float, rollout: Rollout) -> dict[str, float]:
-    """Seconds of an update's two halves, up to now, and response tokens a second over both."""
+    """Seconds of an update's two halves, up to now, and response tokens a second over both.
+
+    The rollout ends when the reward has been asked; shaping, estimating and the update itself are the other half.
+    """
     now = time.perf_counter()
     return {
         "step": update,

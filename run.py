@@ -46,8 +46,9 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     check_invariants(policy, fixed, first, config)
     if config.dry_run:
+        rollout = collect_rollout(policy, fixed, first, config, update_number=0)
         print("start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout")
-        return show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
+        return show_samples(rollout)
     state = new_state(policy, config)
     run_updates(state, fixed, prompts, config, folder)
     if state.best:
@@ -119,7 +120,7 @@ def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config,
     """
     table = evaluate_policy(state.policy, fixed, prompts, config)
     reward = fmean(row["reward"] for row in table)
-    if state.best is None or reward > state.best.reward:
+    if state.best is None or not reward <= state.best.reward:  # so that NaN is not kept
         save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json")
         trained = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
         state.best = Best(reward=reward, update=state.next_update - 1, weights=trained)

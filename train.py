@@ -49,7 +49,7 @@ class Best(NamedTuple):
 
 @dataclass
 class State:
-    """All that a run changes: with it, and with what is `Fixed`, it goes on as if it had never stopped."""
+    """All that training changes: with it, and with what is `Fixed`, it goes on as if it had never stopped."""
 
     policy: PolicyModel  # with its value head and critic
     optimizer: torch.optim.Optimizer  # with Adam's moments
@@ -71,8 +71,7 @@ class Rollout:
     query_mask: TensorType["batch", "query", bool]
     response_ids: TensorType["batch", "time"]
     mask: TensorType["batch", "time", bool]
-    sampling_logprobs: TensorType["batch", "time", is_float]  # noted when each was drawn: the start-up check's
-    logprobs: TensorType["batch", "time", is_float]  # of the same policy and tokens by `score`: the ratio's denominator
+    logprobs: TensorType["batch", "time", is_float]  # by `score`, not by the sampler: the ratio's denominator
     ref_logprobs: TensorType["batch", "time", is_float]
     values: TensorType["batch", "time", is_float]
     entropy: TensorType["batch", "time", is_float]
@@ -125,12 +124,11 @@ def collect_rollout(
         query_mask=drawn.query_mask,
         response_ids=drawn.response_ids,
         mask=drawn.mask,
-        sampling_logprobs=drawn.logprobs,
         logprobs=own.logprobs,
         ref_logprobs=reference.logprobs,
         values=own.values,
         entropy=own.entropy,
-        has_eos=(drawn.response_ids == fixed.tokenizer.eos_token_id).any(1),  # true of the pads, too, if pad = EOS
+        has_eos=(drawn.response_ids == fixed.tokenizer.eos_token_id).any(1),  # pads, be they EOS, stand behind one only
         prompts=prompts,
         texts=drawn.texts,
         raw_scores=raw_scores.to(drawn.mask.device),

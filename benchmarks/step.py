@@ -170,15 +170,14 @@ def new_steps(
             cut = cut_responses(train.collect_rollout, config.seed)
             stack.enter_context(patch.object(train, "collect_rollout", cut))
         spent = stack.enter_context(stopwatch(fixed.reference))
-        before = cpu_seconds()
+        before, started = cpu_seconds(), time.perf_counter()
         for rollout, _ in train.train(state, fixed, prompts, config):
-            parts = Counter(spent)
-            total = parts["rollout"] + parts["update"]
+            parts, total = Counter(spent), time.perf_counter() - started
             load = {"cpu": time.process_time() - before[0], "foreign": foreign_cores(before, total)}
             figures = {"reward": rollout.raw_scores.mean().item(), "kl": rollout.kl.sum(1).mean().item()}
             yield {"total": total, "parts": parts, **load, **figures}
             spent.clear()
-            before = cpu_seconds()
+            before, started = cpu_seconds(), time.perf_counter()
 
 
 def timed_steps(steps: Iterator[dict], args: argparse.Namespace) -> list[dict]:

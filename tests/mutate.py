@@ -4,7 +4,7 @@
 
 Each mutant is written into a temporary copy of the project, never into the project itself, and the module's own fast
 tests run on it in a forked process, up to the first failure. A mutant that no test notices has survived: either
-a test is missing, or the change makes no difference, and then EQUIVALENT below says why.
+a test is missing, or the change makes no difference, and then data/equivalent_mutants.json says why.
 """
 
 import argparse
@@ -27,7 +27,7 @@ TESTS = {  # those of the reading path, and what its random numbers are
     "ppo.py": ["test_ppo.py", "test_convergence.py"],
     "model.py": ["test_model.py"],
     "generate.py": ["test_generate.py"],
-    "train.py": ["test_train.py", "test_optimum.py"],
+    "train.py": ["test_train.py", "test_run.py", "test_optimum.py"],
     "randomness.py": ["test_randomness.py"],
 }
 # Instead of the project's own options, which may start processes of their own.

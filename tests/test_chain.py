@@ -13,6 +13,7 @@ from micro import PPO, SETTINGS, flags, listing, run_main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import generate
 from config import PRESETS
 
 pytest_plugins = ["micro"]
@@ -216,3 +217,18 @@ def test_an_explicit_folder_is_used_for_the_run_and_found_by_generate(workplace,
     capsys.readouterr()
     assert run_main("--task", "generate", "--output_dir", "mine", "--prompt", "The film") == 0
     assert capsys.readouterr().out.startswith("using mine\nThe film")
+
+
+def test_a_run_whose_sampler_and_scorer_disagree_stops_before_anything_is_trained_or_written(
+    workplace, monkeypatch, capsys
+):
+    """The sampler at another temperature than the scorer; a dry run is told the same."""
+    real, before = generate.sampling_options, listing(workplace)
+    monkeypatch.setattr(generate, "sampling_options", lambda config: real(config) | {"temperature": 0.5})
+    monkeypatch.setattr("train.update", lambda *_: pytest.fail("an update was made"))
+    for flag in ([], ["--dry_run"]):
+        assert run_main("--task", "train", *flags(), *flag) == 1
+        captured = capsys.readouterr()
+        assert "error: sampling and scoring disagree by" in captured.err.splitlines()[-1]
+        assert "invariants hold" not in captured.out
+    assert listing(workplace) == before

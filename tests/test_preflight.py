@@ -50,6 +50,9 @@ def peak_bytes(action: Callable) -> int:
 SIZES = {
     "most of it logits": {"n_embd": 64, "n_layer": 2, "vocab": 4000, "rows": 8},
     "most of it activations": {"n_embd": 128, "n_layer": 4, "vocab": 300, "rows": 16},
+    "logits, divided by a temperature": {"n_embd": 64, "n_layer": 2, "vocab": 4000, "rows": 8, "temperature": 0.8},
+    "logits, entropy bonus": {"n_embd": 64, "n_layer": 2, "vocab": 4000, "rows": 8, "entropy_coef": 0.01},
+    "logits, both": {"n_embd": 64, "n_layer": 2, "vocab": 4000, "rows": 8, "temperature": 0.8, "entropy_coef": 0.01},
     "logits, checkpointing": {"n_embd": 64, "n_layer": 2, "vocab": 4000, "rows": 8, "checkpointing": True},
     "activations, checkpointing": {"n_embd": 128, "n_layer": 4, "vocab": 300, "rows": 16, "checkpointing": True},
 }
@@ -67,6 +70,8 @@ def test_the_memory_estimate_is_what_a_step_takes(size, monkeypatch):
         max_prompt_length=12,
         max_new_tokens=48,
         gradient_checkpointing=checkpointing,
+        temperature=settings.get("temperature", 1.0),
+        entropy_coef=settings.get("entropy_coef", 0.0),
     )
     policy = PolicyModel(tiny_gpt2(vocab_size=vocab, n_embd=settings["n_embd"], n_layer=settings["n_layer"])).train()
     if checkpointing:

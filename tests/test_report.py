@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,7 +31,6 @@ def test_the_statistics_of_a_rollout_by_hand():
         query_mask=torch.ones(2, 1, dtype=torch.bool),
         response_ids=torch.zeros(2, 3, dtype=torch.long),
         mask=mask,
-        sampling_logprobs=torch.tensor([[x, x, x], [x, x, x]]),
         logprobs=torch.tensor([[-1.0, -2.0, -1.0], [-0.5, x, x]]),
         ref_logprobs=torch.tensor([[-1.5, -1.0, -1.0], [-1.0, x, x]]),
         values=torch.tensor([[1.0, 2.0, 3.0], [2.0, x, x]]),
@@ -71,6 +71,14 @@ def test_the_statistics_of_a_rollout_by_hand():
         {"step": 7, "query": "A", "response": "good  film good\nFilm", "reward": 1.0, "reward_fn": 3.0},
         {"step": 7, "query": "B", "response": " bad", "reward": 2.0, "reward_fn": 5.0},
     ]
+
+
+def test_the_timing_of_an_update_by_hand(monkeypatch):
+    """From 10 to 14 s the rollout, with 30 tokens; until 16 s the update."""
+    monkeypatch.setattr(report.time, "perf_counter", lambda: 16.0)
+    rollout = SimpleNamespace(collected_at=14.0, mask=torch.ones(3, 10, dtype=torch.bool))
+    expected = {"step": 4, "seconds_rollout": 4.0, "seconds_update": 2.0, "tokens_per_second": 5.0}
+    assert report.timing(4, 10.0, rollout) == expected
 
 
 def test_the_progress_bar_shows_five_numbers():

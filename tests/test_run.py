@@ -79,6 +79,16 @@ def test_a_run_evaluates_every_few_updates_and_after_the_last_one():
     assert not any(run.is_time_to_evaluate(Config(n_updates=5), n) for n in range(1, 6))
 
 
+def test_a_first_evaluation_that_is_no_number_gives_way_to_the_next(tmp_path, monkeypatch):
+    script = iter([float("nan"), 0.2])
+    monkeypatch.setattr(run, "evaluate_policy", lambda *_: [{"reward": next(script)}])
+    config = settings(n_updates=2, eval_every=1, **SMALL)
+    policy = PolicyModel(tiny_gpt2())
+    state, prompts = new_state(policy, config), prompts_of(QUERIES)
+    run.run_updates(state, fixed_for(policy), run.Prompts(prompts, prompts, prompts), config, tmp_path)
+    assert (state.best.reward, state.best.update) == (0.2, 1)
+
+
 def test_the_best_policy_so_far_is_noted_with_its_update_and_weights(tmp_path, monkeypatch):
     """Rewards .2, .5, .5 and .3: the second, not the third."""
     script = iter([0.2, 0.5, 0.5, 0.3])

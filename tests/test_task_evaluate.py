@@ -119,3 +119,13 @@ def test_evaluation_refuses_what_training_refuses(workplace, capsys):
     for length in ("40", "400"):
         words = f"plus --max_new_tokens {length} is more than the 48 tokens"
         assert_refused(capsys, workplace, ["--task", "evaluate", "--max_new_tokens", length], words)
+
+
+def test_evaluate_takes_a_single_policy(workplace, no_bars):
+    """Its figures and samples, and nothing to compare them with."""
+    assert run_main("--task", "evaluate", "--policies", "only=saved_models/tiny/sft") == 0
+    comparison = json.loads((workplace / PPO / "results/comparison.json").read_text())["splits"]["test"]
+    assert list(comparison["figures"]) == ["only"] and comparison["differences"] == {}
+    rows = read_table(workplace / PPO / "results/samples.csv")
+    assert list(rows[0]) == ["query", "response_only", "reward_only", "reward_diff"]
+    assert {float(row["reward_diff"]) for row in rows} == {0.0}

@@ -107,7 +107,7 @@ def inputs_of(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rollout_carries_no_gradient_and_no_hole(family):
     rollout = first_rollout(other_policy(family).train(), settings(mini_batch_size=4), frozen_copy(tiny_policy(family)))
-    assert len(tensors_of(rollout)) == 16
+    assert len(tensors_of(rollout)) == 15
     for name, tensor in tensors_of(rollout).items():
         assert not tensor.requires_grad, name
         assert len(tensor) == 16, name
@@ -138,7 +138,6 @@ def test_a_rollouts_numbers_are_those_of_policy_and_reference(family):
         theirs = reference.score(*inputs_of(rollout), 0.7)
     mask = rollout.mask
     assert_close(rollout.logprobs[mask], own.logprobs[mask], atol=3e-5)
-    assert_close(rollout.sampling_logprobs[mask], own.logprobs[mask], atol=3e-5)
     assert_close(rollout.values[mask], own.values[mask], atol=3e-5)
     assert_close(rollout.entropy[mask], own.entropy[mask], atol=3e-5)
     assert_close(rollout.ref_logprobs[mask], theirs.logprobs[mask], atol=3e-5)
@@ -724,7 +723,6 @@ def ragged_rollout(policy: PolicyModel) -> Rollout:
         query_mask=query_mask,
         response_ids=response_ids,
         mask=mask,
-        sampling_logprobs=outputs.logprobs,
         logprobs=outputs.logprobs,
         ref_logprobs=outputs.logprobs,
         values=outputs.values,
