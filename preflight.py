@@ -66,8 +66,8 @@ def count_parameters(policy: PolicyModel) -> str:
 def memory_estimate(config: Config, policy: PolicyModel) -> str:
     """Bytes that the update needs, roughly: weights, reference, gradients and Adam's two moments, activations, logits.
 
-    Of (rows, response, vocab) tensors in float32 there are two, one more where a temperature divides the logits, two more
-    for an entropy bonus. Activations are taken as 18 numbers a token, layer and unit of width; with activation
+    Of (rows, response, vocab) tensors in float32 there are two, one more where a temperature divides the logits, and
+    two more for an entropy bonus. Activations are taken as 18 numbers a token, layer and unit of width; with activation
     checkpointing as two a layer, and the 18 of the layer that is recomputed, when the logits are gone.
     """
     model_config = policy.language_model.config
