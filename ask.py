@@ -4,19 +4,22 @@ import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from checkpoint import check_writable, write_whole
-from config import Config, UsageError
+from config import Config, UsageError, template_fields
+from dataset import Row
 from device import prepare_device
 from generate import respond
 from loading import load_policy, load_tokenizer, one_sentence
 from model import PolicyModel
-from preflight import check_context
+from preflight import prompt_room
+from prompts import Prompt, asked, limit_length, make_prompts
 from randomness import uniforms
 from reward import load_reward_terms, total_reward
 
@@ -26,30 +29,35 @@ def generate(config: Config, reward_model_path: str) -> None:
     output = Path(config.output)
     if config.output:
         check_new_file(output)
-    given = given_prompts(config)
+    given = given_rows(config)
+    config = replace(config, prompt_tokens=0)  # they are for cutting training texts down to openings
     device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config, config.output_dir, device).eval()
-    check_context(config, policy)
+    room = prompt_room(config, policy)
     terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
     lines = []
-    for batch, random_numbers in batches(given or typed_prompts(), bool(given), config):
-        ids = [row[-config.max_prompt_length :] for row in tokenizer(batch).input_ids]
-        if len(batch) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
-            stream(policy, tokenizer, batch[0], ids, random_numbers, config)
+    for rows, random_numbers in batches(given or typed_rows(config), bool(given), config):
+        with redirect_stdout(sys.stderr):  # what is said of long prompts is no response
+            prompts = limit_length(make_prompts(rows, config, tokenizer), config, tokenizer, room)
+        if len(rows) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
+            stream(policy, tokenizer, prompts[0], random_numbers, config)
             continue
-        responses = [
-            before_stop(text, config.stop) for text in respond(policy, tokenizer, ids, random_numbers, config).texts
-        ]
+        drawn = respond(policy, tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
+        responses = [before_stop(text, config.stop) for text in drawn.texts]
         if config.output:
-            lines += json_lines(batch, responses, terms, config)
+            lines += json_lines(prompts, responses, terms, config)
         else:
-            for prompt, response in zip(batch, responses, strict=True):
-                print(policy.separator.join([prompt, response]))
+            for prompt, response in zip(prompts, responses, strict=True):
+                print(asked(prompt, config) + shown_separator(policy, config) + response)
     if config.output:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, "".join(lines))
         print(f"{len(lines)} responses: {output}")
+
+
+def shown_separator(policy: PolicyModel, config: Config) -> str:
+    return "\n" if config.chat else policy.separator
 
 
 def check_new_file(path: Path) -> None:
@@ -59,28 +67,28 @@ def check_new_file(path: Path) -> None:
     check_writable(path.parent)
 
 
-def batches(prompts: Iterable[str], are_given: bool, config: Config) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Prompts to respond to at once, each as often as --num_samples says, with the random numbers of each response.
-
-    A prompt that is typed is responded to before the next one is asked for.
+def batches(rows: Iterable[dict], are_given: bool, config: Config) -> Iterator[tuple[list[dict], torch.Tensor]]:
+    """Prompts' rows to respond to at once, each as often as --num_samples says, with the random numbers of each
+    response. A prompt that is typed is responded to before the next one is asked for.
     """
-    wanted = (prompt for prompt in prompts for _ in range(config.num_samples))
-    size = config.batch_size if are_given else config.num_samples
+    wanted = (row for row in rows for _ in range(config.num_samples))
+    size = config.batch_size if are_given else min(config.batch_size, config.num_samples)
     count = 0
     while batch := list(islice(wanted, size)):
         shape = (1, config.max_new_tokens)
-        rows = [uniforms(config.seed, "generate", count + i, shape) for i in range(len(batch))]
-        yield batch, torch.cat(rows)
+        random_rows = [uniforms(config.seed, "generate", count + i, shape) for i in range(len(batch))]
+        yield batch, torch.cat(random_rows)
         count += len(batch)
 
 
-def json_lines(prompts: list[str], responses: list[str], terms: dict, config: Config) -> list[str]:
+def json_lines(prompts: list[Prompt], responses: list[str], terms: dict, config: Config) -> list[str]:
     """A line of JSON a response: prompt, response and reward."""
-    rows = [{config.prompt_column: prompt} for prompt in prompts]
-    rewards, _ = total_reward(terms, prompts=prompts, responses=responses, rows=rows, config=config)
+    texts = [prompt.text for prompt in prompts]
+    rows = [prompt.row for prompt in prompts]
+    rewards, _ = total_reward(terms, prompts=texts, responses=responses, rows=rows, config=config)
     lines = []
     for prompt, response, reward in zip(prompts, responses, rewards.tolist(), strict=True):
-        row = {"prompt": prompt, "response": response, "reward": reward}
+        row = {"prompt": asked(prompt, config), "response": response, "reward": reward}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     return lines
 
@@ -90,28 +98,44 @@ def before_stop(text: str, stop: tuple[str, ...]) -> str:
     return text[: min((text.index(word) for word in stop if word in text), default=len(text))]
 
 
-def given_prompts(config: Config) -> list[str]:
+def row_of(text: str, config: Config) -> dict:
+    """The row that a prompt of text is in: in the prompt column, or the one that the run's template names."""
+    if not config.prompt_template:
+        return {config.prompt_column: text}
+    names = template_fields(config.prompt_template)
+    if len(names) > 1:
+        raise UsageError(
+            f"the run's --prompt_template {config.prompt_template!r} has several columns: give them as objects, "
+            "--prompts FILE.jsonl"
+        )
+    return {names[0]: text}
+
+
+def given_rows(config: Config) -> list[dict]:
     """The prompts of --prompt and --prompts, else a line each from standard input; none where that is a terminal."""
-    prompts, piped = [*config.prompt], not (sys.stdin and sys.stdin.isatty())
+    piped = not (sys.stdin and sys.stdin.isatty())
+    rows = [row_of(text, config) for text in config.prompt]
     if config.prompts:
-        prompts += read_prompts(config.prompts, config.prompt_column)
+        rows += read_prompts(config.prompts, config)
     with one_sentence("a prompt is not text in UTF-8"):
-        if not prompts and piped:
-            prompts = [line.rstrip("\n") for line in sys.stdin or () if line.strip()]
-        "".join(prompts).encode()
-    if not prompts and (config.output or piped):
+        if not rows and piped:
+            rows = [row_of(line.rstrip("\n"), config) for line in sys.stdin or () if line.strip()]
+        json.dumps(rows, ensure_ascii=False).encode()
+    if not rows and (config.output or piped):
         raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
-    if not all(prompt.strip() for prompt in prompts):
+    if not all(value.strip() for row in rows for value in row.values() if isinstance(value, str)):
         raise UsageError("a prompt is empty; expected some text for the model to go on from")
-    return prompts
+    return rows
 
 
-def read_prompts(path: str, prompt_column: str) -> list[str]:
-    """Prompts from a file: lines of text, or JSON texts or objects with one as the prompt column, `prompt` or `query`.
+def read_prompts(path: str, config: Config) -> list[dict]:
+    """Rows from a file: of lines of text, or of JSON texts, conversations, or objects that hold either as the prompt
+    column, `prompt`, `query` or `messages`, or all columns of the run's template.
 
     Raises UsageError naming the line, or the entry of a list, what was found there and what was expected.
     """
-    kind, prompts, names = Path(path).suffix, [], dict.fromkeys((prompt_column, "prompt", "query"))
+    kind = Path(path).suffix.lower()
+    rows = []
     with one_sentence(f"--prompts {path}"):
         if kind not in ("", ".txt", ".jsonl", ".json"):
             raise ValueError(f"it ends in {kind}, expected .txt, .jsonl or .json")
@@ -125,36 +149,53 @@ def read_prompts(path: str, prompt_column: str) -> list[str]:
             found = None
             with suppress(ValueError, RecursionError):
                 found = json.loads(entry) if kind == ".jsonl" else entry
-            if isinstance(found, dict):
-                found = next((found[name] for name in names if found.get(name)), None)
-            if not isinstance(found, str) or not found.strip():
+            row = prompt_row(found, number, config)
+            if row is None:
                 shown = (json.dumps(entry, ensure_ascii=False) if kind == ".json" else entry)[:80]
-                wanted = f"a JSON text, or an object with one as {' or '.join(names)}"
-                raise ValueError(f"{'entry' if kind == '.json' else 'line'} {number}: found {shown}, expected {wanted}")
-            prompts.append(found)
-        if not prompts:
+                place = f"{'entry' if kind == '.json' else 'line'} {number}"
+                raise ValueError(f"{place}: found {shown}, expected {expected_prompt(config)}")
+            rows.append(row)
+        if not rows:
             raise ValueError("it holds no prompts")
-    return prompts
+    return rows
 
 
-def typed_prompts() -> Iterator[str]:
+def expected_prompt(config: Config) -> str:
+    names = " or ".join(dict.fromkeys((config.prompt_column, "prompt", "query", "messages")))
+    return f"a JSON text or a list of messages, or an object with one as {names}"
+
+
+def prompt_row(found, number: int, config: Config) -> Row | None:
+    """The row of one entry of a file; None where it holds no prompt."""
+    if isinstance(found, dict):
+        fields = template_fields(config.prompt_template) if config.prompt_template else ()
+        if fields and all(found.get(name) is not None for name in fields):
+            return Row(found, number)
+        names = (config.prompt_column, "prompt", "query", "messages")
+        found = next((found[name] for name in names if found.get(name)), None)
+    if isinstance(found, list) and found and isinstance(found[0], dict):
+        return Row({config.prompt_column: found}, number)
+    if isinstance(found, str) and found.strip():
+        return Row(row_of(found, config), number)
+    return None
+
+
+def typed_rows(config: Config) -> Iterator[dict]:
     """The lines that are typed on the terminal, until the input ends; blank ones are asked for again."""
     print("type the beginning of a text; end with Ctrl-D\n> ", end="", flush=True)
     for line in sys.stdin:
         if line.strip():
-            yield line.rstrip("\n")
+            yield row_of(line.rstrip("\n"), config)
         print("> ", end="", flush=True)
     print()
 
 
-def stream(
-    policy: PolicyModel, tokenizer, prompt: str, ids: list[list[int]], random_numbers: torch.Tensor, config: Config
-) -> None:
-    """Print a prompt, and the response to its ids as it is drawn.
+def stream(policy: PolicyModel, tokenizer, prompt: Prompt, random_numbers: torch.Tensor, config: Config) -> None:
+    """Print a prompt, and the response to it as it is drawn.
 
     All of it is decoded anew each time, behind the prompt: what a token looks like may depend on those around it.
     """
-    drawn = [] if policy.is_encoder_decoder else list(ids[0])
+    drawn = [] if policy.is_encoder_decoder else list(prompt.ids)
     start = len(tokenizer.decode(drawn, skip_special_tokens=True))
     shown = ""
 
@@ -165,6 +206,6 @@ def stream(
         print(text[len(shown) :], end="", flush=True)
         shown = max(shown, text, key=len)
 
-    print(prompt, end=policy.separator, flush=True)
-    responses = respond(policy, tokenizer, ids, random_numbers, config, on_tokens=show)
+    print(asked(prompt, config), end=shown_separator(policy, config), flush=True)
+    responses = respond(policy, tokenizer, [prompt.ids], random_numbers, config, on_tokens=show)
     print(responses.texts[0][len(shown) :])

@@ -12,15 +12,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from config import Config, RunError, UsageError, to_json
+from config import Config, RunError, UsageError, first_line, to_json
 
 # The settings that a stage's result depends on: its data and size, always, and how it was trained.
 TRAINED_ON = (
     "base_model_name",
     "dataset_path",
+    "dataset_config",
     "dataset_split",
     "prompt_column",
     "prompt_template",
+    "chat",
     "vocab_size",
     "context_length",
     "n_layer",
@@ -152,7 +154,7 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
     if not Path(path).exists():
         return False
     settings = Path(path) / "run_config.json"
-    before = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    before = read_object(settings) if settings.exists() else {}
     names = list(TRAINED_ON)
     if stage == "reward":
         names += REWARD_COLUMNS
@@ -215,11 +217,18 @@ def run_settings(settings: dict) -> dict:
         if policies and not folder:
             _, folder = run_of(policies[0])
     run = newest_run(folder, name=name, preset=preset, marker=marker)
+    return read_object(run / "run_config.json") | {"output_dir": str(run)}
+
+
+def read_object(path: Path) -> dict:
+    """The JSON object in a file. Raises UsageError if it is missing, unreadable, or holds something else."""
     try:
-        stored = json.loads((run / "run_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{run / 'run_config.json'} cannot be read: {error}") from None
-    return stored | {"output_dir": str(run)}
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise UsageError(f"{path} cannot be read: it holds a {type(found).__name__}, expected an object")
+    return found
 
 
 def is_empty_folder(path: Path) -> bool:
@@ -260,8 +269,9 @@ def new_ppo_folder(config: Config) -> Path:
     return folder
 
 
-def write_manifest(folder: Path, loader: str, base: str) -> None:
-    """manifest.json: the line of Python that loads what the folder holds, and every file with its SHA-256.
+def write_manifest(folder: Path, loader: str, base: str, critic: str) -> None:
+    """manifest.json: the line of Python that loads what the folder holds, what its value head reads, and every file
+    with its SHA-256.
 
     `loader` is a call on a place, `{}`; with an adapter in the folder, `base` is where the model under it is.
     """
@@ -272,7 +282,7 @@ def write_manifest(folder: Path, loader: str, base: str) -> None:
     for file in sorted(folder.rglob("*")):
         if file.is_file():
             hashes[file.relative_to(folder).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-    manifest = {"loads_with": loads_with, "sha256": hashes}
+    manifest = {"loads_with": loads_with, "critic": critic, "sha256": hashes}
     write_whole(folder / "manifest.json", json.dumps(manifest, indent=2))
 
 

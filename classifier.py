@@ -16,12 +16,13 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from checkpoint import stage_folder
 from config import Config, UsageError
-from dataset import column, load_rows, pad, prompt_texts
+from dataset import column, load_rows, pad
 from device import prepare_device
-from loading import context_length, load, load_tokenizer
+from loading import context_length, load, load_tokenizer, special_ends
 from plot import plot_reliability
+from prompts import bare_ids, prompt_texts, text_ids
 from randomness import uniforms
-from reward import text_logits
+from reward import PAIR_SEPARATOR, joined, text_logits
 from sft import fit, length_grouped, own_loss, save_stage
 
 
@@ -54,15 +55,6 @@ def class_names(rows: list[dict], config: Config) -> dict[int, str]:
     return names
 
 
-def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind a text."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a", add_special_tokens=True).input_ids
-    places = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-    start = places[0]
-    return whole[:start], whole[start + len(bare) :]
-
-
 def bradley_terry_loss(
     chosen: TensorType["pairs", is_float], rejected: TensorType["pairs", is_float]
 ) -> TensorType[()]:
@@ -85,24 +77,16 @@ def pair_texts(rows: list[dict], config: Config, tokenizer) -> tuple[list[str], 
     prompts = prompt_texts(rows, config, tokenizer)
     better = column(rows, config.chosen_column, "chosen_column")
     worse = column(rows, config.rejected_column, "rejected_column")
-    chosen = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, better, strict=True)]
-    rejected = [f"{prompt}\n{answer}" for prompt, answer in zip(prompts, worse, strict=True)]
-    return chosen, rejected
+    return joined(prompts, better, PAIR_SEPARATOR), joined(prompts, worse, PAIR_SEPARATOR)
 
 
 def pair_batches(
     rows: list[dict], config: Config, tokenizer, length: int, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of chosen texts, then the rejected ones of the same rows; of a long one the last `length`."""
+    """Endless batches of chosen texts, then the rejected ones of the same rows; of a long one the last tokens."""
     chosen, rejected = pair_texts(rows, config, tokenizer)
-    before, behind = special_ends(tokenizer)
-
-    def encode(texts: list[str]) -> list[list[int]]:
-        encoded = tokenizer(texts, add_special_tokens=False).input_ids
-        return [before + ids[-length:] + behind for ids in encoded]
-
-    chosen_ids = encode(chosen)
-    rejected_ids = encode(rejected)
+    chosen_ids = text_ids(chosen, tokenizer, length)
+    rejected_ids = text_ids(rejected, tokenizer, length)
     lengths = [len(a) + len(b) for a, b in zip(chosen_ids, rejected_ids, strict=True)]
     for group in length_grouped(lengths, config.reward_batch_size, config.seed):
         texts = [chosen_ids[i] for i in group] + [rejected_ids[i] for i in group]
@@ -112,17 +96,18 @@ def pair_batches(
 def class_batches(
     rows: list[dict], config: Config, tokenizer, length: int, device: torch.device
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless batches of labelled texts, half of them cut short."""
+    """Endless batches of labelled texts of `length` tokens at most, half of them cut short."""
     labels = column(rows, config.label_column, "label_column", int)
     texts = column(rows, config.prompt_column, "prompt_column")
-    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    encoded = bare_ids(texts, tokenizer)
     before, behind = special_ends(tokenizer)
+    room = length - len(before) - len(behind)
     groups = length_grouped([len(ids) for ids in encoded], config.reward_batch_size, config.seed)
     for number, group in enumerate(groups):
         cuts = uniforms(config.seed, "cuts", number, (len(group), 2)).tolist()
         parts = []
         for i, (whole, end) in zip(group, cuts, strict=True):
-            part = cut_short(encoded[i], length, whole=whole, end=end)
+            part = cut_short(encoded[i], room, whole=whole, end=end)
             parts.append(before + part + behind)
         yield classifier_batch(parts, [labels[i] for i in group], tokenizer.pad_token_id, device)
 
@@ -138,6 +123,7 @@ def new_classifier(base_model: str, names: dict[int, str], pad_id: int) -> PreTr
         id2label=names,
         pad_token_id=pad_id,
     )
+    model.config.get_text_config().pad_token_id = pad_id
     if model.config.is_encoder_decoder:
         raise UsageError(f"--task reward trains causal models and encoders here; {base_model} is neither")
     return model
@@ -184,14 +170,13 @@ def run_reward(config: Config, base_model: str) -> Path:
     held_out = load_rows(config, "validation", 2000)
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
     model = new_classifier(base_model, names, tokenizer.pad_token_id).to(device)
-    length = min(context_length(model.config), config.context_length)
-    before, behind = special_ends(tokenizer)
-    room = length - len(before) - len(behind)
+    length = min(context_length(model), config.context_length)
     if config.chosen_column:
-        batches = pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=room, device=device)
+        model.config.prompt_response_separator = PAIR_SEPARATOR  # saved with it, for those who score with it
+        batches = pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=length, device=device)
         loss = pair_loss
     else:
-        batches = class_batches(rows=rows, config=config, tokenizer=tokenizer, length=room, device=device)
+        batches = class_batches(rows=rows, config=config, tokenizer=tokenizer, length=length, device=device)
         loss = own_loss
     fit(model, batches, config.reward_steps, config.reward_learning_rate, "reward model", loss_of=loss)
     save_stage(folder, model, tokenizer, config)

@@ -7,6 +7,8 @@ import argparse
 import dataclasses
 import difflib
 import json
+import reprlib
+import string
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,9 +81,11 @@ class Config:
     gradient_checkpointing: bool = option("model", False, "recompute activations in the update, to save memory")
 
     dataset_path: str = option("data", "", "Hub id, folder or file; none: the built-in generated movie reviews")
+    dataset_config: str = option("data", "", "the dataset's configuration, where it has several")
     dataset_split: str = option("data", "train", "split that prompts and training text are taken from")
     prompt_column: str = option("data", "text", "column of the prompt, text or messages; where there is no text, query")
     prompt_template: str = option("data", "", "the prompt, with column names in braces: 'Summarize: {dialogue}'")
+    chat: bool = option("data", False, "texts are a user's turn in the model's chat template, as messages always are")
     min_prompt_chars: int = option("data", 0, "shorter texts in the prompt column are left out", "[0, inf)")
     max_prompt_chars: int = option("data", 0, "longer ones are left out; 0: none", "[0, inf)")
     completion_column: str = option("data", "", "column that `--task sft` learns to write behind the prompt")
@@ -171,6 +175,10 @@ class Config:
             raise UsageError("--stop is empty, expected the text before which a response is to end")
         if self.whiten_scores and self.normalize_scores:
             raise UsageError("--whiten_scores undoes --normalize_scores: choose one of them")
+        if self.prompt_template:
+            template_fields(self.prompt_template)
+            if self.chat:
+                raise UsageError("--chat puts a text into the model's own template: leave --prompt_template out")
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
         truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
@@ -196,6 +204,8 @@ class Config:
         """Raise UsageError if weights would be trained that cannot be, or would lose what was learned."""
         training = self.task == "train"
         in_few_bits = self.load_in_8bit or self.load_in_4bit
+        if self.load_in_8bit and self.load_in_4bit:
+            raise UsageError("--load_in_8bit and --load_in_4bit were both given: choose one of them")
         if training and in_few_bits and self.merge:
             raise UsageError("--merge would round the adapter away in weights of 8 or 4 bits: save the adapter alone")
         if in_few_bits and not self.has_adapter:
@@ -225,6 +235,26 @@ class Config:
     @property
     def trains_from_scratch(self) -> bool:
         return not self.base_model_name
+
+
+def template_fields(template: str) -> list[str]:
+    """The columns that --prompt_template names. Raises UsageError for anything but names in braces."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise UsageError(f"--prompt_template {template!r}: {error}; a brace itself is written twice") from None
+    fields = []
+    for _, name, form, conversion in parts:
+        if name is None:
+            continue
+        if not name or form or conversion or set(name) & set(".[]"):
+            raise UsageError(
+                f"--prompt_template {template!r}: expected columns' names in braces, and nothing else there"
+            )
+        fields.append(name)
+    if not fields:
+        raise UsageError(f"--prompt_template {template!r} names no column in braces: every prompt would be the same")
+    return list(dict.fromkeys(fields))
 
 
 def is_within(value: float, interval: str) -> bool:
@@ -291,15 +321,15 @@ def coerce(spec: dataclasses.Field, value):
     try:
         return converted(value, kind)
     except (TypeError, ValueError, KeyError, OverflowError):
-        raise UsageError(f"--{spec.name} is {value!r}, expected {kind.__name__}") from None
+        raise UsageError(f"--{spec.name} is {reprlib.repr(value)}, expected {kind.__name__}") from None
 
 
 def read_config_file(path: str) -> dict:
     """The settings in a .yaml or .json file. Raises UsageError if it is missing, unreadable or no mapping."""
     try:
         settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}  # JSON is YAML
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UsageError(f"--config {path} cannot be read: {str(error).splitlines()[0]}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UsageError(f"--config {path} cannot be read: {first_line(error)}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path} holds a {type(settings).__name__}, expected field names and values")
     return settings

@@ -15,13 +15,14 @@ import torch
 
 from checkpoint import stage_folder, trained_stage, write_table, write_whole
 from config import Config, UsageError, first_line
-from dataset import PARTS, Prompt, column, load_prompts, load_rows, pad
+from dataset import PARTS, column, load_rows, pad
 from device import prepare_device
 from generate import respond
 from loading import load_language_model, load_policy, load_tokenizer
 from model import PolicyModel, score_in_passes
 from ppo import kl_estimate, masked_mean
 from preflight import check_context
+from prompts import Prompt, load_prompts
 from randomness import uniforms
 from reviews import movie_reviews
 from reward import load_reward_terms, total_reward
@@ -82,7 +83,7 @@ def evaluate_batch(
         row["kl"] = kl[i].item()
         row["reference_logprob"] = reference_logprobs[i].item()
         row["length"] = len(response_ids)
-        row["ended"] = fixed.tokenizer.eos_token_id in response_ids
+        row["ended"] = drawn.has_eos[i].item()
         row["query_ids"] = prompt.ids
         row["response_ids"] = response_ids
         table.append(row)
@@ -270,12 +271,12 @@ def load_policies(config: Config, paths: dict[str, str], device: torch.device):
     flags = ["policies"] * len(paths) if config.policies else ["base_model_name", "output_dir"]
     first, policies = None, {}
     for flag, (name, path) in zip(flags, paths.items(), strict=True):
-        tokenizer = load_tokenizer(path, flag)
+        adapter = config.peft_model_path if flag == "base_model_name" else ""  # where the run started from
+        tokenizer = load_tokenizer(path, flag, adapter)
         first = first or tokenizer
         if tokenizer.get_vocab() != first.get_vocab():
             raise UsageError(f"--{flag} {path} has another vocabulary than the first policy, which scores its tokens")
-        policies[name] = load_policy(config, path, device).eval()
-        check_context(config, policies[name])
+        policies[name] = load_policy(config, path, device, adapter).eval()
     return first, policies
 
 
@@ -298,6 +299,8 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     paths = policy_paths(config, base_model)
     tokenizer, policies = load_policies(config, paths, device)
     prompts, references = load_held_out(config, tokenizer)
+    for policy in policies.values():
+        check_context(config, policy, [prompt for some in prompts.values() for prompt in some])
     reference = next(iter(policies.values()))
     terms = load_reward_terms(config, reward_model_path, device, reference.separator)
     fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)

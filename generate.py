@@ -12,7 +12,7 @@ import torch
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
-from config import Config
+from config import Config, RunError
 from dataset import decode_responses, pad
 from model import PolicyModel, eval_mode, position_ids
 from ppo import response_mask
@@ -32,20 +32,21 @@ def sample(
     query_ids: TensorType["batch", "query"],
     query_mask: TensorType["batch", "query", bool],
     uniforms: TensorType["batch", "max_new_tokens"],
-    eos_id: int,
+    eos_ids: list[int],
     pad_id: int,
     min_new_tokens: int = 0,
     on_tokens: Callable = lambda tokens: None,
     **options,
 ) -> Sample:
-    """Sample one response a prompt with the options of `draw`; `pad_id` fills what follows an EOS.
+    """Sample one response a prompt with the options of `draw`; `pad_id` fills what follows one of the `eos_ids`.
 
     `uniforms` are the random numbers in [0, 1), one a token, and decide all: a row with the same prompt and numbers
     is the same up to rounding, whatever its neighbours are. Rows that have ended leave the batch, and its key/value
     cache, once they are more than half of it. `on_tokens` is given each step's tokens.
     """
     max_new_tokens = uniforms.shape[1]
-    ids = torch.full(uniforms.shape, eos_id, device=query_ids.device)
+    ends = torch.tensor(eos_ids, device=query_ids.device)
+    ids = torch.full(uniforms.shape, eos_ids[0], device=query_ids.device)
     logprobs = torch.zeros(uniforms.shape, device=query_ids.device)
     rows = torch.arange(len(query_ids), device=query_ids.device)  # those still computed
     ended = torch.zeros_like(query_mask[:, 0])
@@ -55,20 +56,20 @@ def sample(
             output = policy.language_model(**inputs, use_cache=True)
             logits = output.logits[:, -1].float()
             if t < min_new_tokens:
-                logits[:, eos_id] = float("-inf")
+                logits[:, eos_ids] = float("-inf")
             ids[rows, t], logprobs[rows, t] = draw(logits, uniforms[rows, t], **options)
             on_tokens(ids[:, t])
-            ended |= ids[:, t] == eos_id
+            ended |= torch.isin(ids[:, t], ends)
             if ended.all():
                 break
-            inputs = next_inputs(inputs, ids[rows, t], output.past_key_values)
+            inputs = next_inputs(inputs, ids[rows, t], output)
             running = ~ended[rows]
             if running.sum() < len(rows) / 2:
                 inputs = select_inputs(inputs, running)
                 rows = rows[running]
     ids = ids[:, : t + 1]
     logprobs = logprobs[:, : t + 1]
-    mask = response_mask(ids, eos_id)  # what a row draws after its end, while others go on, is no part of it
+    mask = response_mask(ids, ends)  # what a row draws after its end, while others go on, is no part of it
     return Sample(
         response_ids=torch.where(mask, ids, pad_id),
         mask=mask,
@@ -87,8 +88,14 @@ def first_inputs(language_model: torch.nn.Module, query_ids: torch.Tensor, query
     return {"input_ids": query_ids, "attention_mask": attention_mask, "position_ids": positions, "logits_to_keep": 1}
 
 
-def next_inputs(inputs: dict, tokens: TensorType["batch"], cache) -> dict:
-    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers."""
+def next_inputs(inputs: dict, tokens: TensorType["batch"], output) -> dict:
+    """The arguments of the next forward pass: the token just drawn, behind what the last pass's cache remembers.
+
+    Raises RunError if there is none: a model that reads both ways, as BERT's, answers, but never sees what it wrote.
+    """
+    cache = output.get("past_key_values")
+    if cache is None:
+        raise RunError("the model gives no key/value cache (past_key_values), without which it cannot be sampled here")
     if "decoder_input_ids" in inputs:
         return inputs | {"decoder_input_ids": tokens[:, None], "past_key_values": cache}
     mask = inputs["attention_mask"]
@@ -101,8 +108,11 @@ def next_inputs(inputs: dict, tokens: TensorType["batch"], cache) -> dict:
 
 
 def select_inputs(inputs: dict, keep: TensorType["batch", bool]) -> dict:
-    """Drop the rows that have ended from everything that the next forward pass reads, the cache included."""
-    inputs["past_key_values"].batch_select_indices(keep.nonzero()[:, 0])
+    """Drop the rows that have ended from everything that the next forward pass reads, the cache included.
+
+    By `reorder_cache`, which layers of every kind have: attention's, and those of convolutions and state spaces.
+    """
+    inputs["past_key_values"].reorder_cache(keep.nonzero()[:, 0])
     kept = {name: value[keep] for name, value in inputs.items() if torch.is_tensor(value)}
     if "encoder_outputs" in inputs:
         encoded = inputs["encoder_outputs"]
@@ -145,7 +155,18 @@ class Responses(NamedTuple):
     response_ids: TensorType["batch", "time"]
     mask: TensorType["batch", "time", bool]
     logprobs: TensorType["batch", "time", is_float]
+    has_eos: TensorType["batch", bool]
     texts: list[str]
+
+
+def end_ids(language_model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends a response: the tokenizer's EOS, and those that the model's generation settings name.
+
+    Models of chat end a turn with one token and a text with another, and have a list of both there.
+    """
+    named = language_model.generation_config.eos_token_id
+    ends = named if isinstance(named, list) else [named]
+    return sorted({tokenizer.eos_token_id, *ends} - {None})
 
 
 def respond(
@@ -160,12 +181,13 @@ def respond(
     device = policy.language_model.device
     query_ids, query_mask = pad(prompts, tokenizer.pad_token_id, "right" if policy.is_encoder_decoder else "left")
     query_ids, query_mask = query_ids.to(device), query_mask.to(device)
+    eos_ids = end_ids(policy.language_model, tokenizer)
     sampled = sample(
         policy,
         query_ids=query_ids,
         query_mask=query_mask,
         uniforms=uniforms.to(device),
-        eos_id=tokenizer.eos_token_id,
+        eos_ids=eos_ids,
         pad_id=tokenizer.pad_token_id,
         on_tokens=on_tokens,
         **sampling_options(config),
@@ -184,6 +206,8 @@ def respond(
         response_ids=sampled.response_ids,
         mask=sampled.mask,
         logprobs=sampled.logprobs,
+        # pads, be they an EOS themselves, stand behind one only
+        has_eos=torch.isin(sampled.response_ids, torch.tensor(eos_ids, device=device)).any(1),
         texts=texts,
     )
 

@@ -3,8 +3,10 @@
 import copy
 import functools
 import importlib.util
-import json
+import inspect
+import math
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +16,11 @@ import torch
 import transformers
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
+from tokenizers import processors
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, logging
 
-from checkpoint import whole_folder, write_manifest
+from checkpoint import read_object, whole_folder, write_manifest
 from config import Config, UsageError, first_line
 from model import PolicyModel, frozen_copy
 
@@ -25,6 +28,12 @@ logging.set_verbosity_error()
 logging.disable_progress_bar()
 logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes|huggingface_hub")
+
+NO_ERRORS = {  # of `cached_file`: None for what is not there
+    "_raise_exceptions_for_missing_entries": False,
+    "_raise_exceptions_for_gated_repo": False,
+    "_raise_exceptions_for_connection_errors": False,
+}
 
 
 @functools.cache
@@ -67,31 +76,73 @@ def base_of(path: str) -> str:
     adapter = Path(path) / "adapter_config.json"
     if not adapter.exists():
         return path
-    with one_sentence(f"{adapter} cannot be read"):
-        return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] or path
+    settings = read_object(adapter)
+    if "base_model_name_or_path" not in settings:
+        raise UsageError(f"{adapter} cannot be read: it has no base_model_name_or_path")
+    return settings["base_model_name_or_path"] or path
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, path: str, flag: str) -> None:
-    """Raise UsageError if the tokenizer has ids that the model beside it, or under the adapter beside it, lacks."""
+def has_file(path: str, name: str) -> bool:
+    """Whether a folder or a Hub repository has a file of that name."""
+    return path != "" and cached_file(path, name, **NO_ERRORS) is not None
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, problem: str) -> None:
+    """Raise UsageError if the tokenizer has ids that the model lacks, but for special tokens that nothing here uses."""
+    n_embedded = getattr(config.get_text_config(), "vocab_size", math.inf)
+    roles = {getattr(tokenizer, f"{role}_token_id", None) for role in ("bos", "eos", "pad", "unk", "cls", "sep")}
+    idle = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} - roles
+    n_ids = max(set(tokenizer.get_vocab().values()) - idle) + 1
+    if n_ids > n_embedded:
+        raise UsageError(f"{problem}: its tokenizer has {n_ids} tokens, its model embeds {n_embedded}")
+    tokenizer.n_embedded = n_embedded  # for `bare_ids` of prompts.py: a text may hold one of the idle ones
+
+
+def add_no_end(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
+    """Have the tokenizer of a causal model put no EOS behind a text that is to be gone on from."""
+    before, behind = special_ends(tokenizer)
+    if not behind:
+        return
+    if not tokenizer.is_fast:
+        raise UsageError(f"{problem}: its tokenizer ends every text with special tokens, and cannot be told not to")
+    tokens = tokenizer.convert_ids_to_tokens(before)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=[*tokens, "$A"], special_tokens=list(zip(tokens, before, strict=True))
+    )
+
+
+def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that the tokenizer puts before and behind a text."""
+    bare = tokenizer("a", add_special_tokens=False).input_ids
+    whole = tokenizer("a", add_special_tokens=True).input_ids
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
+
+
+def load_tokenizer(path: str, flag: str = "base_model_name", adapter: str = "") -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, or that beside the adapter on it, where there is one.
+
+    It can pad, with its EOS where it has no pad token of its own. For a causal model it puts no EOS behind a text.
+    """
     base = base_of(path)
     base_flag = flag if base == path else "base_model_name"
-    config = load(transformers.AutoConfig.from_pretrained, base_flag, base)
-    n_ids = max(tokenizer.get_vocab().values()) + 1
-    n_embedded = getattr(config, "vocab_size", n_ids)
-    if n_ids > n_embedded:
-        raise UsageError(f"--{flag} {path}: its tokenizer has {n_ids} tokens, its model embeds {n_embedded}")
-
-
-def load_tokenizer(path: str, flag: str = "base_model_name") -> PreTrainedTokenizerBase:
-    """A tokenizer that cuts long texts on the left and can pad: with its EOS where it has no pad token of its own."""
-    tokenizer = load(transformers.AutoTokenizer.from_pretrained, flag, path)
-    tokenizer.truncation_side = "left"
+    if has_file(adapter, "tokenizer_config.json"):
+        place, place_flag = adapter, "peft_model_path"
+    elif base != path and has_file(path, "tokenizer_config.json"):
+        place, place_flag = path, flag
+    else:
+        place, place_flag = base, base_flag
+    tokenizer = load(transformers.AutoTokenizer.from_pretrained, place_flag, place)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    needs_eos = flag != "reward_model_path"
-    if tokenizer.pad_token_id is None or (needs_eos and tokenizer.eos_token_id is None):
-        raise UsageError(f"--{flag} {path}: its tokenizer has no end-of-sequence token, so no response could ever end")
-    check_vocabulary(tokenizer, path, flag)
+    problem = f"--{place_flag} {place}"
+    is_policy = flag != "reward_model_path"
+    if tokenizer.pad_token_id is None or (is_policy and tokenizer.eos_token_id is None):
+        raise UsageError(f"{problem}: its tokenizer has no end-of-sequence token, so no response could ever end")
+    config = load(transformers.AutoConfig.from_pretrained, base_flag, base)
+    check_vocabulary(tokenizer, config, problem)
+    if is_policy and not config.is_encoder_decoder:
+        add_no_end(tokenizer, problem)
     return tokenizer
 
 
@@ -152,14 +203,20 @@ def load_language_model(
 
 
 def adapter_settings(path: str, base: str, name: str):
-    """peft's settings of the adapter at `path`. Raises UsageError unless it is whole and one of the model `base`, which
-    may also be called by its own `name`.
+    """peft's settings of the adapter at `path`. Raises UsageError unless it is whole, changes weights, and is one of
+    the model `base`, which may also be called by its own `name`.
     """
     import peft
 
     if Path(path).exists() and len(list(Path(path).glob("adapter_*"))) < 2:  # peft would ask the Hub for the other
         raise UsageError(f"--peft_model_path {path} lacks adapter_config.json or adapter_model.safetensors")
     settings = prepare_config(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
+    if settings.is_prompt_learning:
+        kind = settings.peft_type.value
+        raise UsageError(
+            f"--peft_model_path {path} is of the kind {kind}, which puts vectors of its own before every text; "
+            "expected an adapter that changes weights, such as LoRA"
+        )
     settings.inference_mode = False
     own = settings.base_model_name_or_path or base
     if Path(own).name not in (Path(base).name, Path(name).name):
@@ -170,79 +227,158 @@ def adapter_settings(path: str, base: str, name: str):
     return settings
 
 
-def with_adapter(language_model: PreTrainedModel, config: Config, path: str) -> PreTrainedModel:
-    """The model under LoRA: under the adapter at `path`, or a new one of rank --lora_r, which changes nothing yet.
+def new_adapter(language_model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """The model under a new LoRA adapter of rank --lora_r, which changes nothing yet. It has no dropout."""
+    with one_sentence("--lora_r needs peft, pip install peft"):
+        import peft
+    task = "SEQ_2_SEQ_LM" if language_model.config.is_encoder_decoder else "CAUSAL_LM"
+    settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type=task)
+    with one_sentence(f"--lora_r {config.lora_r} finds no place in {language_model.name_or_path}"):
+        return peft.get_peft_model(language_model, settings)
+
+
+def with_adapter(language_model: PreTrainedModel, path: str, base: str) -> PreTrainedModel:
+    """The model, which is that of `base`, under the adapter at `path`, with the ends of a response saved beside it.
 
     The adapter alone is trained, in float32 whatever the base weights are in, and has no dropout. Raises UsageError for
     an adapter of another model.
     """
-    if not (path or config.lora_r):
-        return language_model
-    with one_sentence("--lora_r and --peft_model_path need peft, pip install peft"):
+    with one_sentence("--peft_model_path needs peft, pip install peft"):
         import peft
-    base = config.base_model_name or language_model.name_or_path
-    if path:
-        settings = adapter_settings(path, base, language_model.name_or_path)
-        problem = f"--peft_model_path {path} is an adapter of {settings.base_model_name_or_path or base}, not of {base}"
-    else:
-        task = "SEQ_2_SEQ_LM" if language_model.config.is_encoder_decoder else "CAUSAL_LM"
-        settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type=task)
-        problem = f"--lora_r {config.lora_r} finds no place in {base}"
+    settings = adapter_settings(path, base, language_model.name_or_path)
+    own = settings.base_model_name_or_path
+    problem = f"--peft_model_path {path} is an adapter of {own}, not of {base}"
+    if own in (None, base):
+        problem = f"--peft_model_path {path} is an adapter that does not fit {base}"
     with one_sentence(problem):
         adapted = peft.get_peft_model(language_model, settings)
-        if path:
-            result = adapted.load_adapter(path, "default", is_trainable=True)
-            if result.missing_keys or result.unexpected_keys:
-                raise ValueError("it has weights for other layers")
+        result = adapted.load_adapter(path, "default", is_trainable=True)
+        if result.missing_keys or result.unexpected_keys:
+            raise ValueError("it has weights for other layers")
+    if has_file(path, "generation_config.json"):
+        language_model.generation_config = load(GenerationConfig.from_pretrained, "peft_model_path", path)
     return adapted
 
 
-def load_critic(config: Config, run: str, base_model: str, device: torch.device) -> PreTrainedModel | None:
+def load_critic(kind: str, run: str | None, base_model: str, device: torch.device) -> PreTrainedModel | None:
     """The critic's own trunk: the one that a run saved, or a copy of the base model's; None for a shared one."""
-    if config.critic == "shared":
+    if kind == "shared":
         return None
-    saved = Path(run) / "critic"
-    path = str(saved) if saved.exists() else base_model
-    factory = transformers.AutoModel if config.critic == "separate" else transformers.AutoModelForTextEncoding
+    path = base_model if run is None else str(Path(run) / "critic")
+    factory = transformers.AutoModel if kind == "separate" else transformers.AutoModelForTextEncoding
     critic_config = prepare_config(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
     critic = load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32)
     return critic.to(device)
 
 
-def load_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
-    """A policy from a model, or from a run's folder with the adapter, critic and value head that it holds.
+def saved_critic_kind(path: str, default: str) -> str | None:
+    """What the value head that a run left in the folder reads: its manifest says so; None where there is no head."""
+    if not (Path(path) / "value_head.safetensors").exists():
+        return None
+    manifest = Path(path) / "manifest.json"
+    return read_object(manifest).get("critic", default) if manifest.exists() else default
+
+
+def load_value_head(policy: PolicyModel, run: str) -> None:
+    value_head = Path(run) / "value_head.safetensors"
+    with one_sentence(f"{value_head} is no value head of this model"):
+        policy.value_head.load_state_dict(load_file(value_head, device=str(policy.device)))
+
+
+def load_base(config: Config, path: str, device: torch.device, adapter: str) -> PreTrainedModel:
+    """The language model at `path`, under the adapter that the folder holds, or else the one at `adapter`, if any."""
+    base = base_of(path)
+    if adapter and base != path:
+        raise UsageError(f"--base_model_name {path} is an adapter itself; --peft_model_path {adapter} cannot be added")
+    adapter = adapter if base == path else path
+    language_model = load_language_model(base, config.dtype, device, config.load_in_8bit, config.load_in_4bit)
+    check_can_be_sampled(language_model, base)
+    return with_adapter(language_model, adapter, base) if adapter else language_model
+
+
+def load_policy(config: Config, path: str, device: torch.device, adapter: str = "") -> PolicyModel:
+    """A policy as its folder says that it is: a whole model, or an adapter with the model that it names, with critic
+    and value head where a run left them there. `adapter` is put on a whole model.
+    """
+    kind = saved_critic_kind(path, config.critic)
+    critic = load_critic(kind, path, base_of(path), device) if kind else None
+    policy = PolicyModel(
+        load_base(config, path, device, adapter),
+        critic=critic,
+        critic_kind=kind or "shared",
+        mixed_precision=config.mixed_precision == "bf16",
+    )
+    if kind:
+        load_value_head(policy, path)
+    return policy
+
+
+def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
+    """What training starts from: the model at `path` under the adapter and with the critic that the config asks for.
 
     What is not there is new: an adapter that changes nothing, a critic from the base model, a value head of zeros.
     """
-    base = base_of(path)
-    adapter = config.peft_model_path if base == path else path
-    language_model = load_language_model(base, config.dtype, device, config.load_in_8bit, config.load_in_4bit)
-    if not (config.has_adapter or adapter):
+    language_model = load_base(config, path, device, config.peft_model_path)
+    is_adapted = hasattr(language_model, "peft_config")
+    if config.lora_r and not is_adapted:
+        language_model = new_adapter(language_model, config)
+    elif not is_adapted:
         thin_gradient(language_model)
-    critic = load_critic(config, path, base, device)
+    run = path if saved_critic_kind(path, config.critic) == config.critic else None
     policy = PolicyModel(
-        with_adapter(language_model, config, adapter),
-        critic=critic,
+        language_model,
+        critic=load_critic(config.critic, run, base_of(path), device),
         critic_kind=config.critic,
         mixed_precision=config.mixed_precision == "bf16",
     )
-    value_head = Path(path) / "value_head.safetensors"
-    if value_head.exists():
-        with one_sentence(f"{value_head} is no value head of this model"):
-            policy.value_head.load_state_dict(load_file(value_head, device=str(device)))
+    if run:
+        load_value_head(policy, run)
     if config.gradient_checkpointing:
         policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
     return policy
+
+
+def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
+    """Raise UsageError for a model that is read in another way than `PolicyModel` and `sample` read it."""
+    config = language_model.config
+    if config.is_encoder_decoder and config.decoder_start_token_id is None:
+        raise UsageError(f"--base_model_name {path}: its configuration has no decoder_start_token_id to begin with")
+    if "past_key_values" not in inspect.signature(language_model.forward).parameters:
+        raise UsageError(
+            f"--base_model_name {path} ({config.model_type}) keeps no key/value cache (past_key_values), "
+            "without which it cannot be sampled here"
+        )
 
 
 def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyModel:
     """The frozen reference: a copy of the policy as it starts, or with --reference_in_8bit its base model in 8 bits."""
     if not config.reference_in_8bit:
         return frozen_copy(policy)
-    device = policy.value_head.weight.device
-    base_model = load_language_model(path, config.dtype, device, in_8bit=True)
-    reference = PolicyModel(with_adapter(base_model, config, config.peft_model_path))
-    return reference.requires_grad_(False).eval()
+    base = base_of(path)
+    language_model = load_language_model(base, config.dtype, policy.device, in_8bit=True)
+    adapter = config.peft_model_path if base == path else path
+    if adapter:
+        language_model = with_adapter(language_model, adapter, base)
+    return PolicyModel(language_model).requires_grad_(False).eval()
+
+
+def merged(language_model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the whole model with its adapter folded in.
+
+    Where an adapted layer shares its weights with one that is not adapted, or otherwise, as input embedding and output
+    layer do, it gets weights of its own first: else the other layer would get the adapter, too.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    copied = copy.deepcopy(language_model)
+    n_uses = Counter(id(parameter) for _, parameter in copied.named_parameters(remove_duplicate=False))
+    for module in copied.modules():
+        if isinstance(module, BaseTunerLayer):
+            layer = module.get_base_layer()
+            if n_uses[id(layer.weight)] > 1:
+                layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+                copied.config.tie_word_embeddings = False
+    return copied.merge_and_unload()
 
 
 def save_policy(
@@ -255,24 +391,46 @@ def save_policy(
     """
     language_model = policy.language_model
     if merge and hasattr(language_model, "merge_and_unload"):
-        language_model = copy.deepcopy(language_model).merge_and_unload()
+        language_model = merged(language_model)
     with whole_folder(folder, replaces) as scratch:
         language_model.save_pretrained(scratch)
+        language_model.generation_config.save_pretrained(scratch)  # the ends of a response, beside an adapter as well
         tokenizer.save_pretrained(scratch)
         if policy.critic is not None:
             policy.critic.save_pretrained(scratch / "critic")
         head = {name: tensor.contiguous().cpu() for name, tensor in policy.value_head.state_dict().items()}
         save_file(head, scratch / "value_head.safetensors")
         factory = "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM"
-        write_manifest(scratch, f"transformers.{factory}.from_pretrained({{}})", base_of(str(scratch)))
+        loader = f"transformers.{factory}.from_pretrained({{}})"
+        write_manifest(scratch, loader, base_of(str(scratch)), critic=policy.critic_kind)
 
 
-def context_length(config: PretrainedConfig) -> int:
-    """The most tokens a model can read at once; the relative positions of T5 and its kin have no limit."""
+POSITION_LIMITS = (  # the names that configurations have for it
+    "n_positions",
+    "max_position_embeddings",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_ctx",
+    "max_target_positions",
+)
+
+
+def context_length(model: torch.nn.Module) -> int:
+    """The most tokens that a model, or an encoder or decoder, can read at once, as its configuration and the tables of
+    its positions say; 10⁹ for T5 and its kin, whose relative positions have no limit.
+
+    Some tables begin behind the padding's index (RoBERTa, MPNet, Longformer), so that not all of their rows serve.
+    """
+    config = model.config.get_text_config()
+    limits = [10**9]
+    for name, module in model.named_modules():
+        own_name = name.rpartition(".")[2]
+        is_table = hasattr(module, "padding_idx") and ("position" in own_name or own_name == "wpe")
+        if is_table and "relative" not in own_name:
+            n_unused = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(len(module.weight) - n_unused)
     has_relative_positions = hasattr(config, "relative_attention_num_buckets")
-    limit = getattr(config, "n_positions", None) or getattr(config, "max_position_embeddings", None)
-    if has_relative_positions or not limit:
-        return 10**9
-    if "roberta" in config.model_type:
-        return limit - (config.pad_token_id + 1)  # its positions start behind its padding index
-    return limit
+    if not has_relative_positions:
+        limits += [getattr(config, name, None) or 0 for name in POSITION_LIMITS]
+    return min(limit for limit in limits if isinstance(limit, int) and limit > 0)

@@ -45,8 +45,8 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     import torch
 
     from classifier import run_reward
-    from dataset import with_prompt_column
     from preflight import check_before_training
+    from prompts import with_prompt_column
     from reward import needs_reward_model
     from run import run_ppo
     from sft import run_sft

@@ -53,13 +53,22 @@ class PolicyModel(nn.Module):
         self.language_model = language_model
         self.critic = critic
         self.critic_kind = critic_kind
-        self.value_head = nn.Linear((critic or language_model).config.hidden_size, 1).to(language_model.device)
+        self.value_head = nn.Linear(self.state_width(), 1).to(self.device)
         for parameter in self.value_head.parameters():
             nn.init.zeros_(parameter)
 
+    @torch.no_grad()
+    def state_width(self) -> int:
+        """Of what the value head reads, seen on one token: configurations name it in several ways, some another width
+        than that of the states that come out.
+        """
+        ids = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        _, states = self.read(query_ids=ids, query_mask=ids == 0, response_ids=ids, response_mask=ids == 0)
+        return states.shape[-1]
+
     @property
     def device(self) -> torch.device:
-        return self.value_head.weight.device
+        return self.language_model.device
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -90,6 +99,28 @@ class PolicyModel(nn.Module):
         """
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
+        logits, states = self.read(
+            query_ids=query_ids, query_mask=query_mask, response_ids=response_ids, response_mask=response_mask
+        )
+        logits = logits.float()
+        if temperature != 1:  # a pass over a whole vocabulary of numbers
+            logits = logits / temperature
+        return TokenOutputs(
+            logprobs=thin_logprobs(logits, response_ids),
+            values=self.value_head(states.float())[..., 0].expand(response_ids.shape),
+            entropy=thin_entropy(logits) if with_entropy else None,
+        )
+
+    forward = score  # what a wrapper such as DistributedDataParallel calls
+
+    def read(
+        self,
+        query_ids: TensorType["batch", "query"],
+        query_mask: TensorType["batch", "query", bool],
+        response_ids: TensorType["batch", "time"],
+        response_mask: TensorType["batch", "time", bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The logits that predict the response tokens, and what the value head reads: `critic_states`."""
         time = response_ids.shape[1]
         if self.is_encoder_decoder:
             start_id = self.language_model.config.decoder_start_token_id
@@ -105,16 +136,7 @@ class PolicyModel(nn.Module):
         with self.autocast():
             output = self.language_model(**inputs, **keep, output_hidden_states=True, use_cache=False)
             states = self.critic_states(output, inputs, query_mask, time)
-        logits = output.logits.float()
-        if temperature != 1:  # a pass over a whole vocabulary of numbers
-            logits = logits / temperature
-        return TokenOutputs(
-            logprobs=thin_logprobs(logits, response_ids),
-            values=self.value_head(states.float())[..., 0].expand(response_ids.shape),
-            entropy=thin_entropy(logits) if with_entropy else None,
-        )
-
-    forward = score  # what a wrapper such as DistributedDataParallel calls
+        return output.logits, states
 
     def critic_states(
         self, output, inputs: dict[str, torch.Tensor], query_mask: TensorType["batch", "query", bool], time: int
@@ -202,7 +224,8 @@ def thin_entropy(logits: TensorType["batch", "time", "vocab", is_float]) -> Tens
     """`ppo.token_entropy`, a row at a time: without gradient, no other tensor is as large as the logits."""
     rows = []
     for row in logits:
-        logprobs = row.log_softmax(-1)  # (time, vocab)
+        finite = row.clamp(min=torch.finfo(row.dtype).min / 2)
+        logprobs = finite.log_softmax(-1)  # (time, vocab)
         rows.append(-(logprobs.exp() * logprobs).sum(-1))
     return torch.stack(rows)
 

@@ -43,12 +43,17 @@ def read_json(path: Path, pick):
         raise UsageError(f"{path.parent} holds no {path.name} of a run, or a damaged one") from None
 
 
-def verdict(name: str, before: float, after: float) -> str:
-    """What a figure should be after training and whether it is; nothing for one without a bound."""
+def verdict(name: str, before: float, after: float, paired: dict | None = None) -> str:
+    """What a figure should be after training and whether it is; nothing for one without a bound.
+
+    `paired` is its difference prompt by prompt: a reward that has not risen beyond its interval has not been shown to.
+    """
     if name not in BOUNDS:
         return ""
     bound, holds = BOUNDS[name]
     answer = "yes" if holds(before, after) else "NO"
+    if name == "reward" and paired and paired["low"] <= 0 <= paired["high"]:
+        answer = "not shown, as the difference's 95 % interval holds 0"
     return f"   {bound}: {answer}"
 
 
@@ -80,7 +85,8 @@ def comparison_table(comparison: dict) -> str:
         line = f"{name:24}" + "".join(f"{value:{width}.3f}" for value in values)
         if len(figures) == 2:
             before, after = values
-            line += verdict(name, before, after)
+            (paired,) = comparison["differences"].values()
+            line += verdict(name, before, after, paired.get(name))
         elif len(figures) > 2:
             line += differences_from_first(name, first, comparison["differences"])
         lines.append(line)

@@ -61,12 +61,14 @@ def masked_whiten(
     return torch.where(mask, whitened if shift_mean else whitened + mean, 0.0)
 
 
-def response_mask(response_ids: TensorType["batch", "time"], eos_id: int) -> TensorType["batch", "time", bool]:
-    """True up to and including the first EOS of each row: cumsum(y = EOS) - (y = EOS) = 0.
+def response_mask(
+    response_ids: TensorType["batch", "time"], eos_ids: int | torch.Tensor
+) -> TensorType["batch", "time", bool]:
+    """True up to and including the first EOS, one of `eos_ids`, of each row: cumsum(y = EOS) - (y = EOS) = 0.
 
     The padding id plays no part, so a tokenizer whose pad token is its EOS token loses nothing.
     """
-    is_eos = (response_ids == eos_id).long()
+    is_eos = torch.isin(response_ids, eos_ids).long()
     return is_eos.cumsum(1) - is_eos == 0
 
 
@@ -83,11 +85,12 @@ def token_logprobs(
 def token_entropy(
     logits: TensorType["batch", "time", "vocab", is_float],
 ) -> TensorType["batch", "time", is_float]:
-    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab).
+    """H_t = -Σ_a p_t[a] log p_t[a], p_t = softmax(z_t), in nats, between 0 and log(vocab); a logit of -inf adds 0.
 
     The definition: a run takes the same numbers from `thin_entropy` of model.py, which needs less memory.
     """
-    logprobs = logits.log_softmax(-1)
+    finite = logits.clamp(min=torch.finfo(logits.dtype).min / 2)  # 0 log 0 = 0, where 0 x -inf would be NaN
+    logprobs = finite.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)
 
 

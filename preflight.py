@@ -1,14 +1,16 @@
 """What is checked and said before a run: data and settings, memory, the model's context, the start-up invariants."""
 
 import torch
+from torch.nn.functional import pad
 
 import ppo
 from classifier import class_names
 from config import Config, RunError, UsageError
-from dataset import Prompt, column, load_rows
+from dataset import column, load_rows
 from generate import respond
 from loading import context_length
 from model import PolicyModel, score_in_passes
+from prompts import Prompt, check_prompts
 from randomness import uniforms
 from reward import check_weights, load_reward_function
 from train import Fixed, Rollout
@@ -24,7 +26,7 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     if config.reward_fn:
         load_reward_function(config.reward_fn)
     rows = load_rows(config, "train", None if config.dataset_path or trains_reward else 1)
-    column(rows, config.prompt_column, "prompt_column", (str, list))
+    check_prompts(rows, config)
     load_rows(config, "validation", 1)
     if config.task == "sft" and config.completion_column:
         column(rows, config.completion_column, "completion_column")
@@ -41,19 +43,33 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
         )
 
 
-def check_context(config: Config, policy: PolicyModel) -> None:
-    """Raise UsageError if prompt and response, together or in encoder and decoder, may not fit the model's context."""
-    context = context_length(policy.language_model.config)
-    prompt, response = config.max_prompt_length, config.max_new_tokens
-    if policy.is_encoder_decoder:
-        needed, room, word = max(prompt, response), context, "or"
-    else:
-        needed, room, word = prompt + response, max(context - response, 0), "plus"
-    if needed > context:
+def check_context(config: Config, policy: PolicyModel, prompts: list[Prompt]) -> None:
+    """Raise UsageError if the longest prompt and a response, together or in encoder and decoder, may not fit the
+    model's context.
+    """
+    prompt = max(len(prompt.ids) for prompt in prompts)
+    room = prompt_room(config, policy)
+    if prompt > room:
         raise UsageError(
-            f"--max_prompt_length {prompt} {word} --max_new_tokens {response} is more than the "
-            f"{context} tokens that the model can read; there is room for --max_prompt_length {room}"
+            f"the longest prompt has {prompt} tokens, and with --max_new_tokens {config.max_new_tokens} the model can "
+            f"read {room} at most: let prompts be cut with --max_prompt_length {room}"
         )
+
+
+def prompt_room(config: Config, policy: PolicyModel) -> int:
+    """The longest prompt in tokens that leaves the model room for a response. Raises UsageError if there is none."""
+    response = config.max_new_tokens
+    if policy.is_encoder_decoder:
+        room = context_length(policy.language_model.get_encoder())
+        context = context_length(policy.language_model.get_decoder())
+        most = context
+    else:
+        context = context_length(policy.language_model)
+        room = context - response
+        most = context - 1
+    if response > most:
+        raise UsageError(f"--max_new_tokens {response} is more than the {most} tokens that the model has room for")
+    return room
 
 
 def count_parameters(policy: PolicyModel) -> str:
@@ -66,16 +82,16 @@ def count_parameters(policy: PolicyModel) -> str:
 def memory_estimate(config: Config, policy: PolicyModel) -> str:
     """Bytes that the update needs, roughly: weights, reference, gradients and Adam's two moments, activations, logits.
 
-    Of (rows, response, vocab) tensors in float32 there are two, one more where a temperature divides the logits, and
-    two more for an entropy bonus. Activations are taken as 18 numbers a token, layer and unit of width; with activation
-    checkpointing as two a layer, and the 18 of the layer that is recomputed, when the logits are gone.
+    Of (rows, response, vocab) tensors in float32 there are two, and two more for an entropy bonus. Activations are
+    taken as 18 numbers a token, layer and unit of width; with activation checkpointing as two a layer, and the 18 of
+    the layer that is recomputed, when the logits are gone.
     """
-    model_config = policy.language_model.config
+    model_config = policy.language_model.config.get_text_config()
     weights = sum(n_bytes(p) for p in policy.parameters())
     trained = sum(n_bytes(p) for p in policy.parameters() if p.requires_grad)
     static = weights + 4 * trained  # of what trains there are a reference, a gradient and two moments, too
 
-    n_logits = 2 + (config.temperature != 1) + 2 * (config.entropy_coef > 0)
+    n_logits = 2 + 2 * (config.entropy_coef > 0)
     logits = n_logits * BYTES["float32"] * config.mini_batch_size * config.max_new_tokens * model_config.vocab_size
     tokens = config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens)
     number_a_layer = BYTES[config.dtype] * tokens * model_config.hidden_size  # bytes of one number a unit of width
@@ -103,9 +119,9 @@ def gigabytes(n: float) -> str:
 def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> None:
     """What must hold before the first update, on responses to a minibatch of the run's own prompts.
 
-    Sampling and scoring agree on every log-probability, scoring twice gives the same (the ratio is 1), the policy is
-    its reference (KL is 0), and no dropout is on. Raises RunError with the likely cause where one of them does not. The
-    policy is left in train mode, as an update has it.
+    Sampling and scoring agree on every log-probability, scoring twice gives the same (the ratio is 1), more padding
+    changes nothing, the policy is its reference (KL is 0), and no dropout is on. Raises RunError with the likely cause
+    where one of them does not. The policy is left in train mode, as an update has it.
     """
     prompts = prompts[: config.mini_batch_size]
     random_numbers = uniforms(config.seed, "sampling", 0, (len(prompts), config.max_new_tokens))
@@ -119,14 +135,40 @@ def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], c
     }
     policy.train()
     check_dropout(policy)
+    side = (0, 3) if policy.is_encoder_decoder else (3, 0)
+    more_padding = {
+        "query_ids": pad(drawn.query_ids, side, value=fixed.tokenizer.pad_token_id),
+        "query_mask": pad(drawn.query_mask, side, value=False),
+    }
     compare_logprobs(
         config,
         mask=drawn.mask,
         sampled=drawn.logprobs,
         scored=score_in_passes(policy, **rows, mini_batch_size=config.mini_batch_size).logprobs,
         scored_again=policy(**rows).logprobs,
+        padded=policy(**rows | more_padding).logprobs,
         reference=score_in_passes(fixed.reference, **rows, mini_batch_size=config.mini_batch_size).logprobs,
     )
+
+
+@torch.no_grad()
+def largest_gap(one: PolicyModel, other: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> float:
+    """The largest difference in nats between what two policies give a token, on responses of the second."""
+    random_numbers = uniforms(config.seed, "evaluation", 0, (len(prompts), config.max_new_tokens))
+    drawn = respond(other, fixed.tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
+    logprobs = []
+    for policy in (one, other):
+        outputs = score_in_passes(
+            policy,
+            query_ids=drawn.query_ids,
+            query_mask=drawn.query_mask,
+            response_ids=drawn.response_ids,
+            response_mask=drawn.mask,
+            mini_batch_size=config.mini_batch_size,
+            temperature=config.temperature,
+        )
+        logprobs.append(outputs.logprobs)
+    return (logprobs[0] - logprobs[1]).abs().max().item()
 
 
 def check_dropout(policy: PolicyModel) -> None:
@@ -142,9 +184,10 @@ def compare_logprobs(
     sampled: torch.Tensor,
     scored: torch.Tensor,
     scored_again: torch.Tensor,
+    padded: torch.Tensor,
     reference: torch.Tensor,
 ) -> None:
-    """Four log-probabilities of the same tokens, (batch, time), that must be one; RunError says which are not."""
+    """Five log-probabilities of the same tokens, (batch, time), that must be one; RunError says which are not."""
     exact = config.mixed_precision == "no" and not (config.load_in_8bit or config.load_in_4bit)
     tolerance = TOLERANCE[config.dtype] if exact else 0.5
 
@@ -160,6 +203,12 @@ def compare_logprobs(
     ratio = ppo.importance_ratio(logprobs=scored_again, old_logprobs=scored, mask=mask)
     if not (ratio - 1).abs().max().item() <= tolerance:
         raise RunError(f"the importance ratio is {ratio.max().item():.4f} before any update, not 1: scoring is random")
+    gap = largest_gap(scored_again, padded)
+    if not gap <= tolerance:
+        raise RunError(
+            f"three more columns of padding beside the prompts move a token's log-probability by {gap:.3g} nats: this "
+            "family of models does not leave padding out, so that a row would depend on those beside it"
+        )
     gap = largest_gap(scored, reference)
     if config.reference_in_8bit:
         print(f"policy and 8-bit reference differ by at most {gap:.3g} nats on a token before any update")

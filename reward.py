@@ -5,6 +5,7 @@ A term is a sequence classifier (`reward_model`), a user's own function (`reward
 """
 
 import importlib.util
+import itertools
 import math
 import re
 import sys
@@ -13,11 +14,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch.nn.functional import logsigmoid
 from torchtyping import TensorType, is_float
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from config import Config, RunError, UsageError, first_line, nearest
-from loading import context_length, load, load_tokenizer, prepare_config, quantized
+from dataset import pad
+from loading import base_of, context_length, load, load_tokenizer, prepare_config, quantized
+from prompts import text_ids
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
 TERMS = ("reward_model", "reward_fn", "repetition", "length")  # the names that --reward_weights may hold
@@ -115,22 +119,69 @@ def load_reward_function(spec: str) -> RewardTerm:
     return partial(checked_scores, functions[name], spec)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# The classifier
+# --------------------------------------------------------------------------------------------------------------------
+
+PAIR_SEPARATOR = "\n"  # between prompt and answer, where a reward model is trained here
+PROBE = ["The", "film", "was", "good,", "and", "so", "was", "the", "book", "that", "it", "was", "made", "from"]
+
+
+def joined(prompts: list[str], responses: list[str], separator: str) -> list[str]:
+    """The texts that a classifier reads, in its training as in PPO."""
+    return [prompt + separator + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
 @torch.no_grad()
+def ids_logits(classifier: PreTrainedModel, rows: list[list[int]], pad_id: int) -> TensorType["rows", "labels"]:
+    """The classifier's logits for some rows of ids in one pass, padded on the right."""
+    ids, mask = pad(rows, pad_id, "right")
+    outputs = classifier(input_ids=ids.to(classifier.device), attention_mask=mask.long().to(classifier.device))
+    return outputs.logits.float().cpu()
+
+
+def padding_is_harmless(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether texts have the same logits beside a longer one as alone, as measured on three: some heads read the last
+    column whatever it holds, some mix neighbouring tokens whatever the mask says.
+    """
+    texts = [" ".join(PROBE[:n_words]) for n_words in (1, 2, 5)]
+    *short, long = text_ids([*texts, " ".join(PROBE)], tokenizer, tokenizer.model_max_length)
+    for ids in short:
+        alone = ids_logits(classifier, [ids], classifier.config.pad_token_id)
+        beside = ids_logits(classifier, [ids, long], classifier.config.pad_token_id)[:1]
+        if not torch.allclose(alone, beside, rtol=1e-4, atol=1e-4):
+            return False
+    return True
+
+
+def length_batches(lengths: list[int], batch_size: int, equal: bool) -> list[list[int]]:
+    """The numbers of texts that share a pass: of like length, or of the very same one, which needs no padding."""
+    by_length = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    groups = [by_length]
+    if equal:
+        groups = [list(group) for _, group in itertools.groupby(by_length, key=lambda i: lengths[i])]
+    return [group[start : start + batch_size] for group in groups for start in range(0, len(group), batch_size)]
+
+
 def text_logits(
-    classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[str], batch_size: int = 64
+    classifier: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: list[str],
+    batch_size: int = 64,
+    can_be_padded: bool = True,
 ) -> TensorType["batch", "labels", is_float]:
-    """The classifier's logits on the CPU. A text beyond its length loses its beginning: the response is at the end."""
-    texts = [text or " " for text in texts]  # of no token at all, a batch could not be read
-    by_length = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # rows of like length share a batch
+    """The classifier's logits on the CPU, each text's as if it were alone.
+
+    A text beyond the tokenizer's `model_max_length` loses its beginning: the response is at the end.
+    """
     logits = torch.empty(len(texts), classifier.config.num_labels)
-    for start in range(0, len(texts), batch_size):
-        rows = by_length[start : start + batch_size]
-        encoded = tokenizer([texts[i] for i in rows], padding=True, truncation=True, return_tensors="pt")
-        outputs = classifier(
-            input_ids=encoded["input_ids"].to(classifier.device),
-            attention_mask=encoded["attention_mask"].to(classifier.device),
-        )
-        logits[rows] = outputs.logits.float().cpu()
+    if not texts:
+        return logits
+    pad_id = getattr(classifier.config, "pad_token_id", tokenizer.pad_token_id)
+    encoded = text_ids([text or " " for text in texts], tokenizer, tokenizer.model_max_length)
+    encoded = [ids or [pad_id] for ids in encoded]  # of no token at all, a text could not be read
+    for rows in length_batches([len(ids) for ids in encoded], batch_size, equal=not can_be_padded):
+        logits[rows] = ids_logits(classifier, [encoded[i] for i in rows], pad_id)
     return logits
 
 
@@ -148,28 +199,38 @@ def label_index(id2label: dict[int, str], label: str) -> int:
     raise UsageError(f"--reward_label must name one of the reward model's labels, not {label!r}: {known}{near}")
 
 
-def reward_from_logits(logits: TensorType["batch", "labels", is_float], label: int, output: str) -> TensorType["batch"]:
+def reward_from_logits(
+    logits: TensorType["batch", "labels", is_float], label: int, output: str, independent: bool = False
+) -> TensorType["batch"]:
     """z_l (`logit`), log p_l, p_l, or `margin` = log p_l - log(1 - p_l) = z_l - logsumexp of the other labels.
 
-    A head with a single label (a regression) has nothing to compare with: it gives its logit whatever `output` says.
+    p is the head's own: a softmax over the labels, or where labels are `independent` (several may be true of a text)
+    a sigmoid of each, whose margin is z_l itself. A head with a single label (a regression) has nothing to compare
+    with: it gives its logit whatever `output` says.
     """
+    z = logits[:, label]
     if output == "logit" or logits.shape[1] == 1:
-        return logits[:, label]
+        return z
     if output == "margin":
         is_other = torch.arange(logits.shape[1]) != label
-        return logits[:, label] - logits[:, is_other].logsumexp(-1)
-    logprobs = logits.log_softmax(-1)[:, label]
+        return z if independent else z - logits[:, is_other].logsumexp(-1)
+    logprobs = logsigmoid(z) if independent else logits.log_softmax(-1)[:, label]
     return logprobs if output == "logprob" else logprobs.exp()
 
 
-def load_reward_model(config: Config, path: str, device: torch.device) -> Callable[[list[str]], TensorType["batch"]]:
-    """The classifier at `path`, from texts to rewards. Raises UsageError for a label or head that it does not have."""
-    tokenizer = load_tokenizer(path, "reward_model_path")
+def check_is_whole(path: str) -> None:
+    """Raise UsageError for a folder that holds an adapter alone."""
+    base = base_of(path)
+    if base != path:
+        raise UsageError(
+            f"--reward_model_path {path} is an adapter of {base}, expected a whole classifier: merge the two "
+            "(merge_and_unload of peft) and save that"
+        )
+
+
+def load_classifier(config: Config, path: str, device: torch.device) -> PreTrainedModel:
+    """The classifier at `path`, frozen, in float32. Raises UsageError for a model without a head."""
     model_config = prepare_config(load(AutoConfig.from_pretrained, "reward_model_path", path))
-    label = label_index(model_config.id2label, config.reward_label)
-    if model_config.pad_token_id is None:
-        model_config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(model_config))
     classifier, found = load(
         AutoModelForSequenceClassification.from_pretrained,
         "reward_model_path",
@@ -184,25 +245,60 @@ def load_reward_model(config: Config, path: str, device: torch.device) -> Callab
         raise UsageError(f"--reward_model_path {path} is no classifier: it has no {missing}")
     if not config.reward_in_8bit:
         classifier = classifier.to(device)
-    classifier.requires_grad_(False)
+    return classifier.requires_grad_(False).eval()
+
+
+def prepare_padding(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Texts are padded with what the configuration takes for padding, by which heads find a text's last token: with
+    the tokenizer's pad id only where it has none, or one that it does not embed.
+    """
+    text_config = classifier.config.get_text_config()
+    pad_id = text_config.pad_token_id
+    if pad_id is None or not 0 <= pad_id < text_config.vocab_size:
+        pad_id = tokenizer.pad_token_id
+    text_config.pad_token_id = classifier.config.pad_token_id = pad_id
+
+
+def load_reward_model(config: Config, path: str, device: torch.device) -> Callable[[list[str]], TensorType["batch"]]:
+    """The classifier at `path`, from texts to rewards. Raises UsageError for a label or head that it does not have."""
+    check_is_whole(path)
+    tokenizer = load_tokenizer(path, "reward_model_path")
+    classifier = load_classifier(config, path, device)
+    label = label_index(classifier.config.id2label, config.reward_label)
+    independent = classifier.config.problem_type == "multi_label_classification"
+    tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(classifier))
+    prepare_padding(classifier, tokenizer)
+    can_be_padded = padding_is_harmless(classifier, tokenizer)
 
     def reward_model(texts: list[str]) -> TensorType["batch"]:
-        logits = text_logits(classifier, tokenizer, texts)
-        return reward_from_logits(logits, label, config.reward_output)
+        logits = text_logits(classifier, tokenizer, texts, can_be_padded=can_be_padded)
+        rewards = reward_from_logits(logits, label, config.reward_output, independent)
+        for text, reward in zip(texts, rewards.tolist(), strict=True):
+            if not math.isfinite(reward):
+                raise RunError(f"--reward_model_path {path} gives {reward} for {text[:80]!r}, expected a finite number")
+        return rewards
 
     return reward_model
 
 
+def own_separator(path: str, default: str) -> str:
+    """What the classifier says that it was trained with between prompt and response; the default where it says none."""
+    config = load(AutoConfig.from_pretrained, "reward_model_path", path)
+    return getattr(config, "prompt_response_separator", default)
+
+
 def classifier_term(config: Config, path: str, device: torch.device, separator: str) -> RewardTerm:
-    """The classifier on the response, or on prompt and response joined as text and tokenised by its own tokenizer."""
+    """The classifier on the response, or on prompt and response `joined` and tokenised by its own tokenizer: with what
+    it says it was trained with between them, else with `separator`.
+    """
     score = load_reward_model(config, path, device)
+    separator = own_separator(path, separator)
 
     def of_response(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
         return score(responses)
 
     def of_both(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
-        texts = [prompt + separator + response for prompt, response in zip(prompts, responses, strict=True)]
-        return score(texts)
+        return score(joined(prompts, responses, separator))
 
     return of_response if config.reward_input == "response" else of_both
 
@@ -220,6 +316,7 @@ def check_weights(config: Config) -> None:
     if "length" in names or config.length_range:
         length_term(config.length_range)
     if config.task == "train" and config.reward_model_path and needs_reward_model(config):
+        check_is_whole(config.reward_model_path)
         classifier = load(AutoConfig.from_pretrained, "reward_model_path", config.reward_model_path)
         label_index(classifier.id2label, config.reward_label)
 

@@ -17,14 +17,22 @@ from tqdm import tqdm
 
 import report
 from checkpoint import claim_folder, move_into, notice
-from config import Config, RunError
-from dataset import Prompt, batch_arithmetic, batch_of, load_prompts, n_rollouts
+from config import Config, RunError, template_fields
 from device import prepare_device
 from evaluation import compare, evaluate_policy
-from loading import load_policy, load_reference, load_tokenizer, save_policy
+from loading import load_policy, load_reference, load_tokenizer, new_policy, save_policy
 from model import PolicyModel
 from plot import plot_training, reward_difference, sample_pairs
-from preflight import check_context, check_invariants, count_parameters, memory_estimate, show_samples
+from preflight import (
+    TOLERANCE,
+    check_context,
+    check_invariants,
+    count_parameters,
+    largest_gap,
+    memory_estimate,
+    show_samples,
+)
+from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
 from reward import load_reward_terms
 from train import Best, Fixed, State, collect_rollout, learning_rate, new_state, train
 
@@ -41,7 +49,7 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
     policy, fixed, prompts = load_models(config, base_model, reward_model_path)
     config = replace(config, n_updates=n_rollouts(config, len(prompts.train)))
-    check_context(config, policy)
+    check_context(config, policy, prompts.train + prompts.validation + prompts.held_out)
     say_what_will_run(config, policy, base_model, len(prompts.train))
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     check_invariants(policy, fixed, first, config)
@@ -56,16 +64,18 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
         reward = f"a reward of {state.best.reward:.3f} on validation prompts"
         print(f"the policy of update {state.best.update} is kept, with {reward}")
     save_result(policy, fixed, config, folder)
+    del state  # the moments of Adam leave room for the policy that is loaded again
+    check_saved(policy, fixed, prompts.held_out, config, folder)
     show_result(policy, fixed, prompts.held_out, config, folder)
 
 
 def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[PolicyModel, Fixed, Prompts]:
     """The policy, what it is held to and rewarded by, and the prompts."""
     device = prepare_device(config)
-    tokenizer = load_tokenizer(base_model)
+    tokenizer = load_tokenizer(base_model, adapter=config.peft_model_path)
     limit = None if config.epochs else config.n_updates * config.batch_size
     training = load_prompts(config, tokenizer, "train", limit)
-    policy = load_policy(config, base_model, device)
+    policy = new_policy(config, base_model, device)
     terms = load_reward_terms(config, reward_model_path, device, policy.separator)
     fixed = Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
     validation = load_prompts(config, tokenizer, "validation", config.eval_samples)
@@ -137,11 +147,39 @@ def save_result(policy: PolicyModel, fixed: Fixed, config: Config, folder: Path)
         save_policy(policy, fixed.tokenizer, final, config.merge, replaces="manifest.json")
 
 
+@torch.no_grad()
+def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path) -> None:
+    """Load the policy that was saved, and compare what it makes of a few responses with what the trained one does.
+
+    Where they differ, it is said; and an adapter that was folded in is saved beside the model, as it was trained.
+    """
+    saved = load_policy(config, str(folder), policy.device)
+    gap = largest_gap(saved, policy, fixed, prompts[: config.mini_batch_size], config)
+    tolerance = TOLERANCE[config.dtype] if config.mixed_precision == "no" else TOLERANCE["bfloat16"]
+    if gap <= tolerance:
+        return
+    told = f"warning: the policy in {folder} is not the trained one: log-probabilities differ by up to {gap:.3g} nats"
+    if config.merge:
+        save_policy(policy, fixed.tokenizer, folder / "adapter")
+        told += f"; the adapter, not merged, is in {folder / 'adapter'}"
+    print(told)
+
+
 def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path) -> None:
     """Print what PPO has changed, on held-out prompts, and where to go on from there."""
     policies = {"before": fixed.reference, "after": policy}
     comparison = compare({name: evaluate_policy(each, fixed, prompts, config) for name, each in policies.items()})
     print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     print(f"policy, tokenizer, logs: {folder}\ntraining curves: {plot_training(folder, notice(config))}")
-    print(f"now try: python main.py --task generate --output_dir {folder} --prompt {shlex.quote(prompts[0].text)}")
+    print(f"now try: python main.py --task generate --output_dir {shlex.quote(str(folder))}{example(prompts, config)}")
     print(notice(config))
+
+
+def example(prompts: list[Prompt], config: Config) -> str:
+    """A flag with the first prompt that fits into a line, as a person would ask it; nothing where there is none."""
+    takes_a_text = not config.prompt_template or len(template_fields(config.prompt_template)) == 1
+    for prompt in prompts if takes_a_text else []:
+        text = asked(prompt, config)
+        if len(text) <= 200 and len(text.splitlines()) == 1:
+            return f" --prompt {shlex.quote(text)}"
+    return ""

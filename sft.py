@@ -17,9 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from checkpoint import stage_folder, whole_folder, write_whole
 from config import Config, RunError, UsageError, to_json
-from dataset import column, load_rows, pad, prompt_ids, prompt_texts
+from dataset import column, load_rows, pad
 from device import prepare_device
 from loading import context_length, load_language_model, load_tokenizer, prepare_config, thin_gradient
+from prompts import bare_ids, limit_length, make_prompts, text_ids
 from randomness import permutation
 
 EOS = "<|endoftext|>"
@@ -100,12 +101,12 @@ class Example(NamedTuple):
 
 
 def token_pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int) -> list[Example]:
-    """The texts as ids, each ended by EOS and cut into pieces of at most `length`.
+    """The texts as ids, each begun as a prompt of PPO is, ended by EOS, and cut into pieces of at most `length`.
 
     A long text's last piece reaches back to be of full length: a short rest would teach the model to end at once.
     """
     pieces = []
-    for ids in tokenizer(texts, add_special_tokens=False).input_ids:
+    for ids in text_ids(texts, tokenizer):
         whole = [*ids, tokenizer.eos_token_id]
         last_start = max(0, len(whole) - length)
         for start in range(0, len(whole), length):
@@ -116,14 +117,13 @@ def token_pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: i
 
 def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The completion column, ended by EOS, behind the prompt that PPO will use, both cut to PPO's lengths."""
-    prompts = prompt_ids(prompt_texts(rows, config, tokenizer), rows, config, tokenizer)
-    texts = column(rows, config.completion_column, "completion_column")
-    answers = tokenizer(texts, add_special_tokens=False).input_ids
+    prompts = limit_length(make_prompts(rows, config, tokenizer), config, tokenizer)
+    texts = column([prompt.row for prompt in prompts], config.completion_column, "completion_column")
+    answers = bare_ids(texts, tokenizer)
     examples = []
     for prompt, answer in zip(prompts, answers, strict=True):
         ended = [*answer, tokenizer.eos_token_id]
-        example = Example(prompt=prompt[-config.max_prompt_length :], completion=ended[: config.max_new_tokens])
-        examples.append(example)
+        examples.append(Example(prompt=prompt.ids, completion=ended[: config.max_new_tokens]))
     return examples
 
 
@@ -135,7 +135,7 @@ def language_examples(
         return completions(rows, config, tokenizer)
     if model.config.is_encoder_decoder:
         raise UsageError("an encoder-decoder learns to answer: name the --completion_column for --task sft")
-    length = min(context_length(model.config), config.context_length)
+    length = min(context_length(model), config.context_length)
     texts = column(rows, config.prompt_column, "prompt_column")
     examples = token_pieces(texts, tokenizer, length)
     if not examples:

@@ -23,10 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 import ppo
 from config import Config
-from dataset import Prompt, batch_of
 from device import keep_freed_memory
 from generate import respond
 from model import PolicyModel, length_groups, score_in_passes
+from prompts import Prompt, batch_of
 from randomness import permutation, uniforms
 from reward import RewardTerm, total_reward
 
@@ -128,7 +128,7 @@ def collect_rollout(
         ref_logprobs=reference.logprobs,
         values=own.values,
         entropy=own.entropy,
-        has_eos=(drawn.response_ids == fixed.tokenizer.eos_token_id).any(1),  # pads, be they EOS, stand behind one only
+        has_eos=drawn.has_eos,
         prompts=prompts,
         texts=drawn.texts,
         raw_scores=raw_scores.to(drawn.mask.device),

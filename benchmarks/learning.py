@@ -57,8 +57,8 @@ def run_trl(python: str, models: Path, run: Path, prompts: Path, seed: int, log:
 def write_prompts(run: Path, path: Path) -> None:
     """The texts of the prompts that the run trained on."""
     from config import Config
-    from dataset import load_prompts
     from loading import load_tokenizer
+    from prompts import load_prompts
 
     config = Config(**json.loads((run / "run_config.json").read_text()))
     prompts = load_prompts(config, load_tokenizer(str(run)), "train", config.n_updates * config.batch_size)

@@ -37,9 +37,9 @@ import train
 from benchmarks.floor import Size, flops, matrix_products, measure_floor
 from benchmarks.machine import QUIET, cpu_seconds, foreign_cores, peak_mb, wait_quiet
 from config import Config, UsageError
-from dataset import Prompt
+from prompts import Prompt
 from device import prepare_device
-from loading import load_policy, load_reference, prepare_config
+from loading import load_reference, new_policy, prepare_config
 from model import PolicyModel
 
 SIZES = {
@@ -110,7 +110,7 @@ def new_models(size: Size, config: Config) -> tuple[PolicyModel, train.Fixed]:
     gpt2_config = GPT2Config(**shape, n_positions=max(1024, size.query_len + size.response_len))
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(prepare_config(gpt2_config)).save_pretrained(folder)
-        policy = load_policy(config, folder, torch.device("cpu"))
+        policy = new_policy(config, folder, torch.device("cpu"))
         reference = load_reference(config, folder, policy)
 
     def low_ids(prompts: list[str], responses: list[str], rows: list[dict]) -> torch.Tensor:

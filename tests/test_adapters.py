@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from config import Config, UsageError
 from dataset import pad
-from loading import load_policy, load_reference, quantized, save_policy
+from loading import load_policy, load_reference, new_policy, quantized, save_policy
 from model import frozen_copy
 
 peft = pytest.importorskip("peft")
@@ -61,13 +61,13 @@ def test_the_reference_is_a_frozen_adapter_on_the_same_weights(base, tmp_path, t
     """KL 0 at the start, with a new adapter and with the user's trained one; afterwards only the policy moves."""
     config = Config(lora_r=4)
     plain = logprobs(load_policy(Config(), str(base), CPU))
-    policy = load_policy(config, str(base), CPU)
+    policy = new_policy(config, str(base), CPU)
     assert torch.equal(logprobs(policy), plain)  # a new adapter changes nothing
     if trained_before:
         shake(policy)
         save_policy(policy, letter_tokenizer(), tmp_path / "mine")
         config = Config(peft_model_path=str(tmp_path / "mine"))
-        policy = load_policy(config, str(base), CPU)
+        policy = new_policy(config, str(base), CPU)
         assert (logprobs(policy) - plain).abs().max() > 0.1
     reference = load_reference(config, str(base), policy)
     start = logprobs(reference)
@@ -87,7 +87,7 @@ def test_the_reference_is_a_frozen_adapter_on_the_same_weights(base, tmp_path, t
 
 
 def test_what_was_saved_loads_with_plain_peft_as_the_manifest_says(base, tmp_path):
-    policy = load_policy(Config(lora_r=4), str(base), CPU).eval()
+    policy = new_policy(Config(lora_r=4), str(base), CPU).eval()
     shake(policy)
     save_policy(policy, letter_tokenizer(), tmp_path / "run")
     manifest = json.loads((tmp_path / "run/manifest.json").read_text())
@@ -102,7 +102,7 @@ def test_what_was_saved_loads_with_plain_peft_as_the_manifest_says(base, tmp_pat
 
 
 def test_a_merged_policy_needs_no_peft(base, tmp_path):
-    policy = load_policy(Config(lora_r=4), str(base), CPU).eval()
+    policy = new_policy(Config(lora_r=4), str(base), CPU).eval()
     shake(policy)
     before = logprobs(policy)
     save_policy(policy, letter_tokenizer(), tmp_path / "run", merge=True)
@@ -116,7 +116,7 @@ def test_a_merged_policy_needs_no_peft(base, tmp_path):
 
 def new_adapter(base: Path, folder: Path) -> str:
     """The folder of an adapter that was trained on a base model."""
-    policy = load_policy(Config(lora_r=4), str(base), CPU)
+    policy = new_policy(Config(lora_r=4), str(base), CPU)
     shake(policy)
     save_policy(policy, letter_tokenizer(), folder)
     return str(folder)
@@ -124,7 +124,7 @@ def new_adapter(base: Path, folder: Path) -> str:
 
 def refusal_of(config: Config, base: Path) -> str:
     with pytest.raises(UsageError) as refusal:
-        load_policy(config, str(base), CPU)
+        new_policy(config, str(base), CPU)
     assert "\n" not in str(refusal.value)
     return str(refusal.value)
 
@@ -144,7 +144,7 @@ def test_an_adapter_of_another_model_is_refused_even_if_it_would_fit(other, tmp_
     assert str(settings) in sentence
     settings.write_text(settings.read_text().replace(f"{tmp_path}/base", "anywhere/other"))
     if other == "gpt2":
-        load_policy(config, str(tmp_path / "other"), CPU)
+        new_policy(config, str(tmp_path / "other"), CPU)
     else:
         assert "anywhere/other, not of" in refusal_of(config, tmp_path / "other")
 
@@ -170,7 +170,7 @@ def test_a_folder_without_the_whole_of_an_adapter_is_refused_without_asking_the_
     (Path(adapter) / missing).unlink()
     assert f"--peft_model_path {adapter} lacks" in refusal_of(Config(peft_model_path=adapter), tmp_path / "base")
     (Path(adapter) / missing).write_text("damaged")
-    assert f"--peft_model_path {adapter} is " in refusal_of(Config(peft_model_path=adapter), tmp_path / "base")
+    assert f"--peft_model_path {adapter} is a" in refusal_of(Config(peft_model_path=adapter), tmp_path / "base")
 
 
 def test_a_run_is_saved_as_an_adapter_of_the_model_that_it_was_put_on(tmp_path):
@@ -178,7 +178,7 @@ def test_a_run_is_saved_as_an_adapter_of_the_model_that_it_was_put_on(tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "there/base")
     tiny_gpt2().save_pretrained(tmp_path / "here/base")
     adapter = new_adapter(tmp_path / "there/base", tmp_path / "adapter")
-    policy = load_policy(Config(peft_model_path=adapter), str(tmp_path / "here/base"), CPU).eval()
+    policy = new_policy(Config(peft_model_path=adapter), str(tmp_path / "here/base"), CPU).eval()
     save_policy(policy, letter_tokenizer(), tmp_path / "run")
     (tmp_path / "there").rename(tmp_path / "gone")
     assert torch.equal(logprobs(load_policy(Config(), str(tmp_path / "run"), CPU).eval()), logprobs(policy))
@@ -215,7 +215,7 @@ def test_an_adapter_is_in_float32_whatever_its_base_is_in_and_trains(base, tmp_p
     weights = load_file(f"{path}/adapter_model.safetensors")
     save_file({key: value.to(dtype) for key, value in weights.items()}, f"{path}/adapter_model.safetensors")
     for settings in ({"lora_r": 4}, {"peft_model_path": path}):
-        policy = load_policy(Config(dtype=name, **settings), str(base), CPU).eval()
+        policy = new_policy(Config(dtype=name, **settings), str(base), CPU).eval()
         dtypes = {p.requires_grad: p.dtype for p in policy.language_model.parameters()}
         assert dtypes == {True: torch.float32, False: dtype} and policy.value_head.weight.dtype == torch.float32
         before = {key: value.clone() for key, value in policy.state_dict().items()}
@@ -255,7 +255,7 @@ def test_a_policy_in_few_bits_is_trained_through_its_adapter(bits, apart, family
     BUILDERS[family](**WHOLE_BLOCKS[family]).save_pretrained(tmp_path / "base")
     full = logprobs(load_policy(Config(), str(tmp_path / "base"), CPU))
     config = Config(lora_r=4, **{bits: True})
-    policy = load_policy(config, str(tmp_path / "base"), CPU).eval()
+    policy = new_policy(config, str(tmp_path / "base"), CPU).eval()
     kinds = {p.dtype for p in policy.language_model.parameters() if not p.requires_grad}
     assert {"load_in_8bit": torch.int8, "load_in_4bit": torch.uint8}[bits] in kinds
     mask = mask_of(policy)
@@ -307,7 +307,7 @@ def test_4_bit_weights_stay_as_they_are_on_a_cpu_with_a_faster_layout(family, tm
     monkeypatch.setattr(modules, "has_avx512bf16", lambda: True)
     monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", lambda *_: pytest.fail("laid out anew"))
     BUILDERS[family]().save_pretrained(tmp_path)
-    policy = load_policy(Config(lora_r=4, load_in_4bit=True), str(tmp_path), CPU).eval()
+    policy = new_policy(Config(lora_r=4, load_in_4bit=True), str(tmp_path), CPU).eval()
     assert torch.equal(logprobs(policy), logprobs(policy))
 
 
@@ -336,7 +336,7 @@ def values(policy, responses=RESPONSES) -> torch.Tensor:
 
 
 def with_random_head(config: Config, folder) -> object:
-    policy = load_policy(config, str(folder), CPU).eval()
+    policy = new_policy(config, str(folder), CPU).eval()
     with torch.no_grad():
         policy.value_head.weight.copy_(torch.randn(policy.value_head.weight.shape, generator=torch.Generator()))
     return policy

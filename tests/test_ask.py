@@ -18,9 +18,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import ask
 import main
-from ask import before_stop, given_prompts, read_prompts, stream
+from ask import before_stop, given_rows, read_prompts, stream
 from config import Config, UsageError
 from generate import respond
+from prompts import Prompt
 from randomness import uniforms
 
 pytest_plugins = ["micro"]
@@ -34,7 +35,7 @@ pytest_plugins = ["micro"]
 def test_prompts_are_read_from_files(tmp_path):
     def read(name: str, text: str) -> list[str]:
         (tmp_path / name).write_text(text, encoding="utf-8")
-        return read_prompts(str(tmp_path / name), "text")
+        return [row["text"] for row in read_prompts(str(tmp_path / name), micro_config())]
 
     assert read("a.txt", "Ein Café\n\n  \nB\n") == ["Ein Café", "B"]
     assert read("a.jsonl", '{"prompt": "A"}\n"B"\n\n{"query": "C"}\n') == ["A", "B", "C"]
@@ -47,11 +48,12 @@ def test_the_prompt_column_comes_before_the_usual_names(tmp_path):
     rows = [{"query": "A", "dialogue": "B", "prompt": "C"}, {"query": "A", "prompt": "C"}, {"query": "A", "prompt": ""}]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    assert read_prompts(str(tmp_path / "rows.jsonl"), "dialogue") == ["B", "C", "A"]
-    assert read_prompts(str(tmp_path / "rows.json"), "text") == ["C", "C", "A"]
+    found = read_prompts(str(tmp_path / "rows.jsonl"), micro_config(prompt_column="dialogue"))
+    assert found == [{"dialogue": "B"}, {"dialogue": "C"}, {"dialogue": "A"}]
+    assert read_prompts(str(tmp_path / "rows.json"), micro_config()) == [{"text": "C"}, {"text": "C"}, {"text": "A"}]
 
 
-WANTED = "expected a JSON text, or an object with one as text or prompt or query"
+WANTED = "expected a JSON text or a list of messages, or an object with one as text or prompt or query or messages"
 BROKEN = {  # what a file of prompts holds: what is said of it
     "a.jsonl": ('{"text": "A"}\n\n{"text": B}\n', f'a.jsonl: line 3: found {{"text": B}}, {WANTED}'),
     "b.jsonl": ('"A"\n{"text": \n', f'b.jsonl: line 2: found {{"text": , {WANTED}'),
@@ -77,7 +79,7 @@ def test_a_broken_file_of_prompts_is_refused_with_place_and_finding(name, tmp_pa
     text, message = BROKEN[name]
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=f"--prompts .*{re.escape(message)}"):
-        read_prompts(str(tmp_path / name), "text")
+        read_prompts(str(tmp_path / name), micro_config())
 
 
 def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path):
@@ -85,7 +87,7 @@ def test_a_file_of_prompts_that_cannot_be_read_is_refused(tmp_path):
     reasons = {"x.jsonl": "No such file", "no/x.txt": "No such file", "": "it ends in|Is a dir", "bytes.txt": "end of"}
     for path, reason in reasons.items():
         with pytest.raises(UsageError, match=rf"--prompts {tmp_path / path}: .*({reason})"):
-            read_prompts(str(tmp_path / path), "text")
+            read_prompts(str(tmp_path / path), micro_config())
 
 
 def test_prompts_that_are_no_text_are_refused(tmp_path, monkeypatch):
@@ -95,7 +97,7 @@ def test_prompts_that_are_no_text_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", piped)
     for given in ({"prompt": ("caf\udce9",)}, {"prompts": str(tmp_path / "half.jsonl")}, {}):
         with pytest.raises(UsageError, match="a prompt is not text in UTF-8: 'utf-8' codec can't"):
-            given_prompts(micro_config(task="generate", **given))
+            given_rows(micro_config(task="generate", **given))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -132,7 +134,7 @@ def test_a_stream_shows_word_by_word_what_a_batch_shows_at_once(kind, monkeypatc
         ids, numbers = [tokenizer(prompt).input_ids], uniforms(seed, "generate", 0, (1, 30))
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", screen := Screen())
-            stream(policy, tokenizer, prompt, ids, numbers, config)
+            stream(policy, tokenizer, Prompt(prompt, ids[0], {}), numbers, config)
         response = respond(policy, tokenizer, ids, numbers, config).texts[0]
         whole = prompt + policy.separator + response + "\n"
         assert screen.getvalue() == whole
@@ -161,7 +163,8 @@ def test_a_stream_keeps_the_spaces_that_begin_a_line(ids, monkeypatch):
 
     monkeypatch.setattr(ask, "respond", drawing)
     monkeypatch.setattr(sys, "stdout", screen := Screen())
-    stream(SimpleNamespace(is_encoder_decoder=False, separator=""), tokenizer, "A long prompt", [ids], None, None)
+    policy = SimpleNamespace(is_encoder_decoder=False, separator="")
+    stream(policy, tokenizer, Prompt("A long prompt", ids, {}), None, micro_config())
     assert screen.getvalue() == "A long prompt c\n b c\n c\n"
     assert len(set(screen.states)) == 1 + len(drawn)
 
@@ -179,16 +182,17 @@ def test_half_a_letter_waits_for_the_rest_of_it(monkeypatch, tokenizer):
         monkeypatch.setattr(ask, "respond", drawing)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", screen := Screen())
-            stream(SimpleNamespace(is_encoder_decoder=False, separator=""), tokenizer, "x", [[5]], None, None)
+            policy = SimpleNamespace(is_encoder_decoder=False, separator="")
+            stream(policy, tokenizer, Prompt("x", [5], {}), None, micro_config())
         assert not any("\ufffd" in state for state in screen.states)
         assert screen.getvalue() == f"x{response}\n"
 
 
 def test_a_prompt_is_answered_where_there_is_no_standard_input(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
-    assert given_prompts(micro_config(task="generate", prompt=("A",))) == ["A"]
+    assert given_rows(micro_config(task="generate", prompt=("A",))) == [{"text": "A"}]
     with pytest.raises(UsageError, match="there is no prompt"):
-        given_prompts(micro_config(task="generate"))
+        given_rows(micro_config(task="generate"))
 
 
 def test_a_terminal_shows_all_of_a_long_prompt(workplace, monkeypatch, capsys):

@@ -23,10 +23,11 @@ import sft
 import train
 from checkpoint import new_ppo_folder, run_settings, stage_folder
 from config import PRESETS, Config, UsageError, coerce, parse_args, to_json
-from dataset import Prompt, load_prompts, load_rows, n_rollouts
+from dataset import load_rows
 from device import pick_device
 from generate import respond
 from loading import load_tokenizer
+from prompts import Prompt, load_prompts, n_rollouts
 from randomness import uniforms
 from reward import load_reward_terms, total_reward
 from sft import new_language_model, new_tokenizer
@@ -509,6 +510,8 @@ ELSEWHERE = {
     "output": "test_generate_reads_prompts_from_a_file_and_writes_json_lines",
     "stop": "test_a_stop_string_ends_what_is_printed_written_and_rewarded",
     "policies": "test_evaluate_compares_any_number_of_policies",
+    "chat": "test_a_policy_of_chat_is_asked_as_it_was_trained",
+    "dataset_config": "test_one_of_several_configurations_is_named",
     "reference_column": "test_evaluate_reports_rouge_and_values_on_both_splits",
 }
 

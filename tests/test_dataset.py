@@ -7,22 +7,21 @@ import pandas
 import pytest
 import torch
 from micro import micro_config
+from tiny_models import letter_tokenizer
 from transformers import AutoTokenizer
 
 import dataset
+import prompts as prompts_module
 from config import UsageError
-from dataset import (
-    PARTS,
+from dataset import PARTS, column, decode_responses, load_rows, pad
+from prompts import (
     Prompt,
     batch_arithmetic,
     batch_of,
-    column,
-    decode_responses,
     first_words,
     limit_length,
     load_prompts,
-    load_rows,
-    pad,
+    make_prompts,
     with_prompt_column,
 )
 
@@ -132,7 +131,7 @@ def test_a_column_is_found_and_checked():
     assert column(rows, "label", "label_column", int) == [0, 1]
     with pytest.raises(UsageError, match="--prompt_column 'txt' is no column of the data; it has text, label; did you"):
         column(rows, "txt", "prompt_column")
-    with pytest.raises(UsageError, match="--prompt_column 'text' holds a NoneType in row 1, expected a str"):
+    with pytest.raises(UsageError, match="--prompt_column 'text' holds a null in a row, expected a str"):
         column(rows, "text", "prompt_column")
 
 
@@ -190,14 +189,16 @@ def test_without_prompt_tokens_the_column_is_the_prompt(tmp_path, tokenizer):
 
 
 def test_long_prompts_lose_their_beginning_and_are_counted(capsys):
-    prompts = [Prompt("a", [1, 2, 3, 4], {}), Prompt("b", [5, 6], {}), Prompt("c", [7, 8, 9], {})]
-    short = limit_length(prompts, micro_config(max_prompt_length=2))
-    assert [prompt.ids for prompt in short] == [[3, 4], [5, 6], [8, 9]]
+    letters = letter_tokenizer()
+    prompts = make_prompts([{"text": text} for text in ("abcd", "ef", "ghi")], micro_config(), letters)
+    short = limit_length(prompts, micro_config(max_prompt_length=2), letters)
+    assert [prompt.ids for prompt in short] == [[4, 5], [6, 7], [9, 10]]
+    assert [prompt.text for prompt in short] == ["abcd", "ef", "ghi"]
     assert capsys.readouterr().out == "2 of 3 prompts were cut on the left to 2 tokens\n"
-    assert limit_length(prompts, micro_config(max_prompt_length=4)) == prompts
+    assert limit_length(prompts, micro_config(max_prompt_length=4), letters) == prompts
     assert capsys.readouterr().out == ""
     with pytest.raises(UsageError, match=r"1 of 3 prompts are longer than --max_prompt_length 3 tokens .*has 4"):
-        limit_length(prompts, micro_config(max_prompt_length=3, long_prompts="refuse"))
+        limit_length(prompts, micro_config(max_prompt_length=3, long_prompts="refuse"), letters)
 
 
 def test_blank_prompts_are_left_out(tmp_path, tokenizer):
@@ -256,9 +257,9 @@ def test_batches_cover_every_prompt_once_a_pass(n, batch_size):
 def test_an_updates_prompts_do_not_depend_on_those_asked_for_before(batch_size):
     """So that a run can go on from the number of its next update alone."""
     prompts = numbered_prompts(10)
-    dataset.pass_order.cache_clear()
+    prompts_module.pass_order.cache_clear()
     alone = batch_of(prompts, batch_size, 7, seed=3)
-    dataset.pass_order.cache_clear()
+    prompts_module.pass_order.cache_clear()
     in_order = [batch_of(prompts, batch_size, number, seed=3) for number in range(8)]
     assert in_order[7] == alone
     assert batch_of(prompts, batch_size, 7, seed=3) == alone
@@ -280,13 +281,13 @@ def test_a_pass_is_shuffled_once(monkeypatch):
         passes.append((purpose, number))
         return torch.arange(n)
 
-    monkeypatch.setattr(dataset, "permutation", permutation)
-    dataset.pass_order.cache_clear()
+    monkeypatch.setattr(prompts_module, "permutation", permutation)
+    prompts_module.pass_order.cache_clear()
     prompts = numbered_prompts(10)
     batches = [numbers_of(batch_of(prompts, 4, number, seed=0)) for number in range(5)]
     assert batches[2] == [8, 9, 0, 1]
     assert passes == [("prompts", 0), ("prompts", 1)]
-    dataset.pass_order.cache_clear()  # of the orders made here
+    prompts_module.pass_order.cache_clear()  # of the orders made here
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 from micro import micro_config, review_texts
 
 from config import UsageError
-from dataset import Prompt
 from evaluation import (
     add_rouge,
     bag_of_words_judge,
@@ -26,6 +25,7 @@ from evaluation import (
     summarise,
 )
 from model import PolicyModel
+from prompts import Prompt
 from reviews import movie_reviews
 from sft import new_language_model
 from train import Fixed

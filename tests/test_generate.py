@@ -12,9 +12,10 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import ppo
 from config import Config
-from dataset import Prompt, pad
+from dataset import pad
 from generate import Sample, draw, respond, sample
 from model import PolicyModel, frozen_copy
+from prompts import Prompt
 from randomness import uniforms
 from sft import new_tokenizer
 from train import Fixed, collect_rollout
@@ -33,7 +34,7 @@ def sampled(
 ) -> Sample:
     """`sample` with the random numbers that belong to the seed."""
     numbers = uniforms(seed, "sampling", 0, (len(query_ids), time))
-    return sample(policy, query_ids, query_mask, numbers, eos_id=eos_id, pad_id=pad_id, **options)
+    return sample(policy, query_ids, query_mask, numbers, eos_ids=[eos_id], pad_id=pad_id, **options)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ def test_sampled_log_probabilities_equal_brute_force(family):
 def test_token_t_of_a_row_is_drawn_by_number_t_of_its_random_numbers(family):
     """Oracle: the whole prefix anew for every token, and the first token whose cumulative probability exceeds u."""
     policy, random_numbers = tiny_policy(family), uniforms(3, "sampling", 0, (4, 6))
-    drawn = sample(policy, *encode(policy), random_numbers, EOS, PAD, temperature=0.7)
+    drawn = sample(policy, *encode(policy), random_numbers, [EOS], PAD, temperature=0.7)
     for query, row, response, mask in zip(QUERIES, random_numbers, drawn.response_ids, drawn.mask, strict=True):
         before = []
         for u, token in zip(row.tolist(), response[mask].tolist(), strict=False):
@@ -306,7 +307,7 @@ def test_each_row_is_sampled_as_if_it_were_alone(family):
         running = int((lengths > step).sum())  # rows that have not ended before this step
         assert running <= size <= max(2 * running, 1)
     for i, query in enumerate(rows):
-        alone = sample(policy, *encode(policy, [query]), numbers[i : i + 1], EOS, PAD)
+        alone = sample(policy, *encode(policy, [query]), numbers[i : i + 1], [EOS], PAD)
         n = lengths[i]
         assert alone.response_ids[0].tolist() == drawn.response_ids[i, :n].tolist()
         assert_close(alone.logprobs[0], drawn.logprobs[i, :n])
@@ -319,7 +320,7 @@ def test_two_halves_of_a_batch_draw_the_rows_of_the_whole(family):
     whole = sampled(policy, *encode(policy, rows), 8, EOS, PAD)
     for half in (slice(0, 4), slice(4, 8)):
         numbers = uniforms(0, "sampling", 0, (8, 8))[half]
-        part = sample(policy, *encode(policy, rows[half]), numbers, EOS, PAD)
+        part = sample(policy, *encode(policy, rows[half]), numbers, [EOS], PAD)
         width = part.mask.shape[1]
         assert part.mask.tolist() == whole.mask[half, :width].tolist()
         assert part.response_ids.tolist() == whole.response_ids[half, :width].tolist()
@@ -335,7 +336,7 @@ class Successor(PreTrainedModel):
         self.anchor = nn.Parameter(torch.zeros(1))  # a model without parameters has no device
         self.read = []
 
-    def forward(self, input_ids, attention_mask, position_ids, use_cache, past_key_values=None, logits_to_keep=0):
+    def forward(self, input_ids, attention_mask, position_ids, use_cache, past_key_values=None, logits_to_keep=0, **_):
         cache = past_key_values or Rows(input_ids[:, :0])
         cache.ids = torch.cat([cache.ids, input_ids], dim=1)
         assert cache.ids.shape == attention_mask.shape
@@ -343,20 +344,27 @@ class Successor(PreTrainedModel):
         self.read.append(tuple(input_ids.shape))
         logits = torch.full((*input_ids.shape, self.config.vocab_size), -50.0)
         logits.scatter_(-1, (input_ids[..., None] + 1) % self.config.vocab_size, 50.0)
-        return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], past_key_values=cache)
+        states = (torch.zeros(*input_ids.shape, 4),)
+        return CausalLMOutputWithPast(logits=logits[:, -logits_to_keep:], past_key_values=cache, hidden_states=states)
 
 
 class Rows:
     def __init__(self, ids: torch.Tensor):
         self.ids = ids
 
-    def batch_select_indices(self, rows: torch.Tensor) -> None:
+    def reorder_cache(self, rows: torch.Tensor) -> None:
         self.ids = self.ids[rows]
+
+
+def counting_policy() -> PolicyModel:
+    policy = PolicyModel(Successor(12))
+    policy.language_model.read.clear()
+    return policy
 
 
 def test_a_policy_that_counts():
     """Worked by hand: prompts that end in 3, 6, 8 and 1; the end is 9, the padding 0, and at most five tokens fit."""
-    policy = PolicyModel(Successor(12))
+    policy = counting_policy()
     query = pad([[2, 3], [4, 5, 6], [8], [11, 1]], 0, "left")
     drawn = sampled(policy, *query, 5, eos_id=9, pad_id=0)
     assert drawn.response_ids.tolist() == [[4, 5, 6, 7, 8], [7, 8, 9, 0, 0], [9, 0, 0, 0, 0], [2, 3, 4, 5, 6]]
@@ -367,7 +375,7 @@ def test_a_policy_that_counts():
 
 def test_a_policy_that_counts_loses_rows_that_ended():
     """Five prompts; after the first step three have ended, and after the third one more: 5, 2, 2, 2 rows computed."""
-    policy = PolicyModel(Successor(12))
+    policy = counting_policy()
     query = pad([[8], [8], [2, 3], [8], [6]], 0, "left")
     drawn = sampled(policy, *query, 4, eos_id=9, pad_id=0)
     nine = [9, 0, 0, 0]
@@ -376,7 +384,7 @@ def test_a_policy_that_counts_loses_rows_that_ended():
 
 
 def test_sampling_stops_when_every_row_has_ended():
-    policy = PolicyModel(Successor(12))
+    policy = counting_policy()
     drawn = sampled(policy, *pad([[7], [8]], 0, "left"), 10, eos_id=9, pad_id=0)
     assert drawn.response_ids.tolist() == [[8, 9], [9, 0]]
     assert len(policy.language_model.read) == 2
@@ -384,7 +392,7 @@ def test_sampling_stops_when_every_row_has_ended():
 
 def test_a_token_behind_the_end_is_neither_real_nor_a_second_end():
     """With an EOS drawn first, the counting policy goes on to 10, 11, ... while the others need it to."""
-    policy = PolicyModel(Successor(12))
+    policy = counting_policy()
     drawn = sampled(policy, *pad([[8], [2], [2]], 0, "left"), 3, eos_id=9, pad_id=0)
     assert drawn.response_ids.tolist() == [[9, 0, 0], [3, 4, 5], [3, 4, 5]]
     assert drawn.mask.tolist() == [[True, False, False], [True] * 3, [True] * 3]
@@ -392,7 +400,7 @@ def test_a_token_behind_the_end_is_neither_real_nor_a_second_end():
 
 
 def test_each_steps_tokens_are_reported_when_they_are_drawn():
-    policy, steps = PolicyModel(Successor(12)), []
+    policy, steps = counting_policy(), []
     query = pad([[7], [2]], 0, "left")
     sampled(
         policy, *query, 3, 9, 0, on_tokens=lambda ids: steps.append((ids.tolist(), len(policy.language_model.read)))

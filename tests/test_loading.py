@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from helpers import assert_close
-from tiny_models import EOS, FAMILIES, PAD, VOCAB, letter_tokenizer, tiny_gpt2, tiny_policy, tiny_t5
+from tiny_models import EOS, FAMILIES, GPT2_SIZE, PAD, VOCAB, letter_tokenizer, tiny_gpt2, tiny_policy, tiny_t5
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -21,8 +22,6 @@ from transformers import (
     LlamaConfig,
     MT5Config,
     PreTrainedTokenizerFast,
-    RobertaConfig,
-    RobertaForSequenceClassification,
     T5Config,
 )
 
@@ -34,6 +33,7 @@ from loading import (
     load_language_model,
     load_policy,
     load_tokenizer,
+    new_policy,
     prepare_config,
     save_policy,
 )
@@ -104,13 +104,6 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path):
     assert loaded.decode(loaded(text).input_ids) == text
     assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert loaded.model_max_length == 64
-
-
-def test_a_loaded_tokenizer_cuts_long_texts_on_the_left(tmp_path):
-    saved = letter_tokenizer()
-    saved.truncation_side = "right"
-    save_with_model(saved, tmp_path)
-    assert load_tokenizer(str(tmp_path))("abcdef", truncation=True, max_length=2).input_ids == [6, 7]
 
 
 def test_a_tokenizer_without_a_pad_token_pads_with_its_eos_token(tmp_path):
@@ -302,7 +295,7 @@ language_model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2))
 for flag, load_it in {
     "base_model_name": load_tokenizer,
     "output_dir": lambda path: load_tokenizer(path, "output_dir"),
-    "peft_model_path": lambda path: with_adapter(language_model, Config(), path),
+    "peft_model_path": lambda path: with_adapter(language_model, path, "base"),
     "reward_model_path": lambda path: load_reward_model(Config(), path, torch.device("cpu")),
 }.items():
     try:
@@ -323,7 +316,7 @@ def test_what_cannot_be_reached_is_told_without_a_second_try(hub, tmp_path):
 LETTERS = """
 print(load_tokenizer("someone/letters")("abc").input_ids)
 policy = load_policy(Config(), "someone/letters", torch.device("cpu"))
-load_policy(Config(lora_r=2), "someone/letters", torch.device("cpu"))  # peft has its own way to ask and to warn
+new_policy(Config(lora_r=2), "someone/letters", torch.device("cpu"))  # peft has its own way to ask and to warn
 print(sum(weight.double().abs().sum() for weight in policy.language_model.parameters()).item())
 """
 
@@ -356,7 +349,7 @@ def test_a_tied_embedding_has_a_thin_gradient_of_the_same_numbers(family, tmp_pa
     save_policy(tiny_policy(family), letter_tokenizer(), tmp_path)
     gradients = []
     for thin in (True, False):
-        model = load_policy(Config(), str(tmp_path), CPU).language_model
+        model = new_policy(Config(), str(tmp_path), CPU).language_model
         embedding = model.get_input_embeddings()
         assert embedding.sparse == (family != "llama")
         embedding.sparse = embedding.sparse and thin
@@ -365,7 +358,7 @@ def test_a_tied_embedding_has_a_thin_gradient_of_the_same_numbers(family, tmp_pa
     assert gradients[0].abs().max() > 1e-3
     thin, full = gradients
     assert_close(thin, full, atol=1e-6)
-    assert not load_policy(Config(lora_r=2), str(tmp_path), CPU).language_model.get_input_embeddings().sparse
+    assert not new_policy(Config(lora_r=2), str(tmp_path), CPU).language_model.get_input_embeddings().sparse
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -373,37 +366,54 @@ def test_a_tied_embedding_has_a_thin_gradient_of_the_same_numbers(family, tmp_pa
 # ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (GPT2Config(n_positions=96), 96),
-        (GPT2Config(), 1024),
-        (LlamaConfig(max_position_embeddings=128), 128),
-        (GPTNeoXConfig(max_position_embeddings=2048), 2048),
-        (BertConfig(max_position_embeddings=512), 512),
-        (RobertaConfig(max_position_embeddings=514, pad_token_id=1), 512),
-        (T5Config(n_positions=512), 10**9),
-    ],
-    ids=["gpt2", "gpt2 as it comes", "llama", "neox", "bert", "roberta", "t5"],
-)
-def test_context_length(config, expected):
-    assert context_length(config) == expected
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+TINY |= {"vocab_size": VOCAB, "max_position_embeddings": 20}
+LED_SIZE = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+LED_SIZE |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": VOCAB, "attention_window": [4]}
+CONTEXTS = {  # configuration, and the most tokens that the model reads
+    "gpt2": (GPT2Config(**GPT2_SIZE | {"n_positions": 20}), 20),
+    "llama": (LlamaConfig(**TINY), 20),
+    "neox": (GPTNeoXConfig(**TINY), 20),
+    "bert": (BertConfig(**TINY), 20),
+    "roberta": (transformers.RobertaConfig(**TINY, pad_token_id=1), 18),
+    "camembert": (transformers.CamembertConfig(**TINY, pad_token_id=1), 18),
+    "mpnet": (transformers.MPNetConfig(**TINY, pad_token_id=1), 18),
+    "longformer": (transformers.LongformerConfig(**TINY, pad_token_id=1, attention_window=4), 18),
+    "esm": (transformers.EsmConfig(**TINY, pad_token_id=1), 18),
+    "ibert": (transformers.IBertConfig(**TINY, pad_token_id=1), 18),
+    "xlm": (
+        transformers.XLMConfig(emb_dim=16, n_layers=1, n_heads=2, n_words=VOCAB, max_position_embeddings=20),
+        20,
+    ),
+    "mpt": (transformers.MptConfig(d_model=16, n_heads=2, n_layers=1, vocab_size=VOCAB, max_seq_len=20), 20),
+    "opt": (transformers.OPTConfig(ffn_dim=16, word_embed_proj_dim=8, **TINY), 20),
+    "xlnet": (transformers.XLNetConfig(d_model=16, n_layer=1, n_head=2, d_inner=16, vocab_size=VOCAB), 10**9),
+    "t5": (T5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB), 10**9),
+    "mt5": (MT5Config(d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=VOCAB), 10**9),
+}
 
 
-def test_roberta_reads_as_many_tokens_as_its_context_length_says():
-    """Its positions start behind the padding index: with one token more, the model itself fails."""
-    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    config = RobertaConfig(vocab_size=VOCAB, max_position_embeddings=14, pad_token_id=1, **size)
-    model = RobertaForSequenceClassification(config).eval()
-    longest = context_length(config)
-    assert longest == 12
-    assert model(torch.full((1, longest), 5)).logits.shape == (1, 2)
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_context_length(name):
+    """-1 and relative positions are no limit; positions that begin behind the padding's index leave fewer."""
+    config, expected = CONTEXTS[name]
+    assert context_length(transformers.AutoModel.from_config(config)) == expected
+
+
+@pytest.mark.parametrize("name", ["roberta", "camembert", "mpnet", "longformer", "esm"])
+def test_a_model_reads_as_many_tokens_as_its_context_length_says(name):
+    """With one token more, the model itself fails."""
+    model = transformers.AutoModel.from_config(CONTEXTS[name][0]).eval()
+    longest = context_length(model)
+    model(torch.full((1, longest), 5), attention_mask=torch.ones(1, longest))
     with pytest.raises((IndexError, RuntimeError)):
-        model(torch.full((1, longest + 1), 5))
+        model(torch.full((1, longest + 1), 5), attention_mask=torch.ones(1, longest + 1))
 
 
-def test_relative_positions_have_no_limit():
-    assert context_length(MT5Config()) == context_length(T5Config()) > 10**6
+def test_encoder_and_decoder_may_read_different_lengths():
+    config = transformers.LEDConfig(**LED_SIZE, max_encoder_position_embeddings=20, max_decoder_position_embeddings=10)
+    model = transformers.LEDModel(config)
+    assert (context_length(model.get_encoder()), context_length(model.get_decoder())) == (20, 10)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -496,7 +506,7 @@ def test_a_new_language_model_has_the_configured_size(tokenizer):
     assert len(model.transformer.h) == 3
     assert model.transformer.wte.weight.shape == (280, 24)
     assert model.transformer.wpe.weight.shape == (48, 24)
-    assert context_length(model.config) == 48
+    assert context_length(model) == 48
     assert model.config.n_head == 2
     assert model.config.eos_token_id == tokenizer.eos_token_id
     assert model.config.pad_token_id == tokenizer.pad_token_id

@@ -44,6 +44,7 @@ from generate import sample
 from loading import (
     load_language_model,
     load_policy,
+    new_policy,
     prepare_config,
     save_policy,
 )
@@ -470,7 +471,7 @@ def test_a_bfloat16_policy_scores_in_float32_within_tolerance_of_its_sampler(fam
     assert policy.language_model.dtype == torch.bfloat16
     assert policy.value_head.weight.dtype == torch.float32
     query_ids, query_mask, _, _ = encode(policy)
-    drawn = sample(policy, query_ids, query_mask, uniforms(0, "sampling", 0, (4, 8)), EOS, PAD)
+    drawn = sample(policy, query_ids, query_mask, uniforms(0, "sampling", 0, (4, 8)), [EOS], PAD)
     scores = policy.score(query_ids, query_mask, *drawn[:2], with_entropy=True)
     assert {x.dtype for x in scores} == {torch.float32}
     gap = (scores.logprobs - drawn.logprobs)[drawn.mask].abs().max().item()
@@ -500,7 +501,7 @@ def test_activation_checkpointing_recomputes_in_train_mode_and_changes_no_gradie
     save_policy(tiny_policy(family), new_tokenizer(["a"], 300, 64), tmp_path)
     gradients = []
     for switched_on in (False, True):
-        policy = load_policy(Config(gradient_checkpointing=switched_on), str(tmp_path), CPU)
+        policy = new_policy(Config(gradient_checkpointing=switched_on), str(tmp_path), CPU)
         policy.eval().score(*encode(policy))
         assert calls == []
         scores = policy.train().score(*encode(policy))

@@ -20,8 +20,9 @@ import model
 import ppo
 import train
 from config import Config
-from dataset import Prompt, pad
+from dataset import pad
 from model import PolicyModel, frozen_copy
+from prompts import Prompt
 
 
 def without_shape_checks(monkeypatch) -> None:

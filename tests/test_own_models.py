@@ -11,9 +11,9 @@ from micro import PPO, QUESTIONS, assert_refused, flags, question_flags, run_mai
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from config import parse_args
-from dataset import load_prompts
 from evaluation import evaluate_policy
 from loading import load_policy, load_tokenizer
+from prompts import load_prompts
 
 pytest_plugins = ["micro"]
 pytestmark = pytest.mark.usefixtures("no_figures")

@@ -16,9 +16,9 @@ import generate
 import preflight
 from checkpoint import notice
 from config import Config, RunError, UsageError
-from dataset import Prompt
 from model import PolicyModel, frozen_copy
 from preflight import check_context, check_invariants, compare_logprobs, memory_estimate
+from prompts import Prompt
 from sft import new_language_model
 from train import Fixed, Minibatch, minibatch_loss, new_state, train
 
@@ -142,18 +142,26 @@ def test_the_notice_is_for_models_trained_from_scratch():
 @pytest.mark.parametrize(("prompt", "response", "fits"), [(40, 24, True), (41, 24, False), (40, 25, False)])
 @pytest.mark.parametrize("build", [tiny_gpt2, tiny_llama])
 def test_prompt_and_response_together_must_fit_the_context(build, prompt, response, fits):
-    """64 positions; the message names the longest prompt beside such a response."""
-    config = Config(max_prompt_length=prompt, max_new_tokens=response)
+    """64 positions; the message names the longest prompt beside such a response. What counts is the longest prompt
+    there is, not the longest that might be."""
+    config = Config(max_prompt_length=512, max_new_tokens=response)
     policy = PolicyModel(build())
+    prompts = [Prompt("", [2], {}), Prompt("", [2] * prompt, {})]
     if fits:
-        return check_context(config, policy)
-    flags = f"--max_prompt_length {prompt} plus --max_new_tokens {response}"
-    with pytest.raises(UsageError, match=f"{flags} .* the 64 tokens .* room for --max_prompt_length {64 - response}$"):
-        check_context(config, policy)
+        return check_context(config, policy, prompts)
+    words = f"the longest prompt has {prompt} tokens, and with --max_new_tokens {response} the model can read "
+    with pytest.raises(UsageError, match=f"{words}{64 - response} at most: .* --max_prompt_length {64 - response}$"):
+        check_context(config, policy, prompts)
+
+
+def test_a_response_that_leaves_no_room_for_a_prompt_is_refused():
+    check_context(Config(max_new_tokens=63), PolicyModel(tiny_gpt2()), [Prompt("", [2], {})])
+    with pytest.raises(UsageError, match="--max_new_tokens 64 is more than the 63 tokens that the model has room for"):
+        check_context(Config(max_new_tokens=64), PolicyModel(tiny_gpt2()), [Prompt("", [2], {})])
 
 
 def test_an_encoder_decoder_with_relative_positions_has_no_limit():
-    check_context(Config(max_prompt_length=5000, max_new_tokens=5000), PolicyModel(tiny_t5()))
+    check_context(Config(max_new_tokens=5000), PolicyModel(tiny_t5()), [Prompt("", [2] * 5000, {})])
 
 
 @pytest.mark.parametrize(("prompt", "response", "fits"), [(64, 64, True), (65, 8, False), (8, 65, False)])
@@ -161,12 +169,13 @@ def test_an_encoder_decoder_with_counted_positions_must_fit_prompt_and_response_
     size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
     heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
     policy = PolicyModel(BartForConditionalGeneration(BartConfig(vocab_size=VOCAB, **size, **heads)))
-    config = Config(max_prompt_length=prompt, max_new_tokens=response)
+    config = Config(max_new_tokens=response)
+    prompts = [Prompt("", [5] * prompt, {})]
     if fits:
-        return check_context(config, policy)
-    flags = f"--max_prompt_length {prompt} or --max_new_tokens {response}"
-    with pytest.raises(UsageError, match=f"{flags} is more than the 64 tokens"):
-        check_context(config, policy)
+        return check_context(config, policy, prompts)
+    words = "--max_new_tokens 65 is more than the 64" if response == 65 else "the longest prompt has 65 .* read 64 at"
+    with pytest.raises(UsageError, match=words):
+        check_context(config, policy, prompts)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -227,10 +236,13 @@ def test_dropout_that_is_no_module_is_noticed_by_the_ratio():
 
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
-EQUAL = dict.fromkeys(("sampled", "scored", "scored_again", "reference"), torch.tensor([[-1.0, -2, -3], [-4, -5, -6]]))
+EQUAL = dict.fromkeys(
+    ("sampled", "scored", "scored_again", "padded", "reference"), torch.tensor([[-1.0, -2, -3], [-4, -5, -6]])
+)
 MISMATCHES = {
     "sampled": "sampling and scoring disagree by",
     "scored_again": r"the importance ratio is .* before any update, not 1: scoring is random",
+    "padded": "three more columns of padding beside the prompts move a token's log-probability by",
     "reference": "policy and reference differ by",
 }
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -66,3 +67,12 @@ def test_another_process_draws_the_same():
     code = "from randomness import *; print(uniforms(5, 'generate', 2, (1, 3)).tolist())"
     there = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert there.strip() == str(uniforms(5, "generate", 2, (1, 3)).tolist())
+
+
+@pytest.mark.parametrize("purpose", PURPOSES)
+def test_the_key_of_each_number_stays_what_it_is(purpose):
+    """NumPy's generator of [seed, place of the purpose, number, part]: else a run that goes on would draw others."""
+    places = {"prompts": 0, "sampling": 1, "steps": 2, "evaluation": 3, "generate": 4, "texts": 5, "cuts": 6}
+    key = [11, places[purpose], 7]
+    assert uniforms(11, purpose, 7, (2, 3)).tolist() == np.random.default_rng([*key, 0]).random((2, 3)).tolist()
+    assert permutation(11, purpose, 7, 9, 5).tolist() == np.random.default_rng([*key, 5]).permutation(9).tolist()

@@ -126,10 +126,13 @@ DATA = {
         "review,stars\n" + "A fine film.,4\n" * 40,
         "--prompt_column 'text' is no column of the data; it has review, stars",
     ),
-    "numbers.csv": ("text,label\n" + "7,1\n" * 40, "--prompt_column 'text' holds a int in row 0, expected a str"),
+    "numbers.csv": (
+        "text,label\n" + "7,1\n" * 40,
+        "--prompt_column 'text' holds a int in row 1, expected a str or list",
+    ),
     "gaps.jsonl": (
         '{"text": "A film."}\n' * 39 + '{"text": null}\n',
-        "--prompt_column 'text' holds a NoneType in row ",
+        "--prompt_column 'text' holds a null in row 40, expected a str or list",
     ),
 }
 

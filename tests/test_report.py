@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import report
-from dataset import Prompt
 from evaluation import diversity
+from prompts import Prompt
 from report import LIMITS, alarms, bar_numbers, log_rows, rollout_stats
 from train import Rollout
 

@@ -190,6 +190,7 @@ def test_the_classifier_reads_the_text_that_it_should(reward_input, separator, e
         return torch.zeros(2)
 
     monkeypatch.setattr(reward, "load_reward_model", lambda *_: score)
+    monkeypatch.setattr(reward, "own_separator", lambda path, default: default)
     term = classifier_term(micro_config(reward_input=reward_input), "classifier", CPU, separator)
     term(["The film", "A"], [" is good", ""], [{}, {}])
     assert read == expected
@@ -490,9 +491,9 @@ def test_a_classifier_of_a_single_label_is_loaded_as_a_regression(output, tmp_pa
 def test_a_reward_model_is_frozen(classifier_folder, monkeypatch):
     read = []
 
-    def watched(classifier, tokenizer, texts):
+    def watched(classifier, tokenizer, texts, **others):
         read.append(classifier)
-        return text_logits(classifier, tokenizer, texts)
+        return text_logits(classifier, tokenizer, texts, **others)
 
     monkeypatch.setattr(reward, "text_logits", watched)
     reward_model = load_reward_model(settings(), str(classifier_folder), CPU)

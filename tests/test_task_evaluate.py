@@ -116,8 +116,10 @@ def test_evaluation_refuses_what_training_refuses(workplace, capsys):
     """A KL is only a KL under the distribution that was sampled; and responses must fit the model."""
     for flag in (["--top_k", "5"], ["--temperature", "0"], ["--top_p", "0.9"]):
         assert_refused(capsys, workplace, ["--task", "evaluate", *flag], "are for --task generate")
-    for length in ("40", "400"):
-        words = f"plus --max_new_tokens {length} is more than the 48 tokens"
+    for length, words in (
+        ("47", "--max_new_tokens 47 the model can read 1 at most: let prompts be cut with --max_prompt_length 1"),
+        ("48", "--max_new_tokens 48 is more than the 47 tokens"),
+    ):
         assert_refused(capsys, workplace, ["--task", "evaluate", "--max_new_tokens", length], words)
 
 

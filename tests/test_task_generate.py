@@ -103,7 +103,7 @@ BAD_PROMPTS = {
     "broken.jsonl": ('{"prompt": "The film"}\n{"prompt":\n', 'line 2: found {"prompt":, expected a JSON text'),
     "keys.jsonl": (
         '{"title": "The film"}\n',
-        'line 1: found {"title": "The film"}, expected a JSON text, or an object',
+        'line 1: found {"title": "The film"}, expected a JSON text or a list of messages, or an object',
     ),
     "numbers.json": ("[1, 2]", "entry 1: found 1, expected a JSON text"),
     "mapping.json": ('{"prompt": "The film"}', "it holds a dict, expected a list of prompts"),
@@ -120,7 +120,7 @@ def test_generate_refuses_prompts_that_it_cannot_read(name, workplace, capsys):
 
 
 def test_generate_refuses_an_empty_prompt_and_what_cannot_be_done(workplace, monkeypatch, capsys):
-    generate, too_long = ["--task", "generate"], "plus --max_new_tokens 40 is more than the 48 tokens"
+    generate, too_long = ["--task", "generate"], "--max_new_tokens 48 is more than the 47 tokens"
     assert_refused(capsys, workplace, [*generate, "--prompt", ""], "a prompt is empty")
     assert_refused(capsys, workplace, [*generate, "--prompt", "The film", "--prompt", " "], "a prompt is empty")
     for stdin in (io.StringIO(), io.StringIO("\n \n")):
@@ -128,7 +128,7 @@ def test_generate_refuses_an_empty_prompt_and_what_cannot_be_done(workplace, mon
         assert_refused(capsys, workplace, generate, "there is no prompt; give --prompt")
     monkeypatch.setattr(sys, "stdin", Terminal())
     assert_refused(capsys, workplace, [*generate, "--output", "out.jsonl"], "there is no prompt; give --prompt")
-    assert_refused(capsys, workplace, [*generate, "--prompt", "A", "--max_new_tokens", "40"], too_long)
+    assert_refused(capsys, workplace, [*generate, "--prompt", "A", "--max_new_tokens", "48"], too_long)
     (workplace / "file").write_text("no folder")
     output = [*generate, "--prompt", "The film", "--output", "file/out.jsonl"]
     assert_refused(capsys, workplace, output, "file is not a folder")

@@ -20,11 +20,12 @@ import model
 import ppo
 import train
 from config import Config
-from dataset import Prompt, batch_arithmetic, pad
+from dataset import pad
 from device import prepare_device
 from evaluation import evaluate_policy
-from loading import load_policy, save_policy
+from loading import new_policy, save_policy
 from model import PolicyModel, frozen_copy
+from prompts import Prompt, batch_arithmetic
 from randomness import permutation, uniforms
 from report import rollout_stats
 from train import Fixed, Minibatch, Rollout, State, new_state
@@ -183,7 +184,7 @@ def test_a_rollout_draws_by_the_seed_and_the_number_of_its_update():
     rollout = train.collect_rollout(policy, fixed_for(policy), prompts_of(QUERIES), settings(seed=5), 7)
     assert before < rollout.collected_at < time.perf_counter()
     query_ids, query_mask = pad(QUERIES, PAD, "left")
-    expected = generate.sample(policy, query_ids, query_mask, uniforms(5, "sampling", 7, (4, 8)), EOS, PAD)
+    expected = generate.sample(policy, query_ids, query_mask, uniforms(5, "sampling", 7, (4, 8)), [EOS], PAD)
     assert torch.equal(rollout.response_ids, expected.response_ids)
 
 
@@ -750,7 +751,7 @@ def test_an_update_equals_the_plain_one(accumulation, precision, tmp_path):
     save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
     size = {"batch_size": 64, "mini_batch_size": 32 // accumulation, "gradient_accumulation_steps": accumulation}
     config = settings(**size, ppo_epochs=2, entropy_coef=0.1, max_grad_norm=1.0, learning_rate=1e-3)
-    ours, plain = (load_policy(config, str(tmp_path), torch.device("cpu")) for _ in range(2))
+    ours, plain = (new_policy(config, str(tmp_path), torch.device("cpu")) for _ in range(2))
     assert ours.language_model.get_input_embeddings().sparse
     plain.language_model.get_input_embeddings().sparse = False
     rollout, start = ragged_rollout(ours), weights(ours)

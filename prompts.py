@@ -1,0 +1,346 @@
+"""Prompts: from a row to the text that a policy is asked with, and to its ids; the same for every task.
+
+A prompt is a column's text, a template filled in from the row (`--prompt_template`), or a conversation, which goes
+through the tokenizer's own template of chat: a column of messages, or with `--chat` a text that is a user's turn.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torchtyping import TensorType
+from transformers import PreTrainedTokenizerBase
+
+from config import Config, UsageError, template_fields
+from dataset import column, load_rows, place_of
+from loading import one_sentence, special_ends
+from randomness import permutation
+
+
+class Prompt(NamedTuple):
+    text: str  # whole, even where the ids are cut
+    ids: list[int]
+    row: dict  # the dataset's own
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Texts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def with_prompt_column(config: Config) -> Config:
+    """The config with `query`, `prompt`, `question` or `messages` as its prompt column, where `text` is asked for and
+    not there; and with `chat` where that column holds conversations, so that the run's policy is asked so later on.
+    """
+    if not config.dataset_path:
+        return config
+    first_row = load_rows(config, "train", 1)[0]
+    name = config.prompt_column
+    if name == "text" and not config.prompt_template:
+        others = ("text", "query", "prompt", "question", "messages")
+        name = next((other for other in others if other in first_row), name)
+    chat = config.chat or isinstance(first_row.get(name), list)
+    return dataclasses.replace(config, prompt_column=name, chat=chat)
+
+
+def check_prompts(rows: list[dict], config: Config) -> None:
+    """Raise UsageError unless the rows hold what prompts are made of: a template's columns, texts, or messages."""
+    if config.prompt_template and not isinstance(rows[0].get(config.prompt_column), list):
+        names = template_fields(config.prompt_template)
+        for name in names:
+            column(rows, name, "prompt_template", object)
+        return
+    values = column(rows, config.prompt_column, "prompt_column", (str, list))
+    if config.prompt_template and isinstance(values[0], list):
+        raise UsageError(
+            f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages, "
+            "which go through the tokenizer's own template"
+        )
+
+
+def conversation(row: dict, config: Config) -> list[dict]:
+    """The messages of the row's prompt column, or its text as a user's turn; without the assistant's turns at the end,
+    which are for the policy to write. Raises UsageError for what is no conversation.
+    """
+    value = row[config.prompt_column]
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    place = f"--prompt_column {config.prompt_column!r} in {place_of(row)}"
+    for message in value:
+        is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not is_message or not isinstance(message.get("content"), str):
+            raise UsageError(f"{place} holds {str(message)[:80]}, expected messages with a text as role and as content")
+    messages = list(value)
+    while messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    if not messages:
+        raise UsageError(f"{place} holds no message to answer: {str(value)[:80]}")
+    return messages
+
+
+def chat_text(messages: list[dict], row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The conversation by the tokenizer's template, up to where the assistant begins to write."""
+    if not tokenizer.chat_template:
+        raise UsageError(
+            f"the prompts are conversations, and the tokenizer of {tokenizer.name_or_path} has no template for them; "
+            "expected a model of chat, or prompts of text"
+        )
+    with one_sentence(f"the chat template of {tokenizer.name_or_path} refuses {place_of(row)}"):
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def is_conversation(row: dict, config: Config) -> bool:
+    return config.chat or isinstance(row.get(config.prompt_column), list)
+
+
+def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of every row's prompt. Raises UsageError for a row that has none."""
+    check_prompts(rows, config)
+    if is_conversation(rows[0], config):
+        return [chat_text(conversation(row, config), row, tokenizer) for row in rows]
+    if config.prompt_template:
+        return [config.prompt_template.format_map(row) for row in rows]
+    return [row[config.prompt_column] for row in rows]
+
+
+def whole_words(text: str, offsets: list[tuple[int, int]], n_tokens: int) -> str:
+    """The longest beginning of a text that ends with a word and takes at most n_tokens, which stand at these offsets.
+
+    A first word that takes more is cut all the same.
+    """
+    if not offsets:
+        return ""
+    kept = offsets[:n_tokens]
+    _, end = kept[-1]
+    start = text[:end]
+    cuts_a_word = len(offsets) > n_tokens and not text[end : end + 1].isspace()
+    if cuts_a_word and len(start.split()) > 1:
+        return start.rsplit(maxsplit=1)[0]
+    return start
+
+
+def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[str]:
+    """The `whole_words` of each text. Raises UsageError for a tokenizer that cannot say where its tokens stand."""
+    if not tokenizer.is_fast:
+        raise UsageError(
+            f"--prompt_tokens {n_tokens} needs a tokenizer that knows where in the text its tokens stand, "
+            f"which that of {tokenizer.name_or_path} does not; give prompts of the length wanted"
+        )
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
+    return [whole_words(text, offsets, n_tokens) for text, offsets in zip(texts, encoded.offset_mapping, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Ids
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def bare_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The texts' ids without special tokens at their ends. Raises UsageError for one that the model does not embed."""
+    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    n_embedded = getattr(tokenizer, "n_embedded", math.inf)
+    for text, ids in zip(texts, encoded, strict=True):
+        if max(ids, default=0) >= n_embedded:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise UsageError(f"the text {text[:80]!r} holds the special token {token}, which the model does not embed")
+    return encoded
+
+
+def text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
+    """The texts' ids between the special tokens of the tokenizer's, once each: a template of chat may bring the first.
+
+    Of a text that would be longer than `length`, the last tokens, between the same ends.
+    """
+    before, behind = special_ends(tokenizer)
+    room = max(1, length - len(before) - len(behind)) if length else None
+    encoded = []
+    for ids in bare_ids(texts, tokenizer):
+        body = ids[len(before) :] if ids[: len(before)] == before else ids
+        encoded.append(before + (body if room is None else body[-room:]) + behind)
+    return encoded
+
+
+def prompt_ids(texts: list[str], is_chat: bool, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The prompts' ids; a template of chat has written all special tokens itself."""
+    return bare_ids(texts, tokenizer) if is_chat else text_ids(texts, tokenizer)
+
+
+def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+    """The rows' prompts, but for those without a token."""
+    texts = prompt_texts(rows, config, tokenizer)
+    if config.prompt_tokens:
+        texts = first_words(texts, tokenizer, config.prompt_tokens)
+    encoded = prompt_ids(texts, is_conversation(rows[0], config), tokenizer)
+    n_special = sum(map(len, special_ends(tokenizer)))
+    prompts = []
+    for text, ids, row in zip(texts, encoded, rows, strict=True):
+        if len(ids) > (n_special if not text else 0):
+            prompts.append(Prompt(text=text, ids=ids, row=row))
+    return prompts
+
+
+def asked(prompt: Prompt, config: Config) -> str:
+    """What a person asked, without the template around it: it is put there again where the policy is asked again."""
+    if is_conversation(prompt.row, config):
+        return conversation(prompt.row, config)[-1]["content"]
+    fields = template_fields(config.prompt_template) if config.prompt_template else []
+    if len(fields) == 1 and not config.prompt_tokens:
+        return str(prompt.row[fields[0]])
+    return prompt.text
+
+
+def last_tokens(text: str, count: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The end of a text that has so many tokens, in the text's own characters where the tokenizer can tell."""
+    if not tokenizer.is_fast:
+        return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[-count:])
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
+    start, _ = offsets[-count]
+    return text[start:]
+
+
+def shortened(content: str, ids_of: Callable[[str], list[int]], limit: int, tokenizer) -> list[int]:
+    """The ids of the longest end of `content` for which they are `limit` at most; `ids_of` puts a template around it.
+
+    Raises UsageError if the template alone takes as many.
+    """
+    ids = ids_of(content)
+    count = len(bare_ids([content], tokenizer)[0])
+    while len(ids) > limit:
+        count -= len(ids) - limit
+        if count < 1:
+            raise UsageError(f"--max_prompt_length {limit} leaves no room for a prompt in its template; raise it")
+        ids = ids_of(last_tokens(content, count, tokenizer))
+    return ids
+
+
+def cut_conversation(row: dict, config: Config, limit: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the conversation without its oldest turns, but for a system's, and if need be of the last message
+    without its beginning: the template stays whole.
+    """
+
+    def ids_of(messages: list[dict]) -> list[int]:
+        return bare_ids([chat_text(messages, row, tokenizer)], tokenizer)[0]
+
+    messages = conversation(row, config)
+    n_first = int(messages[0]["role"] == "system")
+    head, turns = messages[:n_first], messages[n_first:]
+    while len(turns) > 1 and len(ids_of(head + turns)) > limit:
+        turns.pop(0)
+        while len(turns) > 1 and turns[0]["role"] != "user":  # templates begin with the user
+            turns.pop(0)
+    *others, last = head + turns
+    return shortened(last["content"], lambda text: ids_of([*others, last | {"content": text}]), limit, tokenizer)
+
+
+def cut_prompt(prompt: Prompt, config: Config, limit: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
+    """The prompt without its beginning; what the tokenizer or a template puts around it stays."""
+    if is_conversation(prompt.row, config):
+        return prompt._replace(ids=cut_conversation(prompt.row, config, limit, tokenizer))
+    if not config.prompt_template or config.prompt_tokens:
+        (ids,) = text_ids([prompt.text], tokenizer, limit)
+        return prompt._replace(ids=ids)
+    fields = template_fields(config.prompt_template)
+    longest = max(fields, key=lambda name: len(str(prompt.row[name])))
+
+    def ids_of(content: str) -> list[int]:
+        text = config.prompt_template.format_map(prompt.row | {longest: content})
+        return text_ids([text], tokenizer)[0]
+
+    return prompt._replace(ids=shortened(str(prompt.row[longest]), ids_of, limit, tokenizer))
+
+
+def limit_length(
+    prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[Prompt]:
+    """Cut prompts beyond the limit (max_prompt_length) on the left, and say how many; or refuse them, if so configured.
+
+    A template's own text is not cut, nor is the tokenizer's first special token.
+    """
+    limit = limit or config.max_prompt_length
+    lengths = [len(prompt.ids) for prompt in prompts]
+    longest = max(lengths)
+    if longest <= limit:
+        return prompts
+    n_longer = sum(length > limit for length in lengths)
+    if config.long_prompts == "refuse":
+        raise UsageError(
+            f"{n_longer} of {len(prompts)} prompts are longer than --max_prompt_length {limit} tokens "
+            f"(the longest has {longest}); raise it, or let them be cut with --long_prompts truncate"
+        )
+    print(f"{n_longer} of {len(prompts)} prompts were cut on the left to {limit} tokens")
+    return [cut_prompt(prompt, config, limit, tokenizer) if len(prompt.ids) > limit else prompt for prompt in prompts]
+
+
+def n_characters(row: dict, config: Config) -> int:
+    """The length of the prompt column's text, or of all of its messages; of a template's columns where it has none."""
+    value = row.get(config.prompt_column)
+    if isinstance(value, list):
+        return sum(len(str(message.get("content") or "")) for message in value if isinstance(message, dict))
+    if value is None and config.prompt_template:
+        return sum(len(str(row.get(name) or "")) for name in template_fields(config.prompt_template))
+    return len(value or "")
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
+    """Prompts from the rows of a part whose prompt column has a length as configured, `limit` at most."""
+    least = config.min_prompt_chars
+    most = config.max_prompt_chars or math.inf
+    any_length = least == 0 and most == math.inf
+    rows = load_rows(config, part, limit if any_length else None)
+    fitting = [row for row in rows if least <= n_characters(row, config) <= most][:limit]
+    prompts = make_prompts(fitting, config, tokenizer) if fitting else []
+    if not prompts:
+        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text of the right length in {part}")
+    conversations = [prompt.row.get(config.prompt_column) for prompt in prompts]
+    n_answered = sum(isinstance(value, list) and value[-1]["role"] == "assistant" for value in conversations)
+    if n_answered:
+        told = f"{n_answered} of {len(prompts)} conversations end with an answer of the assistant's"
+        print(f"{told}: it is left out, for the policy to write")
+    return limit_length(prompts, config, tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=2)  # the pass that a batch begins in and the next: ten million are not shuffled each time
+def pass_order(n: int, number_of_pass: int, seed: int) -> TensorType["n"]:
+    return permutation(seed, "prompts", number_of_pass, n)
+
+
+def batch_of(prompts: list[Prompt], batch_size: int, number: int, seed: int) -> list[Prompt]:
+    """The prompts of update `number`, counted from 0: its places in an endless row of passes over all prompts.
+
+    Each pass has an order of its own; what one pass lacks to fill a batch is taken from the next.
+    """
+    batch = []
+    first = number * batch_size
+    for place in range(first, first + batch_size):
+        number_of_pass, place_in_pass = divmod(place, len(prompts))
+        order = pass_order(n=len(prompts), number_of_pass=number_of_pass, seed=seed)
+        batch.append(prompts[order[place_in_pass]])
+    return batch
+
+
+def n_rollouts(config: Config, n_prompts: int) -> int:
+    """As many batches as `epochs` passes over the prompts take, or as --n_updates says where epochs is 0."""
+    if config.epochs:
+        return math.ceil(config.epochs * n_prompts / config.batch_size)
+    return config.n_updates
+
+
+def batch_arithmetic(config: Config, n_prompts: int) -> str:
+    """prompts -> rollouts -> optimizer steps -> rows of a forward pass, in words; passes may be more, and shorter."""
+    passes = config.n_updates * config.batch_size / n_prompts
+    rows = config.mini_batch_size * config.gradient_accumulation_steps
+    steps = config.batch_size // rows
+    return (
+        f"{n_prompts:,} prompts; {config.n_updates} updates x {config.batch_size} prompts a rollout "
+        f"= {passes:.2f} passes over them\n"
+        f"each update: epochs {config.ppo_epochs} x optimizer steps {steps} x rows {rows}, "
+        f"at most {config.mini_batch_size} in a forward pass; "
+        f"optimizer steps in all: {config.n_updates * config.ppo_epochs * steps:,}"
+    )
