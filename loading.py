@@ -296,18 +296,21 @@ def load_base(config: Config, path: str, device: torch.device, adapter: str) -> 
     return with_adapter(language_model, adapter, base) if adapter else language_model
 
 
+def with_value_head(
+    language_model: PreTrainedModel, critic: PreTrainedModel | None, critic_kind: str, config: Config
+) -> PolicyModel:
+    mixed_precision = config.mixed_precision == "bf16"
+    with one_sentence(f"--base_model_name {language_model.name_or_path} cannot be run"):
+        return PolicyModel(language_model, critic, critic_kind, mixed_precision)
+
+
 def load_policy(config: Config, path: str, device: torch.device, adapter: str = "") -> PolicyModel:
     """A policy as its folder says that it is: a whole model, or an adapter with the model that it names, with critic
     and value head where a run left them there. `adapter` is put on a whole model.
     """
     kind = saved_critic_kind(path, config.critic)
     critic = load_critic(kind, path, base_of(path), device) if kind else None
-    policy = PolicyModel(
-        load_base(config, path, device, adapter),
-        critic=critic,
-        critic_kind=kind or "shared",
-        mixed_precision=config.mixed_precision == "bf16",
-    )
+    policy = with_value_head(load_base(config, path, device, adapter), critic, kind or "shared", config)
     if kind:
         load_value_head(policy, path)
     return policy
@@ -325,12 +328,8 @@ def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     elif not is_adapted:
         thin_gradient(language_model)
     run = path if saved_critic_kind(path, config.critic) == config.critic else None
-    policy = PolicyModel(
-        language_model,
-        critic=load_critic(config.critic, run, base_of(path), device),
-        critic_kind=config.critic,
-        mixed_precision=config.mixed_precision == "bf16",
-    )
+    critic = load_critic(config.critic, run, base_of(path), device)
+    policy = with_value_head(language_model, critic, config.critic, config)
     if run:
         load_value_head(policy, run)
     if config.gradient_checkpointing:
@@ -339,15 +338,21 @@ def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
 
 
 def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
-    """Raise UsageError for a model that is read in another way than `PolicyModel` and `sample` read it."""
+    """Raise UsageError for a model that cannot be read as `PolicyModel` and `sample` read it, seen on one token."""
     config = language_model.config
+    problem = f"--base_model_name {path} ({config.model_type})"
     if config.is_encoder_decoder and config.decoder_start_token_id is None:
-        raise UsageError(f"--base_model_name {path}: its configuration has no decoder_start_token_id to begin with")
-    if "past_key_values" not in inspect.signature(language_model.forward).parameters:
-        raise UsageError(
-            f"--base_model_name {path} ({config.model_type}) keeps no key/value cache (past_key_values), "
-            "without which it cannot be sampled here"
-        )
+        raise UsageError(f"{problem}: its configuration has no decoder_start_token_id to begin with")
+    ids = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    has_cache = "past_key_values" in inspect.signature(language_model.forward).parameters
+    if has_cache:
+        with one_sentence(f"{problem} cannot be run"), torch.no_grad():
+            has_cache = language_model.eval()(**inputs).get("past_key_values") is not None
+    if not has_cache:
+        raise UsageError(f"{problem} gives no key/value cache (past_key_values), without which it cannot be sampled")
 
 
 def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyModel:
@@ -422,14 +427,16 @@ def context_length(model: torch.nn.Module) -> int:
 
     Some tables begin behind the padding's index (RoBERTa, MPNet, Longformer), so that not all of their rows serve.
     """
+    if not model.config.is_encoder_decoder:
+        model = model.get_decoder()  # of a model that sees as well, what reads text
     config = model.config.get_text_config()
     limits = [10**9]
     for name, module in model.named_modules():
         own_name = name.rpartition(".")[2]
-        is_table = hasattr(module, "padding_idx") and ("position" in own_name or own_name == "wpe")
-        if is_table and "relative" not in own_name:
+        table = getattr(module, "weight", None) if hasattr(module, "padding_idx") else None
+        if table is not None and ("position" in own_name or own_name == "wpe") and "relative" not in own_name:
             n_unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(len(module.weight) - n_unused)
+            limits.append(len(table) - n_unused)
     has_relative_positions = hasattr(config, "relative_attention_num_buckets")
     if not has_relative_positions:
         limits += [getattr(config, name, None) or 0 for name in POSITION_LIMITS]

@@ -16,11 +16,17 @@ from pathlib import Path
 import torch
 from torch.nn.functional import logsigmoid
 from torchtyping import TensorType, is_float
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from config import Config, RunError, UsageError, first_line, nearest
 from dataset import pad
-from loading import base_of, context_length, load, load_tokenizer, prepare_config, quantized
+from loading import base_of, context_length, load, load_tokenizer, prepare_config, quantized, special_ends
 from prompts import text_ids
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
@@ -124,7 +130,6 @@ def load_reward_function(spec: str) -> RewardTerm:
 # --------------------------------------------------------------------------------------------------------------------
 
 PAIR_SEPARATOR = "\n"  # between prompt and answer, where a reward model is trained here
-PROBE = ["The", "film", "was", "good,", "and", "so", "was", "the", "book", "that", "it", "was", "made", "from"]
 
 
 def joined(prompts: list[str], responses: list[str], separator: str) -> list[str]:
@@ -144,11 +149,15 @@ def padding_is_harmless(classifier: PreTrainedModel, tokenizer: PreTrainedTokeni
     """Whether texts have the same logits beside a longer one as alone, as measured on three: some heads read the last
     column whatever it holds, some mix neighbouring tokens whatever the mask says.
     """
-    texts = [" ".join(PROBE[:n_words]) for n_words in (1, 2, 5)]
-    *short, long = text_ids([*texts, " ".join(PROBE)], tokenizer, tokenizer.model_max_length)
-    for ids in short:
-        alone = ids_logits(classifier, [ids], classifier.config.pad_token_id)
-        beside = ids_logits(classifier, [ids, long], classifier.config.pad_token_id)[:1]
+    before, behind = special_ends(tokenizer)
+    room = min(12, tokenizer.model_max_length - len(before) - len(behind))
+    vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids))
+    words = vocabulary[:: max(1, len(vocabulary) // 12)][:room]
+    pad_id = classifier.config.pad_token_id
+    for length in (1, 2, 5):
+        ids = before + words[:length] + behind
+        alone = ids_logits(classifier, [ids], pad_id)
+        beside = ids_logits(classifier, [ids, before + words + behind], pad_id)[:1]
         if not torch.allclose(alone, beside, rtol=1e-4, atol=1e-4):
             return False
     return True
@@ -228,9 +237,23 @@ def check_is_whole(path: str) -> None:
         )
 
 
-def load_classifier(config: Config, path: str, device: torch.device) -> PreTrainedModel:
+def prepare_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Texts are padded with what the classifier's configuration takes for padding, by which heads find a text's last
+    token: with the tokenizer's pad id only where it has none, or one that it does not embed.
+    """
+    text_config = config.get_text_config()
+    pad_id = text_config.pad_token_id
+    if pad_id is None or not 0 <= pad_id < text_config.vocab_size:
+        pad_id = tokenizer.pad_token_id
+    text_config.pad_token_id = config.pad_token_id = pad_id
+
+
+def load_classifier(
+    config: Config, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> PreTrainedModel:
     """The classifier at `path`, frozen, in float32. Raises UsageError for a model without a head."""
     model_config = prepare_config(load(AutoConfig.from_pretrained, "reward_model_path", path))
+    prepare_padding(model_config, tokenizer)
     classifier, found = load(
         AutoModelForSequenceClassification.from_pretrained,
         "reward_model_path",
@@ -248,26 +271,14 @@ def load_classifier(config: Config, path: str, device: torch.device) -> PreTrain
     return classifier.requires_grad_(False).eval()
 
 
-def prepare_padding(classifier: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Texts are padded with what the configuration takes for padding, by which heads find a text's last token: with
-    the tokenizer's pad id only where it has none, or one that it does not embed.
-    """
-    text_config = classifier.config.get_text_config()
-    pad_id = text_config.pad_token_id
-    if pad_id is None or not 0 <= pad_id < text_config.vocab_size:
-        pad_id = tokenizer.pad_token_id
-    text_config.pad_token_id = classifier.config.pad_token_id = pad_id
-
-
 def load_reward_model(config: Config, path: str, device: torch.device) -> Callable[[list[str]], TensorType["batch"]]:
     """The classifier at `path`, from texts to rewards. Raises UsageError for a label or head that it does not have."""
     check_is_whole(path)
     tokenizer = load_tokenizer(path, "reward_model_path")
-    classifier = load_classifier(config, path, device)
+    classifier = load_classifier(config, path, tokenizer, device)
     label = label_index(classifier.config.id2label, config.reward_label)
     independent = classifier.config.problem_type == "multi_label_classification"
     tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(classifier))
-    prepare_padding(classifier, tokenizer)
     can_be_padded = padding_is_harmless(classifier, tokenizer)
 
     def reward_model(texts: list[str]) -> TensorType["batch"]:

@@ -1,0 +1,281 @@
+"""Reward models of every kind: a text's reward is its own, by the head's own nonlinearity, on the text it learned."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import assert_close, read_log
+from micro import micro_config, run_main
+from test_any_model import command, place  # noqa: F401  a fixture
+from tiny_models import letter_tokenizer, randomise, tiny_llama
+from tokenizers import processors
+from transformers import AutoModelForSequenceClassification
+
+import reward
+from classifier import pair_batches
+from config import Config, RunError, UsageError
+from loading import context_length, load_tokenizer
+from reward import (
+    joined,
+    length_batches,
+    load_reward_model,
+    load_reward_terms,
+    padding_is_harmless,
+    reward_from_logits,
+    text_logits,
+)
+from sft import new_tokenizer
+
+pytest_plugins = ["micro"]
+pytestmark = pytest.mark.usefixtures("no_figures", "no_bars")
+CPU = torch.device("cpu")
+VOCAB = 280
+PAD = 1  # of the tokenizer below
+SIZE = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+SIZE |= {"num_attention_heads": 2, "pad_token_id": PAD, "num_labels": 2}
+POSITIONS = SIZE | {"max_position_embeddings": 80}
+XLNET = {"vocab_size": VOCAB, "d_model": 32, "n_layer": 2, "n_head": 2, "d_inner": 32, "pad_token_id": PAD}
+BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "vocab_size": VOCAB}
+BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "eos_token_id": 0}
+BART |= {"max_position_embeddings": 80, "pad_token_id": PAD}
+GPT2 = {"vocab_size": VOCAB, "n_positions": 80, "n_embd": 32, "n_layer": 2, "n_head": 2, "pad_token_id": PAD}
+HEADS = {
+    "gpt2": transformers.GPT2Config(**GPT2),
+    "gpt-neo": transformers.GPTNeoConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        max_position_embeddings=80,
+        pad_token_id=PAD,
+        num_layers=2,
+        num_heads=2,
+        attention_types=[[["global"], 2]],
+    ),
+    "llama": transformers.LlamaConfig(**POSITIONS),
+    "opt": transformers.OPTConfig(**POSITIONS, ffn_dim=32),
+    "bloom": transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=2, pad_token_id=PAD),
+    "bert": transformers.BertConfig(**POSITIONS),
+    "roberta": transformers.RobertaConfig(**POSITIONS),
+    "mpnet": transformers.MPNetConfig(**POSITIONS),
+    "distilbert": transformers.DistilBertConfig(
+        vocab_size=VOCAB, dim=32, n_layers=2, n_heads=2, hidden_dim=32, max_position_embeddings=80, pad_token_id=PAD
+    ),
+    "electra": transformers.ElectraConfig(**POSITIONS, embedding_size=16),
+    "deberta-v2": transformers.DebertaV2Config(**POSITIONS, relative_attention=True, pos_att_type=["c2p", "p2c"]),
+    "bart": transformers.BartConfig(**BART),
+    "t5": transformers.T5Config(
+        vocab_size=VOCAB,
+        d_model=32,
+        d_kv=16,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=PAD,
+        eos_token_id=0,
+        decoder_start_token_id=PAD,
+    ),
+    # the last column, padding or not; the whole row's frequencies; neighbours
+    "xlnet": transformers.XLNetConfig(**XLNET),
+    "fnet": transformers.FNetConfig(**POSITIONS),
+    "convbert": transformers.ConvBertConfig(**POSITIONS, conv_kernel_size=3, embedding_size=32),
+}
+MIXERS = ("xlnet", "fnet", "convbert")  # whose texts share a pass only with those of the same length
+TEXTS = ["b", "a longer text than that", "ccc", "dd dd", "abcdefghij", "", "dd dd e"]
+
+
+def save_head(name: str, folder: Path, **settings) -> torch.nn.Module:
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(HEADS[name])
+    randomise(model, 3)
+    for key, value in settings.items():
+        setattr(model.config, key, value)
+    model.save_pretrained(folder)
+    tokenizer = new_tokenizer(["zz"], 300, 1000)
+    ends = [("<|endoftext|>", 0)] if name in ("bart", "t5") else []
+    if ends:  # their heads read the state at the end of the text
+        tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="$A <|endoftext|>", special_tokens=ends
+        )
+    tokenizer.save_pretrained(folder)
+    return model
+
+
+def settings(**changes) -> Config:
+    return micro_config(**{"reward_label": "1", "reward_output": "logit"} | changes)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_texts_reward_does_not_depend_on_those_beside_it(name, tmp_path, monkeypatch):
+    """Oracle: the model alone on the text's ids, without a mask. In any batch, order and side of padding, whatever the
+    tokenizer pads with."""
+    model = save_head(name, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    expected = []
+    with torch.no_grad():
+        for text in TEXTS:
+            expected.append(model(torch.tensor([tokenizer(text or " ").input_ids])).logits[0, 1].item())
+    assert torch.tensor(expected).std() > 0.02
+    for side, pad_token in (("right", "<|pad|>"), ("left", "<|pad|>"), ("left", "<|endoftext|>")):
+        file = tmp_path / "tokenizer_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"padding_side": side, "pad_token": pad_token}))
+        rewards = load_reward_model(settings(), str(tmp_path), CPU)
+        assert_close(rewards(TEXTS), expected, atol=1e-4)
+        assert_close(rewards(TEXTS[::-1]), expected[::-1], atol=1e-4)
+        assert_close(torch.cat([rewards([text]) for text in TEXTS]), expected, atol=1e-4)
+        monkeypatch.setattr(reward, "text_logits", lambda *a, **k: text_logits(*a, **k | {"batch_size": 3}))
+        assert_close(rewards(TEXTS), expected, atol=1e-4)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_only_heads_that_padding_would_disturb_do_without(name, tmp_path):
+    model = save_head(name, tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    assert padding_is_harmless(model, tokenizer) == (name not in MIXERS)
+
+
+@pytest.mark.parametrize("pad_id", [None, -1, VOCAB + 7, 5])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gpt-neo"])
+def test_a_configurations_pad_id_may_be_none_beyond_the_embedding_or_another_than_the_tokenizers(
+    pad_id, name, tmp_path
+):
+    """The head finds a text's last token by it: none of its texts may end in another place in a batch than alone."""
+    model = save_head(name, tmp_path, pad_token_id=pad_id)
+    model.config.pad_token_id = PAD if pad_id is None or not 0 <= pad_id < VOCAB else pad_id
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    texts = [text for text in TEXTS if text]
+    with torch.no_grad():
+        expected = [model(torch.tensor([tokenizer(text).input_ids])).logits[0, 1].item() for text in texts]
+    rewards = load_reward_model(settings(), str(tmp_path), CPU)
+    assert_close(rewards(texts), expected, atol=1e-4)
+
+
+def test_texts_of_one_length_share_a_pass():
+    lengths = [3, 5, 3, 3, 5, 7]
+    assert length_batches(lengths, 2, equal=True) == [[0, 2], [3], [1, 4], [5]]
+    assert length_batches(lengths, 4, equal=False) == [[0, 2, 3, 1], [4, 5]]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Nonlinearities
+# ----------------------------------------------------------------------------------------------------------------
+
+LOGITS = torch.tensor([[2.0, -0.1885, 1.5]])
+INDEPENDENT = {"logit": -0.1885, "probability": 0.4530140, "logprob": -0.7918322, "margin": -0.1885}
+EXCLUSIVE = {"logit": -0.1885, "probability": 0.0652181, "logprob": -2.7300190, "margin": -2.6625770}
+
+
+@pytest.mark.parametrize("output", INDEPENDENT)
+def test_labels_that_may_all_be_true_have_a_sigmoid_each(output):
+    """By hand: σ(-.1885) = .453; beside exp(2) and exp(1.5), a softmax would give .065."""
+    assert_close(reward_from_logits(LOGITS, 1, output, independent=True), [INDEPENDENT[output]], atol=1e-5)
+    assert_close(reward_from_logits(LOGITS, 1, output), [EXCLUSIVE[output]], atol=1e-5)
+
+
+@pytest.mark.parametrize("problem_type", [None, "single_label_classification", "multi_label_classification"])
+def test_the_configuration_says_which_nonlinearity_is_the_heads_own(problem_type, tmp_path):
+    model = save_head("bert", tmp_path, problem_type=problem_type)
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    with torch.no_grad():
+        logits = model(torch.tensor([tokenizer("a film").input_ids])).logits[0]
+    expected = logits.sigmoid()[1] if problem_type == "multi_label_classification" else logits.softmax(-1)[1]
+    rewards = load_reward_model(settings(reward_output="probability"), str(tmp_path), CPU)
+    assert_close(rewards(["a film"])[0], expected)
+
+
+def test_a_classifier_that_gives_no_number_is_named(tmp_path):
+    model = save_head("bert", tmp_path)
+    with torch.no_grad():
+        model.classifier.weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path)
+    rewards = load_reward_model(settings(), str(tmp_path), CPU)
+    with pytest.raises(RunError, match=f"--reward_model_path {tmp_path} gives nan for 'a film', expected a finite"):
+        rewards(["a film"])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The text that was learned
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_pairs_are_scored_in_ppo_as_they_were_learned(place, capsys):  # noqa: F811
+    """The same logits for the same prompt and answer, whatever policy wrote it; a classifier from elsewhere reads what
+    the policy's own text is."""
+    rows = [{"text": "abc", "chosen": "de" * (1 + n % 3), "rejected": "fg"} for n in range(40)]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    letters = letter_tokenizer()
+    letters.add_tokens(["\n"])
+    tiny_llama(vocab_size=12).save_pretrained("MODEL")
+    letters.save_pretrained("MODEL")
+    arguments = ["--base_model_name", "MODEL", "--dataset_path", "pairs.jsonl", "--chosen_column", "chosen"]
+    assert run_main("--task", "reward", *arguments, "--reward_steps", "3", "--output_dir", "REWARD") == 0
+    assert json.loads(Path("REWARD/config.json").read_text())["prompt_response_separator"] == "\n"
+    model = AutoModelForSequenceClassification.from_pretrained("REWARD")
+    tokenizer = load_tokenizer("REWARD", "reward_model_path")
+    learned = text_logits(model, tokenizer, joined(["abc", "abc"], ["de", "dede"], "\n"))[:, 0]
+    for separator in ("", "\n"):
+        (term,) = load_reward_terms(micro_config(reward_model_path="REWARD"), "REWARD", CPU, separator).values()
+        assert_close(term(["abc", "abc"], ["de", "dede"], [{}, {}]), learned)
+    without = text_logits(model, tokenizer, ["abcde"])[0, 0]
+    assert abs(without - learned[0]) > 1e-3
+    capsys.readouterr()
+
+
+def test_a_long_text_of_a_reward_model_keeps_its_first_special_token(tmp_path):
+    """BERT's head reads the state at [CLS]; in training and in PPO the same ids."""
+    tokenizer = new_tokenizer(["zz"], 300, 1000)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|pad|>", special_tokens=[("<|endoftext|>", 0), ("<|pad|>", 1)]
+    )
+    rows = [{"text": "abcdefgh", "chosen": "ij", "rejected": "kl"}]
+    config = micro_config(chosen_column="chosen", reward_batch_size=1)
+    batch = next(pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=6, device=CPU))
+    bare = tokenizer("abcdefgh\nij", add_special_tokens=False).input_ids
+    assert batch["input_ids"][0].tolist() == [0, *bare[-4:], 1]
+    read = []
+
+    class Watching:
+        device = CPU
+        config = transformers.PretrainedConfig(num_labels=2, pad_token_id=1)
+
+        def __call__(self, input_ids, attention_mask):
+            read.append(input_ids[0].tolist())
+            return transformers.modeling_outputs.SequenceClassifierOutput(logits=torch.zeros(len(input_ids), 2))
+
+    tokenizer.model_max_length = 6
+    text_logits(Watching(), tokenizer, ["abcdefgh\nij"])
+    assert read == [[0, *bare[-4:], 1]]
+
+
+@pytest.mark.parametrize("name", ["roberta", "mpnet", "bert", "gpt2"])
+def test_a_text_at_the_limit_is_read(name, tmp_path):
+    model = save_head(name, tmp_path)
+    rewards = load_reward_model(settings(), str(tmp_path), CPU)
+    limit = context_length(model)
+    assert limit == (78 if name in ("roberta", "mpnet") else 80)
+    end = "x" * (limit - 1)
+    assert rewards(["b" + end])[0] == rewards(["a" * 50 + "b" + end])[0]
+    assert rewards(["b" + end])[0] != rewards(["c" + end])[0]
+
+
+def test_an_unknown_label_is_refused_before_an_adapter(tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somewhere"}))
+    with pytest.raises(UsageError, match="is an adapter of somewhere, expected a whole classifier"):
+        load_reward_model(settings(reward_label="nothing"), str(tmp_path), CPU)
+
+
+def test_a_run_is_rewarded_by_a_classifier_that_pads_on_the_left(place):  # noqa: F811
+    """Each logged reward is the classifier's on that text alone."""
+    tokenizer = letter_tokenizer()
+    tokenizer.padding_side = "left"
+    config = transformers.GPT2Config(vocab_size=11, n_positions=64, n_embd=32, n_layer=2, n_head=2, pad_token_id=0)
+    model = randomise(transformers.GPT2ForSequenceClassification(config), 2)
+    model.save_pretrained("REWARD")
+    tokenizer.save_pretrained("REWARD")
+    assert run_main(*command(reward_fn="", reward_model_path="REWARD")) == 0
+    for row in read_log(place / "OUT"):
+        ids = letter_tokenizer()(row["query"] + row["response"]).input_ids
+        with torch.no_grad():
+            alone = model(torch.tensor([ids])).logits[0, 1].item()
+        assert float(row["reward"]) == pytest.approx(alone, abs=1e-4)
