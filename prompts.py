@@ -169,10 +169,13 @@ def prompt_ids(texts: list[str], is_chat: bool, tokenizer: PreTrainedTokenizerBa
 
 def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The rows' prompts, but for those without a token."""
+    is_chat = is_conversation(rows[0], config)
+    if config.prompt_tokens and is_chat:
+        raise UsageError(f"--prompt_tokens {config.prompt_tokens} is for texts; these prompts are conversations")
     texts = prompt_texts(rows, config, tokenizer)
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
-    encoded = prompt_ids(texts, is_conversation(rows[0], config), tokenizer)
+    encoded = prompt_ids(texts, is_chat, tokenizer)
     n_special = sum(map(len, special_ends(tokenizer)))
     prompts = []
     for text, ids, row in zip(texts, encoded, rows, strict=True):

@@ -1,0 +1,488 @@
+"""Prompts: conversations, templates, special tokens, what is cut, and asking a policy as it was trained."""
+
+import json
+import re
+import shlex
+import string
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from helpers import read_log
+from micro import assert_refused, run_main
+from micro import micro_config as micro
+from test_any_model import command, place  # noqa: F401  a fixture
+from tiny_models import randomise, tiny_llama, tiny_t5
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+import ask
+import run
+from config import Config, UsageError
+from loading import load_tokenizer, special_ends
+from prompts import (
+    asked,
+    chat_text,
+    check_prompts,
+    conversation,
+    limit_length,
+    make_prompts,
+    prompt_texts,
+    text_ids,
+)
+from sft import completions, token_pieces
+
+pytest_plugins = ["micro"]
+pytestmark = pytest.mark.usefixtures("no_figures", "no_bars")
+PAD, EOS, BOS = 0, 1, 2
+micro_config = partial(micro, prompt_tokens=0)
+LETTERS = string.ascii_lowercase + string.ascii_uppercase + ":. \n"
+TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for m in messages %}"
+    "{% if m['role'] == 'system' and m['content'] == 'no' %}{{ raise_exception('no system role here') }}{% endif %}"
+    "{{ m['role'][0] | upper }}:{{ m['content'] }}."
+    "{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+def bos_tokenizer(ends: str = "<bos> $A", template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
+    """One token a character, and BOS in front of a text, or what `ends` puts at its ends."""
+    tokens = ["<pad>", "<eos>", "<bos>", *LETTERS]
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    specials = [("<bos>", BOS), ("<eos>", EOS)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=ends, special_tokens=specials)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>")
+    whole.chat_template = template
+    return whole
+
+
+def ids_of(text: str) -> list[int]:
+    return [3 + LETTERS.index(letter) for letter in text]
+
+
+def decoded(ids: list[int]) -> str:
+    return bos_tokenizer().decode(ids)
+
+
+@pytest.fixture
+def chat_place(place):  # noqa: F811
+    """A model of chat, with prompts that are conversations."""
+    ends = {"pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": BOS}
+    tiny_llama(vocab_size=3 + len(LETTERS), **ends).save_pretrained("CHAT")
+    bos_tokenizer().save_pretrained("CHAT")
+    rows = [{"messages": [{"role": "user", "content": "abc"[: 1 + n % 3]}]} for n in range(40)]
+    Path("chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return place
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Asked as it was trained
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def watched(monkeypatch, module) -> list[list[int]]:
+    """The ids of every prompt that is responded to there."""
+    seen, real = [], module.respond
+
+    def respond(policy, tokenizer, prompts, *others, **named):
+        seen.extend(prompts)
+        return real(policy, tokenizer, prompts, *others, **named)
+
+    monkeypatch.setattr(module, "respond", respond)
+    return seen
+
+
+def test_a_policy_of_chat_is_asked_as_it_was_trained(chat_place, monkeypatch, capsys):
+    """By the printed command, by text, by a file of messages and by a pipe: the same ids as in training, one BOS."""
+    import train
+
+    trained_on = watched(monkeypatch, train)
+    assert run_main(*command("CHAT", dataset_path="chat.jsonl")) == 0
+    settings = json.loads(Path("OUT/run_config.json").read_text())
+    assert settings["chat"] is True and settings["prompt_column"] == "messages"
+    expected = [BOS, *ids_of("U:abc.A:")]
+    assert expected in trained_on
+    printed = re.search("now try: python main.py (.*)", capsys.readouterr().out)[1]
+    *_, text = shlex.split(printed)
+    seen = watched(monkeypatch, ask)
+    assert run_main(*shlex.split(printed)) == 0
+    assert seen == [[BOS, *ids_of(f"U:{text}.A:")]]
+    assert capsys.readouterr().out.split("\n")[1] == text
+    Path("asked.jsonl").write_text(
+        json.dumps({"messages": [{"role": "user", "content": "abc"}]})
+        + "\n"
+        + json.dumps([{"role": "system", "content": "b"}, {"role": "user", "content": "a"}])
+        + "\n"
+        + json.dumps("abc")
+    )
+    seen.clear()
+    generate = ["--task", "generate", "--output_dir", "OUT"]
+    assert run_main(*generate, "--prompts", "asked.jsonl", "--output", "out.jsonl") == 0
+    assert seen == [expected, [BOS, *ids_of("S:b.U:a.A:")], expected]
+    assert [json.loads(line)["prompt"] for line in Path("out.jsonl").read_text().splitlines()] == ["abc", "a", "abc"]
+
+
+def test_texts_are_a_users_turn_on_request(chat_place, monkeypatch, capsys):
+    import train
+
+    trained_on = watched(monkeypatch, train)
+    assert run_main(*command("CHAT", dataset_path="p.jsonl"), "--chat") == 0
+    assert [BOS, *ids_of("U:abc.A:")] in trained_on
+    seen = watched(monkeypatch, ask)
+    assert run_main("--task", "generate", "--output_dir", "OUT", "--prompt", "abc") == 0
+    assert seen == [[BOS, *ids_of("U:abc.A:")]]
+    capsys.readouterr()
+    words = "--chat puts a text into the model's own template: leave --prompt_template out"
+    assert_refused(capsys, chat_place, [*command("CHAT", output_dir="O", prompt_template="{text}"), "--chat"], words)
+
+
+def test_a_policy_with_a_template_is_asked_through_it(chat_place, monkeypatch, capsys):
+    import train
+
+    trained_on = watched(monkeypatch, train)
+    assert run_main(*command("CHAT", dataset_path="p.jsonl", prompt_template="Say {text}:", max_prompt_length=20)) == 0
+    assert [BOS, *ids_of("Say abc:")] in trained_on
+    printed = re.search("now try: python main.py (.*)", capsys.readouterr().out)[1]
+    *_, text = shlex.split(printed)
+    seen = watched(monkeypatch, ask)
+    assert run_main(*shlex.split(printed)) == 0
+    assert seen == [[BOS, *ids_of(f"Say {text}:")]]
+    capsys.readouterr()
+
+
+def test_a_template_of_several_columns_takes_objects(chat_place, monkeypatch, capsys):
+    rows = [{"one": "ab", "two": n % 3} for n in range(40)]
+    Path("two.jsonl").write_text("".join(json.dumps(row | {"two": "xyz"[row["two"]]}) + "\n" for row in rows))
+    flags = command("CHAT", dataset_path="two.jsonl", prompt_template="{one} or {two}.", max_prompt_length=20)
+    assert run_main(*flags) == 0
+    assert "now try: python main.py --task generate --output_dir OUT\n" in capsys.readouterr().out
+    generate = ["--task", "generate", "--output_dir", "OUT"]
+    assert_refused(capsys, chat_place, [*generate, "--prompt", "ab"], "has several columns: give them as objects")
+    seen = watched(monkeypatch, ask)
+    Path("asked.jsonl").write_text(json.dumps({"one": "x", "two": "y"}))
+    assert run_main(*generate, "--prompts", "asked.jsonl") == 0
+    assert seen == [[BOS, *ids_of("x or y.")]]
+
+
+def test_the_printed_command_has_a_prompt_of_one_line_or_none():
+    """A prompt of twenty lines is no example."""
+    config = micro_config()
+    rows = [{"text": "a\n" * 20}, {"text": "b" * 300}, {"text": "It's c"}]
+    prompts = make_prompts(rows, config, bos_tokenizer("$A").__class__(tokenizer_object=free_tokenizer()))
+    assert run.example(prompts, config) == """ --prompt 'It'"'"'s c'"""
+    assert run.example(prompts[:2], config) == ""
+
+
+def free_tokenizer() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_tokens(list(pre_tokenizers.ByteLevel.alphabet()))
+    return tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Special tokens at the ends
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_end_that_a_causal_models_tokenizer_puts_behind_a_text_is_left_out(tmp_path):
+    """Else the policy would go on behind an end. An encoder-decoder's text keeps it, as T5 has learned it."""
+    tiny_llama(vocab_size=3 + len(LETTERS)).save_pretrained(tmp_path)
+    bos_tokenizer("<bos> $A <eos>").save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert tokenizer("ab").input_ids == [BOS, *ids_of("ab")]
+    assert tokenizer("ab", add_special_tokens=False).input_ids == ids_of("ab")
+    assert tokenizer("ab", return_offsets_mapping=True).offset_mapping[1:] == [(0, 1), (1, 2)]
+    assert load_tokenizer(str(tmp_path), "reward_model_path")("ab").input_ids == [BOS, *ids_of("ab"), EOS]
+    tiny_t5(vocab_size=3 + len(LETTERS)).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("ab").input_ids == [BOS, *ids_of("ab"), EOS]
+
+
+def test_what_stands_at_both_ends_stands_there_once():
+    tokenizer = bos_tokenizer("<bos> $A <eos>")
+    assert special_ends(tokenizer) == ([BOS], [EOS])
+    assert text_ids(["ab", "<bos>ab", ""], tokenizer) == [[BOS, *ids_of("ab"), EOS]] * 2 + [[BOS, EOS]]
+    assert text_ids(["abcdef", "<bos>abcdef"], tokenizer, 5) == [[BOS, *ids_of("def"), EOS]] * 2
+    assert text_ids(["abcdef"], tokenizer, 2) == [[BOS, *ids_of("f"), EOS]]
+    assert text_ids(["abcdef"], bos_tokenizer("$A"), 2) == [ids_of("ef")]
+
+
+def test_sft_learns_texts_that_begin_as_prompts_do():
+    tokenizer = bos_tokenizer()
+    (example,) = token_pieces(["abc"], tokenizer, 20)
+    assert example.completion == [BOS, *ids_of("abc"), EOS]
+    first, last = token_pieces(["abcdef"], tokenizer, 5)
+    assert first.completion == [BOS, *ids_of("abcd")] and last.completion == [*ids_of("cdef"), EOS]
+    (plain,) = token_pieces(["abc"], bos_tokenizer("$A"), 20)
+    assert plain.completion == [*ids_of("abc"), EOS]
+
+
+def test_completions_are_learned_behind_the_very_prompts_of_ppo():
+    tokenizer = bos_tokenizer()
+    rows = [{"text": "abcdef", "answer": "gh"}]
+    config = micro_config(completion_column="answer", max_prompt_length=4, max_new_tokens=5)
+    (example,) = completions(rows, config, tokenizer)
+    (prompt,) = limit_length(make_prompts(rows, config, tokenizer), config, tokenizer)
+    assert example.prompt == prompt.ids == [BOS, *ids_of("def")]
+    assert example.completion == [*ids_of("gh"), EOS]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Cutting
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def cut(rows: list[dict], limit: int, tokenizer=None, **settings) -> list[str]:
+    tokenizer = tokenizer or bos_tokenizer()
+    config = micro_config(max_prompt_length=limit, **settings)
+    prompts = limit_length(make_prompts(rows, config, tokenizer), config, tokenizer)
+    assert all(len(prompt.ids) <= limit for prompt in prompts)
+    return [tokenizer.decode(prompt.ids) for prompt in prompts]
+
+
+def test_a_cut_prompt_keeps_its_first_special_token_and_its_end():
+    rows = [{"text": "abcdefgh"}, {"text": "ab"}]
+    assert cut(rows, 4) == ["<bos>fgh", "<bos>ab"]
+    assert cut(rows, 4, bos_tokenizer("<bos> $A <eos>")) == ["<bos>gh<eos>", "<bos>ab<eos>"]
+    assert cut(rows, 4, bos_tokenizer("$A")) == ["efgh", "ab"]
+
+
+@pytest.mark.parametrize("limit", range(13, 20))
+def test_a_cut_prompt_keeps_the_text_of_its_template(limit):
+    """`Sum: ` and ` So:` are ten characters with the BOS; what is cut is the beginning of the column's text."""
+    (text,) = cut([{"text": "abcdefghijklmnop", "other": "Z"}], limit, prompt_template="Sum: {text} So:")
+    assert text == f"<bos>Sum: {'abcdefghijklmnop'[-(limit - 10) :]} So:"
+
+
+def test_of_several_columns_the_longest_is_cut():
+    (text,) = cut([{"text": "ab", "other": "cdefghijkl"}], 10, prompt_template="{text}:{other}.")
+    assert text == "<bos>ab:hijkl."
+
+
+def test_a_template_that_leaves_no_room_is_refused():
+    with pytest.raises(UsageError, match="--max_prompt_length 9 leaves no room for a prompt in its template"):
+        cut([{"text": "abcdef"}], 9, prompt_template="Sum: {text} So:")
+
+
+TALK = [
+    {"role": "system", "content": "s"},
+    {"role": "user", "content": "abcd"},
+    {"role": "assistant", "content": "ef"},
+    {"role": "user", "content": "ghijkl"},
+]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (100, "<bos>S:s.U:abcd.A:ef.U:ghijkl.A:"),
+        (28, "<bos>S:s.U:abcd.A:ef.U:ghijkl.A:"),
+        (27, "<bos>S:s.U:ghijkl.A:"),
+        (16, "<bos>S:s.U:ghijkl.A:"),
+        (14, "<bos>S:s.U:ijkl.A:"),
+        (11, "<bos>S:s.U:l.A:"),
+    ],
+)
+def test_a_cut_conversation_loses_its_oldest_turns_then_the_beginning_of_the_last(limit, expected):
+    """Never the system's turn, the template's words, or its BOS."""
+    assert cut([{"text": TALK}], limit) == [expected]
+
+
+def test_a_conversation_with_no_room_for_a_letter_is_refused():
+    with pytest.raises(UsageError, match="--max_prompt_length 10 leaves no room"):
+        cut([{"text": TALK}], 10)
+
+
+class Slow:
+    """A tokenizer that cannot say where its tokens stand."""
+
+    is_fast = False
+    name_or_path = "slow"
+    chat_template = None
+
+    def __init__(self):
+        self.fast = bos_tokenizer()
+
+    def __call__(self, *arguments, **named):
+        return self.fast(*arguments, **named)
+
+    def __getattr__(self, name):
+        return getattr(self.fast, name)
+
+
+def test_a_tokenizer_without_offsets_cuts_and_refuses_first_words():
+    (text,) = cut([{"text": "abcdefgh"}], 14, Slow(), prompt_template="Sum: {text} So:")
+    assert text == "<bos>Sum: efgh So:"
+    with pytest.raises(UsageError, match="--prompt_tokens 3 needs a tokenizer that knows where in the text its tokens"):
+        make_prompts([{"text": "abc"}], micro(prompt_tokens=3), Slow())
+
+
+def test_generate_takes_what_the_context_holds_and_says_when_it_cuts(place, capsys):  # noqa: F811
+    """Training's --max_prompt_length 12 does not bind; 64 positions less 12 for the response do."""
+    assert run_main(*command()) == 0
+    capsys.readouterr()
+    generate = ["--task", "generate", "--output_dir", "OUT", "--temperature", "0"]
+    responses = []
+    for prompt in ("a" + "bcdefghi" * 5, "h" + "bcdefghi" * 5):
+        assert run_main(*generate, "--prompt", prompt) == 0
+        out, err = capsys.readouterr()
+        responses.append(out.split("\n", 1)[1].removeprefix(prompt))
+        assert "cut" not in err
+    assert responses[0] != responses[1]
+    assert run_main(*generate, "--prompt", "abcdefghi" * 6) == 0
+    out, err = capsys.readouterr()
+    assert err == "1 of 1 prompts were cut on the left to 52 tokens\n" and "cut" not in out
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# One sentence
+# ----------------------------------------------------------------------------------------------------------------
+
+USER = {"role": "user", "content": "a"}
+BAD_TALK = {  # the prompt column of row 7, and what is said of it
+    "null content": (
+        [{"role": "user", "content": None}],
+        "row 7 holds {'role': 'user', 'content': None}, expected mess",
+    ),
+    "empty": ([], "row 7 holds no message to answer: []"),
+    "strings": (["a"], "row 7 holds a, expected messages with a text as role and as content"),
+    "no role": ([{"content": "a"}], "row 7 holds {"),
+    "answered only": ([{"role": "assistant", "content": "a"}], "row 7 holds no message to answer"),
+    "system role": ([{"role": "system", "content": "no"}, USER], "refuses row 7: no system role here"),
+    "null": (None, "--prompt_column 'messages' holds a null in row 7, expected a str or list"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TALK)
+def test_what_is_no_conversation_is_refused_with_its_row(kind, chat_place, capsys):
+    value, words = BAD_TALK[kind]
+    rows = [{"messages": [USER]} for _ in range(40)]
+    rows[6] = {"messages": value}
+    if kind == "strings":  # a column of one type
+        rows = [{"messages": ["a"]} for _ in range(40)]
+        words = "holds a, expected messages with a text as role and as content"
+    name = f"{kind.replace(' ', '-')}.jsonl"
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert_refused(capsys, chat_place, command("CHAT", dataset_path=name, n_updates=5), words)
+
+
+def test_messages_for_a_model_without_a_template_are_refused(chat_place, capsys):
+    words = "the prompts are conversations, and the tokenizer of MODEL has no template for them"
+    assert_refused(capsys, chat_place, command("MODEL", dataset_path="chat.jsonl"), words)
+
+
+def test_conversations_that_were_answered_are_asked_again_and_that_is_said(chat_place, capsys):
+    talk = [USER, {"role": "assistant", "content": "zz"}]
+    rows = [{"messages": talk if n % 2 else [USER]} for n in range(40)]
+    Path("answered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_main(*command("CHAT", dataset_path="answered.jsonl")) == 0
+    told = re.search(
+        r"(\d+) of 16 conversations end with an answer of the assistant's: it is left out", capsys.readouterr().out
+    )
+    assert 0 < int(told[1]) < 16
+    assert {row["query"] for row in read_log(chat_place / "OUT")} == {"<bos>U:a.A:"}
+
+
+TEMPLATES = {
+    "{text:1000000000}": "expected columns' names in braces, and nothing else there",
+    "{text!r}": "expected columns' names in braces, and nothing else there",
+    "{text.__class__}": "expected columns' names in braces, and nothing else there",
+    "{text[0]}": "expected columns' names in braces, and nothing else there",
+    "{}": "expected columns' names in braces, and nothing else there",
+    "{text": "a brace itself is written twice",
+    "Say this": "names no column in braces: every prompt would be the same",
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_a_template_is_text_and_names(template):
+    with pytest.raises(UsageError, match=re.escape(TEMPLATES[template])):
+        Config(prompt_template=template)
+    assert Config(prompt_template="{{{text}}} of {b c}").prompt_template
+
+
+def test_a_templates_columns_are_what_is_needed_and_hold_no_null(place, capsys):  # noqa: F811
+    """Not a --prompt_column beside them."""
+    rows = [{"one": "ab", "two": None if n == 4 else "cd"} for n in range(40)]
+    Path("t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run_main(*command(dataset_path="t.jsonl", prompt_template="{one}")) == 0
+    capsys.readouterr()
+    for template, words in (
+        ("{one}{two}", "--prompt_template 'two' holds a null in row 5"),
+        ("{one}{tow}", "--prompt_template 'tow' is no column of the data; it has one, two; did you mean two?"),
+    ):
+        flags = command(dataset_path="t.jsonl", prompt_template=template, output_dir="O", n_updates=5)
+        assert_refused(capsys, place, flags, words)
+
+
+def test_a_template_for_messages_is_refused():
+    with pytest.raises(UsageError, match="--prompt_template is for columns of text; --prompt_column 'text' holds mess"):
+        check_prompts([{"text": [USER]}], micro_config(prompt_template="{text}"))
+
+
+@pytest.mark.parametrize(("least", "kept"), [(0, 3), (3, 2), (4, 1), (6, 0)])
+def test_the_characters_of_a_conversation_are_counted_not_its_messages(least, kept, monkeypatch):
+    import prompts
+
+    rows = [
+        {"text": [{"role": "user", "content": "ab"}]},
+        {"text": [{"role": "user", "content": "a"}, {"role": "user", "content": "bc"}]},
+        {"text": [{"role": "user", "content": "abcde"}]},
+    ]
+    monkeypatch.setattr(prompts, "load_rows", lambda *_: rows)
+    config = micro_config(min_prompt_chars=least, max_prompt_length=100)
+    if not kept:
+        with pytest.raises(UsageError, match="holds no text of the right length"):
+            prompts.load_prompts(config, bos_tokenizer(), "train", 10)
+    else:
+        assert len(prompts.load_prompts(config, bos_tokenizer(), "train", 10)) == kept
+
+
+def test_what_was_asked_is_found_again_in_every_kind_of_prompt():
+    tokenizer = bos_tokenizer()
+    for settings, row, expected in (
+        ({}, {"text": "ab"}, "ab"),
+        ({"prompt_template": "Say {text}."}, {"text": "ab"}, "ab"),
+        ({"prompt_template": "{text} {b}."}, {"text": "ab", "b": "c"}, "ab c."),
+        ({"chat": True}, {"text": "ab"}, "ab"),
+        ({}, {"text": TALK}, "ghijkl"),
+    ):
+        config = micro_config(max_prompt_length=100, **settings)
+        (prompt,) = make_prompts([row], config, tokenizer)
+        assert asked(prompt, config) == expected
+
+
+def test_a_conversation_is_rendered_as_transformers_does():
+    tokenizer = bos_tokenizer()
+    row = {"text": TALK}
+    expected = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
+    assert prompt_texts([row], micro_config(), tokenizer) == [expected]
+    assert chat_text(conversation(row, micro_config()), row, tokenizer) == "<bos>S:s.U:abcd.A:ef.U:ghijkl.A:"
+    (prompt,) = make_prompts([row], micro_config(), tokenizer)
+    assert prompt.ids == tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_templated_prompt_has_one_bos_for_the_reward_model_too(chat_place):
+    """Whose own tokenizer puts one in front."""
+    config = transformers.GPT2Config(vocab_size=3 + len(LETTERS), n_embd=32, n_layer=1, n_head=2, pad_token_id=PAD)
+    model = randomise(transformers.GPT2ForSequenceClassification(config), 2)
+    model.save_pretrained("REWARD")
+    bos_tokenizer().save_pretrained("REWARD")
+    assert run_main(*command("CHAT", dataset_path="chat.jsonl", reward_fn="", reward_model_path="REWARD")) == 0
+    for row in read_log(chat_place / "OUT")[:8]:
+        ids = bos_tokenizer()(row["query"] + row["response"], add_special_tokens=False).input_ids
+        assert ids[0] == BOS and ids[1] != BOS
+        with torch.no_grad():
+            alone = model(torch.tensor([ids])).logits[0, 1].item()
+        assert float(row["reward"]) == pytest.approx(alone, abs=1e-4)
+
+
+def test_first_words_of_a_conversation_are_refused():
+    with pytest.raises(UsageError, match="--prompt_tokens 3 is for texts; these prompts are conversations"):
+        make_prompts([{"text": TALK}], micro(prompt_tokens=3), bos_tokenizer())
