@@ -43,6 +43,34 @@ MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest th
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
 
+READERS = {  # the tasks that read a group's settings, but for those of SOME_READ
+    "task": TASKS,
+    "model": ("train", "generate", "evaluate"),
+    "data": ("train", "sft", "reward", "evaluate"),
+    "reward": ("train", "generate", "evaluate"),
+    "sampling": ("train", "generate", "evaluate"),
+    "ppo": ("train",),
+    "stages": ("train", "sft", "reward", "evaluate"),
+    "evaluation": ("train", "evaluate"),
+    "generate": ("generate",),
+}
+SOME_READ = {  # tasks: the settings that these alone read
+    ("train",): "final_dir dry_run lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
+    "missing_eos_penalty whiten_scores normalize_scores score_clip",
+    ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
+    "prompt_template chat long_prompts",
+    ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
+    "sft_batch_size sft_learning_rate",
+    ("train", "evaluate"): "min_prompt_chars max_prompt_chars mini_batch_size",
+    ("train", "reward", "evaluate"): "label_column",
+    ("train", "reward"): "chosen_column rejected_column reward_steps reward_batch_size reward_learning_rate",
+    ("train", "sft", "generate", "evaluate"): "max_new_tokens",
+    ("train", "generate", "evaluate"): "batch_size",
+    ("evaluate",): "reference_column eval_split",
+    ("evaluate", "plot"): "policies",
+}
+
+
 def option(group: str, default, text: str, allowed: str | tuple[str, ...] = ""):
     """A field with its help (units included), and the interval that its value must lie in, or the choices it has."""
     metadata = {"group": group, "help": text, "interval": "", "choices": ()}
@@ -397,6 +425,14 @@ def unknown_flag(flag: str, names) -> str:
     return f"unknown argument {flag}{nearest(flag, flags)}"
 
 
+def is_read(spec: dataclasses.Field, task: str) -> bool:
+    """Whether the task reads the setting, so that a flag for it does something."""
+    for tasks, names in SOME_READ.items():
+        if spec.name in names.split():
+            return task in tasks
+    return task in READERS[spec.metadata["group"]]
+
+
 def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict], dict] | None = None) -> Config:
     """Resolve flags, file, and preset into a Config; a task that uses a run needs `run_settings` of checkpoint.py.
 
@@ -408,6 +444,10 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
         raise UsageError(unknown_flag(unknown[0].split("=")[0], specs))
     given = vars(flags)
     path = given.pop("config", "")
+    task = given.get("task", Config.task)
+    unread = [f"--{name}" for name in given if task in TASKS and not is_read(specs[name], task)]
+    if unread:
+        print(f"note: --task {task} does not read {', '.join(unread)}")
     from_file = read_config_file(path) if path else {}
     for name in from_file:
         if name not in specs:

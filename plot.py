@@ -39,7 +39,7 @@ def read_json(path: Path, pick):
     """What `pick` takes from a file that a run left. Raises UsageError if there is none, or it is damaged."""
     try:
         return pick(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path.parent} holds no {path.name} of a run, or a damaged one") from None
 
 
@@ -268,12 +268,17 @@ def plot_comparison(folder: Path, notice: str = "") -> Path:
 
 def show_comparison(folder: Path, notice: str = "") -> None:
     """Print what results/comparison.json says of each split, and draw it."""
-    splits = read_json(folder / "results/comparison.json", lambda content: content["splits"])
-    for split, comparison in splits.items():
-        print(f"{folder} on {comparison['n_prompts']} {split} prompts")
-        print(comparison_table(comparison))
-        print(reward_difference(comparison))
-        print(sample_pairs(comparison))
+
+    def text_of(content: dict) -> str:
+        parts = []
+        for split, comparison in content["splits"].items():
+            parts.append(f"{folder} on {comparison['n_prompts']} {split} prompts")
+            parts += [comparison_table(comparison), reward_difference(comparison), sample_pairs(comparison)]
+        if not parts:
+            raise LookupError("splits")
+        return "\n".join(parts)
+
+    print(read_json(folder / "results/comparison.json", text_of))
     print(f"figures and every sample: {folder / 'results'}")
     print(f"comparison: {plot_comparison(folder, notice)}")
 

@@ -35,8 +35,13 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
         column(rows, config.rejected_column, "rejected_column")
     elif trains_reward:
         class_names(rows, config)
-    longest = config.max_prompt_length + config.max_new_tokens
-    if config.task == "train" and config.trains_from_scratch and longest > config.context_length:
+    if config.task == "train" and config.trains_from_scratch:
+        check_lengths(config)
+
+
+def check_lengths(config: Config) -> None:
+    """Raise UsageError if prompt and response may not fit the context of a model that is yet to be trained."""
+    if config.max_prompt_length + config.max_new_tokens > config.context_length:
         raise UsageError(
             f"--max_prompt_length {config.max_prompt_length} plus --max_new_tokens {config.max_new_tokens} "
             f"is more than the {config.context_length} tokens of --context_length"

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from micro import SETTINGS, flags, micro_config, review_texts
+from micro import SETTINGS, flags, micro_config, review_texts, run_main
 
+import checkpoint
 import classifier
+import config
 import evaluation
 import main
 import report
@@ -701,3 +703,61 @@ def test_evaluation_reads_the_split_that_is_asked_for(monkeypatch, tokenizer):
 
 def test_flags_of_the_tests_are_the_settings_of_the_tests():
     assert parse("--task", "train", *flags()) == micro_config()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Which task reads what
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_flag_that_the_task_does_not_read_is_named(capsys):
+    config.parse_args(["--task", "train", "--learning_rate", "1e-3", "--policies", "a=b", "--num_samples", "2"])
+    assert capsys.readouterr().out == "note: --task train does not read --policies, --num_samples\n"
+    config.parse_args(["--task", "sft", "--learning_rate", "1e-3"])
+    assert capsys.readouterr().out == "note: --task sft does not read --learning_rate\n"
+    config.parse_args(["--task", "train", "--learning_rate", "1e-3"])
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_table_of_readers_names_every_group_and_fields_there_are():
+    assert set(config.READERS) == {spec.metadata["group"] for spec in FIELDS.values()}
+    named = [name for names in config.SOME_READ.values() for name in names.split()]
+    assert len(named) == len(set(named)) and set(named) <= set(FIELDS)
+
+
+def test_what_a_task_reads_is_never_called_unread(workplace, monkeypatch, no_figures, no_bars):
+    """The oracle is the run itself: every setting that a module other than config.py looks at, task by task."""
+    reads: dict[str, set[str]] = {}
+    real = object.__getattribute__
+
+    def noting(self, name):
+        frame = sys._getframe(1)
+        is_ours = Path(frame.f_code.co_filename).parent == Path(config.__file__).parent
+        if name in FIELDS and is_ours and not frame.f_code.co_filename.endswith("config.py"):
+            reads.setdefault(real(self, "task"), set()).add(name)
+        return real(self, name)
+
+    monkeypatch.setattr(Config, "__getattribute__", noting)
+    small = [part for name, value in SETTINGS.items() for part in (f"--{name}", str(value))]
+    for task, arguments in (
+        ("train", [*small, "--output_dir", "again"]),
+        ("sft", [*small, "--output_dir", "other_sft"]),
+        ("reward", [*small, "--output_dir", "other_reward"]),
+        ("evaluate", []),
+        ("generate", ["--prompt", "The film", "--output", "out.jsonl"]),
+        ("plot", []),
+    ):
+        assert run_main("--task", task, *arguments) == 0
+    # a stage is looked up with its folder's settings, and first words are switched off for generate by a setting
+    looked_up = {*checkpoint.TRAINED_ON, *checkpoint.REWARD_COLUMNS, *checkpoint.TRAINED_BY["sft"]}
+    looked_up |= {*checkpoint.TRAINED_BY["reward"], "prompt_tokens"}
+    checked = {
+        "reward_fn",
+        "reward_weights",
+        "reward_model_path",
+        "length_range",
+        "mixed_precision",
+    }  # before any stage
+    for task, names in reads.items():
+        called_unread = {name for name in names - looked_up - checked if not config.is_read(FIELDS[name], task)}
+        assert not called_unread, (task, called_unread)

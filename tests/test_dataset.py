@@ -372,3 +372,73 @@ def test_prompts_are_found_under_their_usual_names(names, found, tmp_path):
     assert with_prompt_column(micro_config(dataset_path=path)).prompt_column == found
     assert with_prompt_column(micro_config(dataset_path=path, prompt_column="title")).prompt_column == "title"
     assert with_prompt_column(micro_config()).prompt_column == "text"
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Datasets of every form
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def texts_in(path, **settings) -> list[str]:
+    return [row["text"] for row in load_rows(micro_config(dataset_path=str(path), **settings), "train")]
+
+
+def test_a_dataset_saved_to_disk_is_read(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    whole = datasets.Dataset.from_list(ROWS)
+    whole.save_to_disk(tmp_path / "one")
+    assert set(texts_in(tmp_path / "one")) <= {row["text"] for row in ROWS}
+    datasets.DatasetDict({"train": whole, "test": whole.select(range(5))}).save_to_disk(tmp_path / "several")
+    rows = load_rows(micro_config(dataset_path=str(tmp_path / "several")), "test")
+    assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in ROWS[:5])
+
+
+def test_one_of_several_configurations_is_named(tmp_path):
+    """As a README of a dataset declares them; without a name, or with a wrong one, those there are are told."""
+    for name in ("films", "books"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, "train.jsonl", [{"text": f"{name} {number}"} for number in range(40)])
+    declared = "".join(f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("films", "books"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{declared}---\n")
+    assert all(text.startswith("books") for text in texts_in(tmp_path, dataset_config="books"))
+    assert all(text.startswith("films") for text in texts_in(tmp_path, dataset_config="films"))
+    for name in ("", "plays"):
+        with pytest.raises(UsageError, match=f"--dataset_config '{name}' is none of the configurations of .*films"):
+            texts_in(tmp_path, dataset_config=name)
+
+
+def test_rows_inside_one_object_are_refused_as_that(tmp_path):
+    (tmp_path / "rows.json").write_text(json.dumps({"data": ROWS}))
+    with pytest.raises(UsageError, match=r"rows\.json is one object with its rows in 'data'; expected a list of rows"):
+        texts_in(tmp_path / "rows.json")
+
+
+def test_a_files_ending_may_be_in_capitals(tmp_path):
+    path = Path(write(tmp_path, "rows.jsonl"))
+    small = texts_in(path)
+    assert texts_in(path.rename(tmp_path / "ROWS.JSONL")) == small
+
+
+def test_rows_know_their_number_in_the_file_though_they_are_shuffled(tmp_path):
+    """Counted from 1: the first of the wrong ones is named."""
+    rows = [{"text": None if number in (0, 30) else "a", "label": number} for number in range(40)]
+    config = micro_config(dataset_path=write(tmp_path, "holes.jsonl", rows))
+    loaded = load_rows(config, "train") + load_rows(config, "validation") + load_rows(config, "test")
+    assert all(row.number == row["label"] + 1 for row in loaded) and len(loaded) < 40
+    loaded += load_rows(config, "judge")
+    assert len(loaded) == 40
+    with pytest.raises(UsageError, match="--prompt_column 'text' holds a null in row 1, expected a str"):
+        column(loaded, "text", "prompt_column")
+
+
+def test_no_part_of_a_dataset_is_in_the_order_of_its_file(tmp_path):
+    """Neither the parts of one split nor splits of their own: files are often sorted by label."""
+    (tmp_path / "data").mkdir()
+    rows = [{"text": f"{number}", "label": number} for number in range(100)]
+    for name in ("train", "validation", "test"):
+        write(tmp_path / "data", f"{name}.jsonl", rows)
+    for path in (tmp_path / "data", write(tmp_path, "rows.jsonl", rows)):
+        for part in ("train", "validation", "test", "judge"):
+            numbers = [row["label"] for row in load_rows(micro_config(dataset_path=str(path)), part)]
+            assert len(numbers) > 5 and numbers != sorted(numbers)
+            assert numbers == [row["label"] for row in load_rows(micro_config(dataset_path=str(path)), part)]

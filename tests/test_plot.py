@@ -275,6 +275,18 @@ def test_the_table_says_whether_each_bound_holds(name, before, after, verdict):
     assert line.endswith(f": {verdict}")
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(0.01, 0.2, "yes"), (-0.01, 0.2, "not shown, as the difference's 95 % interval holds 0"), (-0.2, -0.1, "NO")],
+)
+def test_a_reward_within_the_interval_of_its_difference_has_not_been_shown_to_rise(low, high, verdict):
+    rise = (low + high) / 2
+    figures = {"before": {"reward": 1.0}, "after": {"reward": 1.0 + rise}}
+    paired = {"after": {"reward": {"difference": rise, "low": low, "high": high}}}
+    *_, line = comparison_table({"figures": figures, "differences": paired}).splitlines()
+    assert line.endswith(f"higher: {verdict}")
+
+
 def test_every_bound_is_tested_on_both_sides():
     for name in BOUNDS:
         assert {verdict for other, *_, verdict in VERDICTS if other == name} == {"yes", "NO"}

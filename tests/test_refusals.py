@@ -1,7 +1,11 @@
 """Mistakes in flags, settings, data and folders are refused in one sentence, before anything is made."""
 
+import itertools
+
 import pytest
 from micro import SETTINGS, assert_refused, flags, run_main
+
+import main
 
 pytest_plugins = ["micro"]
 
@@ -94,6 +98,53 @@ def test_mistakes_are_refused_in_one_sentence_before_anything_is_made(mistake, e
 def test_a_bad_config_file_is_refused(text, words, empty, capsys):
     (empty / "run.yaml").write_text(text)
     assert_refused(capsys, empty, ["--task", "train", "--config", "run.yaml", *flags()], words)
+
+
+LETTERS = "bcdefghijklmnopqrst"
+BOMB = "b: &b [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise(LETTERS))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("deep.yaml", "seed: " + "[" * 2000 + "]" * 2000),
+        ("deep.json", '{"seed": ' + '{"a":' * 2000 + "1" + "}" * 2000 + "}"),
+        ("bomb.yaml", "seed: [" + "[" * 50 + "]" * 50 + "]"),
+        ("aliases.yaml", BOMB + "seed: *t\n"),
+    ],
+)
+def test_a_config_file_of_any_depth_is_refused_in_a_short_sentence(name, text, empty, capsys):
+    (empty / name).write_text(text)
+    assert main.main(["--task", "train", "--config", name]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1 and len(message) < 400
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "3", "null", '"text"', "[" * 100_000, ""])
+@pytest.mark.parametrize("task", ["generate", "evaluate", "plot"])
+def test_a_runs_settings_that_are_no_object_are_refused(task, content, workplace, capsys):
+    (workplace / "saved_models/tiny/ppo/run_config.json").write_text(content)
+    flags = ["--prompt", "A"] if task == "generate" else []
+    assert_refused(capsys, workplace, ["--task", task, *flags], "run_config.json cannot be read: ")
+
+
+@pytest.mark.parametrize("content", ['{"splits": {}}', '{"splits": []}', "{}", "[]", '{"splits": {"test": {}}}', "3"])
+def test_a_comparison_that_is_damaged_is_refused(content, workplace, capsys):
+    """In `--task plot`, where it is drawn beside the run's own curves."""
+    results = workplace / "saved_models/tiny/ppo/results"
+    results.mkdir()
+    (results / "comparison.json").write_text(content)
+    assert_refused(capsys, workplace, ["--task", "plot"], "results holds no comparison.json of a run, or a damaged one")
+
+
+def test_two_numbers_of_bits_at_once_are_refused(empty, capsys):
+    both = ["--task", "train", "--base_model_name", "x", "--lora_r", "2", "--load_in_8bit", "--load_in_4bit"]
+    assert_refused(capsys, empty, both, "--load_in_8bit and --load_in_4bit were both given: choose one of them")
+
+
+def test_a_template_with_a_width_is_refused_before_memory_is_asked_for(empty, capsys):
+    wide = ["--task", "train", "--base_model_name", "x", "--prompt_template", "{text:1000000000}"]
+    assert_refused(capsys, empty, wide, "expected columns' names in braces, and nothing else there")
 
 
 def test_a_config_file_that_is_no_text_is_refused(empty, capsys):
