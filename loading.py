@@ -364,7 +364,7 @@ def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyMode
     adapter = config.peft_model_path if base == path else path
     if adapter:
         language_model = with_adapter(language_model, adapter, base)
-    return PolicyModel(language_model).requires_grad_(False).eval()
+    return PolicyModel(language_model, mixed_precision=policy.mixed_precision).requires_grad_(False).eval()
 
 
 def merged(language_model: PreTrainedModel) -> PreTrainedModel:

@@ -751,13 +751,9 @@ def test_what_a_task_reads_is_never_called_unread(workplace, monkeypatch, no_fig
     # a stage is looked up with its folder's settings, and first words are switched off for generate by a setting
     looked_up = {*checkpoint.TRAINED_ON, *checkpoint.REWARD_COLUMNS, *checkpoint.TRAINED_BY["sft"]}
     looked_up |= {*checkpoint.TRAINED_BY["reward"], "prompt_tokens"}
-    checked = {
-        "reward_fn",
-        "reward_weights",
-        "reward_model_path",
-        "length_range",
-        "mixed_precision",
-    }  # before any stage
+    # and these are checked, or set up, before any stage
+    checked = {"reward_fn", "reward_weights", "reward_model_path", "length_range", "mixed_precision"}
+    checked |= {"max_prompt_length", "max_new_tokens"}
     for task, names in reads.items():
         called_unread = {name for name in names - looked_up - checked if not config.is_read(FIELDS[name], task)}
         assert not called_unread, (task, called_unread)

@@ -279,3 +279,17 @@ def test_a_run_is_rewarded_by_a_classifier_that_pads_on_the_left(place):  # noqa
         with torch.no_grad():
             alone = model(torch.tensor([ids])).logits[0, 1].item()
         assert float(row["reward"]) == pytest.approx(alone, abs=1e-4)
+
+
+def test_a_classifier_is_read_without_dropout_and_in_float32_however_it_was_stored(tmp_path):
+    model = save_head("bert", tmp_path, hidden_dropout_prob=0.5, classifier_dropout=0.5)
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    model = model.to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([tokenizer("a film").input_ids])
+    with torch.no_grad():
+        exact = model.float().eval()(ids).logits[0, 1]
+        coarse = model.to(torch.bfloat16)(ids).logits[0, 1]
+    rewards = load_reward_model(settings(), str(tmp_path), CPU)
+    assert_close(rewards(["a film"])[0], exact)
+    assert abs(coarse.float() - exact) > 1e-4

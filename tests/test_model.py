@@ -674,3 +674,110 @@ def test_eval_mode_is_for_a_while_only_and_ends_after_an_error_too():
     with eval_mode(policy.eval()):
         pass
     assert not policy.training
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Mixed precision
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def autocast_logprobs(policy: PolicyModel, query: list[int], response: list[int]) -> list[float]:
+    """By hand: the language model alone, its products in bfloat16, the softmax in float32."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        logits = policy.language_model(input_ids=torch.tensor([query + response[:-1]]), use_cache=False).logits
+    logprobs = logits[0, len(query) - 1 :].float().log_softmax(-1)
+    return [logprobs[t, token].item() for t, token in enumerate(response)]
+
+
+@pytest.mark.parametrize("who", ["policy", "reference", "loaded", "new"])
+def test_mixed_precision_is_on_in_scoring_and_in_sampling(who, tmp_path):
+    """Of the policy, of its frozen copy, and of those that are loaded: near the plain numbers, and not the same."""
+    config = Config(mixed_precision="bf16")
+    policy = PolicyModel(tiny_gpt2(), mixed_precision=True).eval()
+    save_policy(policy, letter_tokenizer(), tmp_path)
+    if who == "reference":
+        policy = frozen_copy(policy)
+    elif who == "loaded":
+        policy = load_policy(config, str(tmp_path), CPU).eval()
+    elif who == "new":
+        policy = new_policy(config, str(tmp_path), CPU).eval()
+    ids, mask = torch.tensor([[5, 3, 8]]), torch.ones(1, 3, dtype=torch.bool)
+    drawn = sample(policy, ids, mask, uniforms(0, "sampling", 0, (1, 8)), [EOS], PAD)
+    response = drawn.response_ids[0].tolist()
+    assert len(response) > 2
+    expected = autocast_logprobs(policy, [5, 3, 8], response)
+    exact, _, _ = brute_force(PolicyModel(tiny_gpt2()), [5, 3, 8], response, 1.0)
+    with torch.no_grad():
+        scored = policy.score(ids, mask, drawn.response_ids, drawn.mask).logprobs[0]
+    for found, tolerance in ((scored, 1e-5), (drawn.logprobs[0], 0.05)):
+        assert_close(found, expected, atol=tolerance)
+        gaps = [abs(a - b) for a, b in zip(found.tolist(), exact, strict=True)]
+        assert 1e-4 < max(gaps) < 0.2
+
+
+def test_a_reference_in_8_bits_has_its_policys_precision(tmp_path, monkeypatch):
+    import loading
+
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
+    real = loading.load_language_model
+    monkeypatch.setattr(loading, "load_language_model", lambda *others, in_8bit=False: real(*others))
+    for kind in ("no", "bf16"):
+        config = Config(mixed_precision=kind, reference_in_8bit=True)
+        policy = new_policy(config, str(tmp_path), CPU)
+        assert loading.load_reference(config, str(tmp_path), policy).mixed_precision == (kind == "bf16")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The decoder's start
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_starts_with_its_own_token_not_with_the_padding():
+    """They are one for T5, and two for BART: 3 here. Oracle: the model alone, and `generate` of transformers."""
+    policy = tiny_policy("t5", decoder_start_token_id=3)
+    query_ids, query_mask = encode(policy)[:2]
+    expected = policy.language_model.generate(
+        input_ids=query_ids,
+        attention_mask=query_mask.long(),
+        do_sample=False,
+        max_new_tokens=6,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        decoder_start_token_id=3,
+    )[:, 1:]
+    numbers = torch.zeros(len(query_ids), 6, dtype=torch.float64)
+    drawn = sample(policy, query_ids, query_mask, numbers, [EOS], PAD, temperature=0.0)
+    assert drawn.response_ids.tolist() == expected.tolist()
+    other = sample(tiny_policy("t5"), query_ids, query_mask, numbers, [EOS], PAD, temperature=0.0)
+    assert other.response_ids.tolist() != expected.tolist()
+    response = [4, 7, 2, 5]
+    ids = torch.tensor([response])
+    with torch.no_grad():
+        scored = policy.score(torch.tensor([[5, 3, 8]]), torch.ones(1, 3).bool(), ids, ids > 0)
+    logprobs, values, _ = brute_force(policy, [5, 3, 8], response, 1.0)
+    assert_close(scored.logprobs[0], logprobs)
+    assert_close(scored.values[0], values)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Logits of minus infinity
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_token_that_cannot_be_drawn_adds_nothing_to_the_entropy_and_gets_no_gradient():
+    """Some models forbid tokens so: 0 log 0 = 0. By hand, of three tokens that are as likely as each other, log 3."""
+    logits = torch.tensor([[[1.0, 1.0, float("-inf"), 1.0]]], requires_grad=True)
+    for entropy in (thin_entropy, ppo.token_entropy):
+        found = entropy(logits)
+        assert_close(found, [[1.0986123]])
+        (gradient,) = torch.autograd.grad((found * 2).sum(), logits)
+        assert gradient.isfinite().all() and gradient.abs().max() < 1e-6
+    skewed = torch.tensor([[[2.0, 0.0, float("-inf")]]], requires_grad=True)
+    plain = torch.tensor([[[2.0, 0.0]]], requires_grad=True)
+    for entropy in (thin_entropy, ppo.token_entropy):
+        (with_it,) = torch.autograd.grad(entropy(skewed).sum(), skewed)
+        (without,) = torch.autograd.grad(entropy(plain).sum(), plain)
+        assert_close(with_it[..., :2], without) and with_it[0, 0, 2] == 0
+    logprobs = thin_logprobs(skewed, torch.tensor([[0]]))
+    (gradient,) = torch.autograd.grad(logprobs.sum(), skewed)
+    assert_close(gradient, [[[0.1192029, -0.1192029, 0.0]]])

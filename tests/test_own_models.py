@@ -87,7 +87,7 @@ def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(
     def scripted(policy, *others):
         *_, prompts, _ = others
         asked.append([prompt.text for prompt in prompts])
-        weights.append(policy.language_model.transformer.wte.weight.detach().clone())
+        weights.append({name: weight.detach().clone() for name, weight in policy.state_dict().items()})
         rows, reward = evaluate_policy(policy, *others), next(script, None)
         return rows if reward is None else [row | {"reward": reward} for row in rows]
 
@@ -102,8 +102,17 @@ def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(
     tokenizer = load_tokenizer(str(folder))
     validation, test = ([p.text for p in load_prompts(config, tokenizer, part, 4)] for part in ("validation", "test"))
     assert asked == [validation] * 3 + [test] * 2 and not set(validation) & set(test)
-    saved = load_policy(config, str(folder), torch.device("cpu")).language_model.transformer.wte.weight
-    assert torch.equal(saved, weights[1]) and torch.equal(saved, weights[4]) and not torch.equal(saved, weights[2])
+    saved = load_policy(config, str(folder), torch.device("cpu")).state_dict()
+    assert saved.keys() == weights[1].keys() and {"value_head.weight", "value_head.bias"} < saved.keys()
+    for name, weight in saved.items():  # the value head's as well as the policy's
+        assert torch.equal(weight, weights[1][name]) and torch.equal(weight, weights[4][name])
+        assert not torch.equal(weight, weights[2][name])
+
+
+def test_every_update_has_prompts_of_its_own(workplace):
+    """Enough are loaded for all of them, not for the first rollout alone."""
+    assert run_main("--task", "train", *flags(n_updates=3, output_dir="run")) == 0
+    assert len({row["query"] for row in read_log(workplace / "run")}) > 8
 
 
 def test_the_newest_policy_is_also_put_where_final_dir_says(workplace, capsys):

@@ -862,7 +862,7 @@ def test_the_equations_stand_in_the_order_in_which_an_update_first_calls_them(mo
 
 def test_a_kl_target_adapts_the_coefficient_from_the_next_update_on():
     """β is multiplied by 1 + 16 e / 160: with KL 0 in the first rollout, e = -.2, so by .98."""
-    config = settings(n_updates=3, kl_coef=0.1, kl_target=1.0, kl_horizon=160)
+    config = settings(n_updates=3, kl_coef=0.1, kl_target=1.0, kl_horizon=160, batch_size=16, mini_batch_size=4)
     state, updates = train_all(tiny_policy("gpt2"), config)
     assert_close([stats["kl_coef"] for _, stats in updates], [0.1, 0.098, 0.09604], atol=1e-9)
     assert_close(state.kl_coef, 0.09604 * 0.98, atol=1e-9)
