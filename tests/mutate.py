@@ -23,12 +23,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = {  # those of the reading path, and what its random numbers are
+TESTS = {  # those of the reading path, what its random numbers are, and what a silent mistake in would do most harm
     "ppo.py": ["test_ppo.py", "test_convergence.py"],
     "model.py": ["test_model.py"],
     "generate.py": ["test_generate.py"],
     "train.py": ["test_train.py", "test_run.py", "test_optimum.py"],
     "randomness.py": ["test_randomness.py"],
+    "dataset.py": ["test_dataset.py"],
+    "prompts.py": ["test_prompts.py", "test_dataset.py"],
+    "reward.py": ["test_reward.py", "test_heads.py"],
+    "report.py": ["test_report.py"],
+    "evaluation.py": ["test_evaluation.py", "test_task_evaluate.py"],
+    "loading.py": ["test_loading.py", "test_adapters.py", "test_any_model.py"],
 }
 # Instead of the project's own options, which may start processes of their own.
 OPTIONS = ["-o", "addopts=", "--torchtyping-patch-typeguard", "-x", "-q", "--assert=plain"]
