@@ -399,6 +399,7 @@ def save_policy(
         language_model = merged(language_model)
     with whole_folder(folder, replaces) as scratch:
         language_model.save_pretrained(scratch)
+        (scratch / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
         language_model.generation_config.save_pretrained(scratch)  # the ends of a response, beside an adapter as well
         tokenizer.save_pretrained(scratch)
         if policy.critic is not None:

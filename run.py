@@ -53,10 +53,9 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     say_what_will_run(config, policy, base_model, len(prompts.train))
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     check_invariants(policy, fixed, first, config)
+    print("start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout")
     if config.dry_run:
-        rollout = collect_rollout(policy, fixed, first, config, update_number=0)
-        print("start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout")
-        return show_samples(rollout)
+        return show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
     state = new_state(policy, config)
     run_updates(state, fixed, prompts, config, folder)
     if state.best:
@@ -169,7 +168,8 @@ def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
     """Print what PPO has changed, on held-out prompts, and where to go on from there."""
     policies = {"before": fixed.reference, "after": policy}
     comparison = compare({name: evaluate_policy(each, fixed, prompts, config) for name, each in policies.items()})
-    print(f"\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
+    kind = "test" if config.eval_every else "validation"
+    print(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     print(f"policy, tokenizer, logs: {folder}\ntraining curves: {plot_training(folder, notice(config))}")
     print(f"now try: python main.py --task generate --output_dir {shlex.quote(str(folder))}{example(prompts, config)}")
     print(notice(config))

@@ -251,6 +251,7 @@ def start(folder: Path, target: str, source: str) -> int:
     """
     for file in [*ROOT.glob("*.py"), ROOT / "presets.yaml", ROOT / "pyproject.toml"]:
         shutil.copy(file, folder)
+    shutil.copytree(ROOT / "docs", folder / "docs")
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
     (folder / target).write_text(source)
     pid = os.fork()

@@ -80,7 +80,7 @@ def test_the_modules_are_found_from_the_root_and_from_the_notebooks_folder(folde
 
 
 def test_the_notebook_trains_a_policy_and_compares_it_with_its_start(demo, project, tmp_path):
-    """One test, as a run takes half a minute. Over four seeds the held-out reward rose by 0.30 to 0.40."""
+    """One test, as a run takes half a minute. Over four seeds the held-out reward rose by 0.27 to 0.45."""
     found = run(demo, project, tmp_path)
     log, comparison = found["log"], found["comparison"]
 
