@@ -1,6 +1,6 @@
 """Do the tests notice? Change a module in every small way that could be a mistake, one at a time, and run its tests.
 
-    python tests/mutate.py train.py [--jobs 2] [--only update] [--list]
+    python tests/mutate.py train.py [--jobs 2] [--only update] [--every 5] [--list]
 
 Each mutant is written into a temporary copy of the project, never into the project itself, and the module's own fast
 tests run on it in a forked process, up to the first failure. A mutant that no test notices has survived: either
@@ -200,9 +200,10 @@ def mutants(source: str) -> list[Mutant]:
 
 
 def places(node: ast.AST, statement: ast.stmt, function: ast.FunctionDef | None) -> Iterator[tuple]:
-    """Every place in the tree where something can be changed; not docstrings, imports or annotations, nor what only
-    lends its shape or device, which it has in common with what could stand there instead."""
-    if isinstance(node, ast.Attribute) and node.attr in ("shape", "device"):
+    """Every place in the tree where something can be changed; not docstrings, imports, annotations or what is told in
+    a formatted text, nor what only lends its shape or device, which it has in common with what could stand there.
+    """
+    if isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Attribute) and node.attr in ("shape", "device")):
         return
     for field, value in ast.iter_fields(node):
         if field in ("annotation", "returns", "ctx", "op", "ops"):
@@ -323,13 +324,14 @@ def main() -> None:
     parser.add_argument("target", choices=TESTS, help="the module to mutate")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", default="", help="only mutants of functions whose name contains this")
+    parser.add_argument("--every", type=int, default=1, help="only each so many-th mutant, for a first look")
     parser.add_argument("--list", action="store_true", help="list the mutants without running them")
     args = parser.parse_args()
 
     os.environ["PYTHONDONTWRITEBYTECODE"] = os.environ["OMP_NUM_THREADS"] = "1"
     source = (ROOT / args.target).read_text()
     every = mutants(source)
-    todo = [mutant for mutant in every if args.only in mutant.key[0]]
+    todo = [mutant for mutant in every if args.only in mutant.key[0]][:: args.every]
     if args.list:
         for mutant in todo:
             print(f"line {mutant.line}, {mutant.key[0]}\n    - {mutant.key[1]}\n    + {mutant.key[2]}")
@@ -354,7 +356,7 @@ def main() -> None:
     killed = len(todo) - len(survivors)
     print(f"{killed} of {len(todo)} mutants killed ({100 * killed / max(len(todo), 1):.1f} %)", end="; ")
     print(f"{len(survivors)} survived, {len(excused)} of them equivalent")
-    if not args.only:
+    if not args.only and args.every == 1:
         own = {mutant.key[0] for mutant in every}
         for key in {key for key in EQUIVALENT if key[0] in own} - {mutant.key for mutant in survivors}:
             print("no longer a survivor, remove it from EQUIVALENT:", *key, sep="\n    ")

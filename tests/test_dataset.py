@@ -391,6 +391,20 @@ def test_a_dataset_saved_to_disk_is_read(tmp_path):
     datasets.DatasetDict({"train": whole, "test": whole.select(range(5))}).save_to_disk(tmp_path / "several")
     rows = load_rows(micro_config(dataset_path=str(tmp_path / "several")), "test")
     assert sorted(row["text"] for row in rows) == sorted(row["text"] for row in ROWS[:5])
+    assert load_rows(micro_config(dataset_path=str(tmp_path / "several")), "train")[0].keys() == ROWS[0].keys()
+
+
+@pytest.mark.parametrize("name", ["dev", "valid", "validation", "test"])
+def test_a_split_of_its_own_is_the_part_that_its_name_says(name, tmp_path):
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "data", "train.jsonl")
+    write(tmp_path / "data", f"{name}.jsonl", [{"text": f"own {number}", "label": 0} for number in range(5)])
+    config = micro_config(dataset_path=str(tmp_path / "data"))
+    part = "test" if name == "test" else "validation"
+    other = "validation" if name == "test" else "test"
+    assert sorted(row["text"] for row in load_rows(config, part)) == [f"own {number}" for number in range(5)]
+    assert len(load_rows(config, other)) == 10 and len(load_rows(config, "judge")) == 25
+    assert len(load_rows(config, "train")) == 65
 
 
 def test_one_of_several_configurations_is_named(tmp_path):
