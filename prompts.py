@@ -176,10 +176,10 @@ def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenize
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
     encoded = prompt_ids(texts, is_chat, tokenizer)
-    n_special = sum(map(len, special_ends(tokenizer)))
+    n_special = 0 if is_chat else sum(map(len, special_ends(tokenizer)))
     prompts = []
     for text, ids, row in zip(texts, encoded, rows, strict=True):
-        if len(ids) > (n_special if not text else 0):
+        if len(ids) > n_special:
             prompts.append(Prompt(text=text, ids=ids, row=row))
     return prompts
 

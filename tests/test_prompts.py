@@ -24,13 +24,18 @@ from config import Config, UsageError
 from loading import load_tokenizer, special_ends
 from prompts import (
     asked,
+    bare_ids,
     chat_text,
     check_prompts,
     conversation,
+    last_tokens,
     limit_length,
     make_prompts,
+    n_characters,
+    n_rollouts,
     prompt_texts,
     text_ids,
+    with_prompt_column,
 )
 from sft import completions, token_pieces
 
@@ -486,3 +491,84 @@ def test_a_templated_prompt_has_one_bos_for_the_reward_model_too(chat_place):
 def test_first_words_of_a_conversation_are_refused():
     with pytest.raises(UsageError, match="--prompt_tokens 3 is for texts; these prompts are conversations"):
         make_prompts([{"text": TALK}], micro(prompt_tokens=3), bos_tokenizer())
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Small things, each by hand
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_of_special_tokens_alone_is_no_prompt():
+    rows = [{"text": ""}, {"text": "<bos>"}, {"text": "a"}]
+    for ends in ("<bos> $A", "<bos> $A <eos>"):
+        (prompt,) = make_prompts(rows, micro_config(), bos_tokenizer(ends))
+        assert prompt.text == "a"
+
+
+def test_a_special_token_that_the_model_does_not_embed_is_named():
+    tokenizer = bos_tokenizer()
+    assert bare_ids(["a"], tokenizer) == [ids_of("a")]  # one that was not loaded with a model has no limit
+    tokenizer.n_embedded = ids_of("c")[0]
+    assert bare_ids(["ab"], tokenizer) == [ids_of("ab")]
+    with pytest.raises(UsageError, match="the text 'ac' holds the special token c, which the model does not embed"):
+        bare_ids(["ab", "ac"], tokenizer)
+
+
+def test_a_template_with_first_words_is_asked_by_its_first_words():
+    config = micro(prompt_tokens=3, prompt_template="{text}.", max_prompt_length=100)
+    (prompt,) = make_prompts([{"text": "ab cdef"}], config, bos_tokenizer())
+    assert asked(prompt, config) == prompt.text == "ab "
+
+
+def test_the_end_of_a_text_in_tokens():
+    for tokenizer in (bos_tokenizer(), Slow(), bos_tokenizer("<bos> $A <eos>")):
+        assert [last_tokens("abcd", count, tokenizer) for count in (1, 3, 4)] == ["d", "bcd", "abcd"]
+
+
+def test_a_conversation_without_a_system_keeps_no_turn_for_it():
+    talk = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}, {"role": "user", "content": "de"}]
+    assert cut([{"text": talk}], 20) == ["<bos>U:ab.A:c.U:de.A:"]
+    assert cut([{"text": talk}], 16) == ["<bos>U:de.A:"]
+    assert cut([{"text": talk}], 8) == ["<bos>U:de.A:"]
+    two = [{"role": "user", "content": "ab"}, {"role": "user", "content": "cd"}, {"role": "user", "content": "ef"}]
+    assert cut([{"text": two}], 14) == ["<bos>U:cd.U:ef.A:"]  # the oldest alone where that is enough
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "count"),
+    [
+        ({"text": "abc"}, {}, 3),
+        ({"text": None}, {}, 0),
+        ({"text": [{"role": "user", "content": None}, {"role": "user", "content": "ab"}, 7]}, {}, 2),
+        ({"one": "ab", "two": 123, "three": None}, {"prompt_template": "{one}{two}{three}"}, 5),
+        ({"text": "abcd", "one": "x"}, {"prompt_template": "{one}{text}"}, 4),
+    ],
+)
+def test_characters_are_counted_by_hand(row, settings, count):
+    assert n_characters(row, micro_config(**settings)) == count
+
+
+@pytest.mark.parametrize("bounds", [{"min_prompt_chars": 2}, {"max_prompt_chars": 1}, {}])
+def test_as_many_prompts_of_a_fitting_length_as_are_wanted(bounds, monkeypatch):
+    """Those that do not fit are looked past; where any fits, no more rows are asked for than wanted."""
+    import prompts
+
+    rows = [{"text": "a" if n % 2 else "ab"} for n in range(20)]
+    asked_for = []
+    monkeypatch.setattr(prompts, "load_rows", lambda *a: (asked_for.append(a[2]), rows[: a[2]])[1])
+    config = micro_config(max_prompt_length=100, **bounds)
+    assert len(prompts.load_prompts(config, bos_tokenizer(), "train", 6)) == 6
+    assert asked_for == [None if bounds else 6]
+
+
+@pytest.mark.parametrize(("epochs", "n_prompts", "expected"), [(0.5, 100, 13), (2, 10, 5), (1, 8, 2), (0, 100, 7)])
+def test_passes_over_the_prompts_in_rollouts_of_four(epochs, n_prompts, expected):
+    assert n_rollouts(micro_config(epochs=epochs, n_updates=7, batch_size=4), n_prompts) == expected
+
+
+def test_a_template_looks_for_no_other_column(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"query": "a", "b": "c"}) + "\n" for _ in range(40)))
+    config = micro_config(dataset_path=str(tmp_path / "rows.jsonl"))
+    assert with_prompt_column(config).prompt_column == "query"
+    templated = with_prompt_column(micro_config(dataset_path=str(tmp_path / "rows.jsonl"), prompt_template="{b}"))
+    assert templated.prompt_column == "text" and not templated.chat

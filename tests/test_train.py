@@ -25,7 +25,7 @@ from device import prepare_device
 from evaluation import evaluate_policy
 from loading import new_policy, save_policy
 from model import PolicyModel, frozen_copy
-from prompts import Prompt, batch_arithmetic
+from prompts import Prompt, batch_arithmetic, batch_of
 from randomness import permutation, uniforms
 from report import rollout_stats
 from train import Fixed, Minibatch, Rollout, State, new_state
@@ -858,6 +858,35 @@ def test_the_equations_stand_in_the_order_in_which_an_update_first_calls_them(mo
     train_all(tiny_policy("gpt2"), settings(kl_target=1.0, batch_size=4, mini_batch_size=4))
     first_calls = [name for name in dict.fromkeys(called) if not name.startswith("masked_")]
     assert ["masked_mean", "masked_whiten", *first_calls, "explained_variance"] == defined
+
+
+def test_each_update_has_the_prompts_of_its_number_and_seed():
+    """Not of the seed's number and the update's seed."""
+    config = settings(n_updates=3, seed=5, batch_size=4, mini_batch_size=4)
+    prompts = prompts_of([[2 + n % 9, 2 + n // 9] for n in range(20)])
+    policy = tiny_policy("gpt2")
+    state = train.new_state(policy, config)
+    updates = list(train.train(state, fixed_for(policy), prompts, config))
+    for number, (rollout, _) in enumerate(updates):
+        assert [p.ids for p in rollout.prompts] == [p.ids for p in batch_of(prompts, 4, number, 5)]
+
+
+@pytest.mark.parametrize("change", [{"score_clip": 0.5}, {"whiten_scores": True}, {"kl_estimator": "k2"}])
+def test_how_scores_and_kl_are_shaped_is_as_configured(change):
+    """Against the equations, on the rollout itself; the second update's, where policy and reference differ."""
+    config = settings(n_updates=2, batch_size=4, mini_batch_size=4, learning_rate=3e-3, **change)
+    _, [_, (rollout, _)] = train_all(tiny_policy("gpt2"), config)
+    scores = rollout.raw_scores
+    if "score_clip" in change:
+        assert scores.abs().max() > 0.5
+        scores = scores.clamp(-0.5, 0.5)
+    if "whiten_scores" in change:
+        scores = (scores - scores.mean()) / scores.std(correction=0)
+    assert_close(rollout.scores, scores)
+    log_ratio = torch.where(rollout.mask, rollout.logprobs - rollout.ref_logprobs, 0.0)
+    kl = log_ratio.square() / 2 if "kl_estimator" in change else log_ratio
+    assert kl.abs().max() > 1e-3
+    assert_close(rollout.kl, kl)
 
 
 def test_a_kl_target_adapts_the_coefficient_from_the_next_update_on():
