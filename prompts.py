@@ -237,21 +237,15 @@ def cut_conversation(row: dict, config: Config, limit: int, tokenizer: PreTraine
     return shortened(last["content"], lambda text: ids_of([*others, last | {"content": text}]), limit, tokenizer)
 
 
-def cut_prompt(prompt: Prompt, config: Config, limit: int, tokenizer: PreTrainedTokenizerBase) -> Prompt:
-    """The prompt without its beginning; what the tokenizer or a template puts around it stays."""
-    if is_conversation(prompt.row, config):
-        return prompt._replace(ids=cut_conversation(prompt.row, config, limit, tokenizer))
-    if not config.prompt_template or config.prompt_tokens:
-        (ids,) = text_ids([prompt.text], tokenizer, limit)
-        return prompt._replace(ids=ids)
+def cut_template(row: dict, config: Config, limit: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The ids of the template filled in without the beginning of its longest column."""
     fields = template_fields(config.prompt_template)
-    longest = max(fields, key=lambda name: len(str(prompt.row[name])))
+    longest = max(fields, key=lambda name: len(str(row[name])))
 
     def ids_of(content: str) -> list[int]:
-        text = config.prompt_template.format_map(prompt.row | {longest: content})
-        return text_ids([text], tokenizer)[0]
+        return text_ids([config.prompt_template.format_map(row | {longest: content})], tokenizer)[0]
 
-    return prompt._replace(ids=shortened(str(prompt.row[longest]), ids_of, limit, tokenizer))
+    return shortened(str(row[longest]), ids_of, limit, tokenizer)
 
 
 def limit_length(
@@ -262,18 +256,26 @@ def limit_length(
     A template's own text is not cut, nor is the tokenizer's first special token.
     """
     limit = limit or config.max_prompt_length
-    lengths = [len(prompt.ids) for prompt in prompts]
-    longest = max(lengths)
+    longest = max(len(prompt.ids) for prompt in prompts)
     if longest <= limit:
         return prompts
-    n_longer = sum(length > limit for length in lengths)
+    longer = [number for number, prompt in enumerate(prompts) if len(prompt.ids) > limit]
     if config.long_prompts == "refuse":
         raise UsageError(
-            f"{n_longer} of {len(prompts)} prompts are longer than --max_prompt_length {limit} tokens "
+            f"{len(longer)} of {len(prompts)} prompts are longer than --max_prompt_length {limit} tokens "
             f"(the longest has {longest}); raise it, or let them be cut with --long_prompts truncate"
         )
-    print(f"{n_longer} of {len(prompts)} prompts were cut on the left to {limit} tokens")
-    return [cut_prompt(prompt, config, limit, tokenizer) if len(prompt.ids) > limit else prompt for prompt in prompts]
+    print(f"{len(longer)} of {len(prompts)} prompts were cut on the left to {limit} tokens")
+    if is_conversation(prompts[0].row, config):
+        shorter = [cut_conversation(prompts[number].row, config, limit, tokenizer) for number in longer]
+    elif config.prompt_template and not config.prompt_tokens:
+        shorter = [cut_template(prompts[number].row, config, limit, tokenizer) for number in longer]
+    else:
+        shorter = text_ids([prompts[number].text for number in longer], tokenizer, limit)
+    cut = list(prompts)
+    for number, ids in zip(longer, shorter, strict=True):
+        cut[number] = prompts[number]._replace(ids=ids)
+    return cut
 
 
 def n_characters(row: dict, config: Config) -> int:
