@@ -407,6 +407,16 @@ def test_a_run_looks_at_what_it_saved(settings, place, monkeypatch, capsys):
     assert "warning: the policy in OUT2 is not the trained one" in capsys.readouterr().out
 
 
+def test_a_run_without_memory_for_the_comparison_has_saved_its_policy(place, monkeypatch, capsys):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("run.load_policy", full)
+    assert run_main(*command()) == 0
+    out = capsys.readouterr().out
+    assert "there is no memory left to load the policy in OUT again and compare it" in out and "now try" in out
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The true reason
 # ----------------------------------------------------------------------------------------------------------------
