@@ -106,6 +106,8 @@ def test_a_policy_beside_an_adapters_run_is_itself(place):
     alone = json.loads(Path("PLAIN/results/comparison.json").read_text())["splits"]["test"]
     assert [row["response_bare"] for row in beside["samples"]] == [row["response_bare"] for row in alone["samples"]]
     assert beside["figures"]["mine"]["kl"] > 0.5
+    for policy in beside["figures"].values():
+        assert policy["length"] > 0
     assert run_main("--task", "evaluate", "--output_dir", "OUT") == 0  # before is MODEL under the run's adapter
     figures = json.loads(Path("OUT/results/comparison.json").read_text())["splits"]["test"]["figures"]
     assert abs(figures["after"]["kl"]) < beside["figures"]["mine"]["kl"] / 2

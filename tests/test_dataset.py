@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 import dataset
 import prompts as prompts_module
 from config import UsageError
-from dataset import PARTS, column, decode_responses, load_rows, pad
+from dataset import PARTS, Row, check_is_rows, column, decode_responses, load_rows, pad
 from prompts import (
     Prompt,
     batch_arithmetic,
@@ -396,15 +396,46 @@ def test_a_dataset_saved_to_disk_is_read(tmp_path):
 
 @pytest.mark.parametrize("name", ["dev", "valid", "validation", "test"])
 def test_a_split_of_its_own_is_the_part_that_its_name_says(name, tmp_path):
-    (tmp_path / "data").mkdir()
-    write(tmp_path / "data", "train.jsonl")
-    write(tmp_path / "data", f"{name}.jsonl", [{"text": f"own {number}", "label": 0} for number in range(5)])
+    datasets = pytest.importorskip("datasets")
+    own = datasets.Dataset.from_list([{"text": f"own {number}", "label": 0} for number in range(5)])
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(ROWS), name: own}).save_to_disk(tmp_path / "data")
     config = micro_config(dataset_path=str(tmp_path / "data"))
     part = "test" if name == "test" else "validation"
     other = "validation" if name == "test" else "test"
     assert sorted(row["text"] for row in load_rows(config, part)) == [f"own {number}" for number in range(5)]
     assert len(load_rows(config, other)) == 10 and len(load_rows(config, "judge")) == 25
     assert len(load_rows(config, "train")) == 65
+
+
+@pytest.mark.parametrize(
+    ("rows", "is_refused"),
+    [
+        ([{"data": [{"text": "a"}]}], True),
+        ([{"version": 1, "data": [{"text": "a"}]}], True),
+        ([{"text": "a", "messages": [{"role": "user", "content": "b"}]}], False),
+        ([{"text": "a", "tags": ["b", "c"]}], False),
+        ([{"text": "a", "tags": []}], False),
+        ([{"data": [{"text": "a"}]}, {"data": [{"text": "b"}]}], False),
+        ([{"text": "a", "parts": {"b": 1}}], False),
+    ],
+)
+def test_one_row_with_rows_in_it_is_no_table(rows, is_refused):
+    if is_refused:
+        with pytest.raises(UsageError, match="rows.json is one object with its rows in 'data'"):
+            check_is_rows(rows, "rows.json")
+    else:
+        check_is_rows(rows, "rows.json")
+
+
+def test_what_a_column_holds_is_told_of_its_first_row_in_the_file():
+    rows = [Row({"a": 1, "b": 2}, 9), Row({"a": "x", "b": None}, 7), Row({"a": 2.5, "b": 3}, 4)]
+    with pytest.raises(UsageError, match="--flag 'a' holds a float in row 4, expected a str"):
+        column(rows, "a", "flag")
+    with pytest.raises(UsageError, match="--flag 'b' holds a null in row 7, expected a value"):
+        column(rows, "b", "flag", object)
+    assert column(rows, "a", "flag", object) == [1, "x", 2.5]
+    with pytest.raises(UsageError, match="--flag 'c' is no column of the data; it has a, b$"):
+        column(rows, "c", "flag")
 
 
 def test_one_of_several_configurations_is_named(tmp_path):
