@@ -421,7 +421,7 @@ def test_a_split_of_its_own_is_the_part_that_its_name_says(name, tmp_path):
 )
 def test_one_row_with_rows_in_it_is_no_table(rows, is_refused):
     if is_refused:
-        with pytest.raises(UsageError, match="rows.json is one object with its rows in 'data'"):
+        with pytest.raises(UsageError, match=r"rows\.json is one object with its rows in 'data'"):
             check_is_rows(rows, "rows.json")
     else:
         check_is_rows(rows, "rows.json")
@@ -434,7 +434,7 @@ def test_what_a_column_holds_is_told_of_its_first_row_in_the_file():
     with pytest.raises(UsageError, match="--flag 'b' holds a null in row 7, expected a value"):
         column(rows, "b", "flag", object)
     assert column(rows, "a", "flag", object) == [1, "x", 2.5]
-    with pytest.raises(UsageError, match="--flag 'c' is no column of the data; it has a, b$"):
+    with pytest.raises(UsageError, match=r"--flag 'c' is no column of the data; it has a, b$"):
         column(rows, "c", "flag")
 
 
