@@ -39,7 +39,8 @@ def generate(config: Config, reward_model_path: str) -> None:
     lines = []
     for rows, random_numbers in batches(given or typed_rows(config), bool(given), config):
         with redirect_stdout(sys.stderr):  # what is said of long prompts is no response
-            prompts = limit_length(make_prompts(rows, config, tokenizer), config, tokenizer, room)
+            prompts = make_all_prompts(rows, config, tokenizer)
+            prompts = limit_length(prompts, config, tokenizer, room)
         if len(rows) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
             stream(policy, tokenizer, prompts[0], random_numbers, config)
             continue
@@ -54,6 +55,23 @@ def generate(config: Config, reward_model_path: str) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, "".join(lines))
         print(f"{len(lines)} responses: {output}")
+
+
+def make_all_prompts(rows: list[dict], config: Config, tokenizer) -> list[Prompt]:
+    """A prompt a row, each of which a person has asked: of either kind, and none without a token."""
+    prompts = []
+    for row in rows:
+        made = make_prompts([row], row_config(row, config), tokenizer)
+        if not made:
+            raise UsageError(f"the prompt {str(list(row.values()))[:80]} has no token of this model's")
+        prompts += made
+    return prompts
+
+
+def row_config(row: dict, config: Config) -> Config:
+    """The config without the run's template where the row is a conversation."""
+    is_talk = isinstance(row.get(config.prompt_column), list)
+    return replace(config, prompt_template="") if is_talk else config
 
 
 def shown_separator(policy: PolicyModel, config: Config) -> str:
@@ -123,7 +141,7 @@ def given_rows(config: Config) -> list[dict]:
         json.dumps(rows, ensure_ascii=False).encode()
     if not rows and (config.output or piped):
         raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
-    if not all(value.strip() for row in rows for value in row.values() if isinstance(value, str)):
+    if not all(text.strip() for text in config.prompt):
         raise UsageError("a prompt is empty; expected some text for the model to go on from")
     return rows
 

@@ -6,6 +6,7 @@ beginning tells, and cannot be won over by one.
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +23,7 @@ from loading import context_length, load, load_tokenizer, special_ends
 from plot import plot_reliability
 from prompts import bare_ids, prompt_texts, text_ids
 from randomness import uniforms
-from reward import PAIR_SEPARATOR, joined, text_logits
+from reward import PAIR_SEPARATOR, joined, padding_is_harmless, text_logits
 from sft import fit, length_grouped, own_loss, save_stage
 
 
@@ -99,7 +100,9 @@ def class_batches(
     """Endless batches of labelled texts of `length` tokens at most, half of them cut short."""
     labels = column(rows, config.label_column, "label_column", int)
     texts = column(rows, config.prompt_column, "prompt_column")
-    encoded = bare_ids(texts, tokenizer)
+    whole = [(ids, label) for ids, label in zip(bare_ids(texts, tokenizer), labels, strict=True) if ids]
+    encoded = [ids for ids, _ in whole]
+    labels = [label for _, label in whole]
     before, behind = special_ends(tokenizer)
     room = length - len(before) - len(behind)
     groups = length_grouped([len(ids) for ids in encoded], config.reward_batch_size, config.seed)
@@ -121,6 +124,7 @@ def new_classifier(base_model: str, names: dict[int, str], pad_id: int) -> PreTr
         dtype=torch.float32,
         num_labels=len(names),
         id2label=names,
+        problem_type="single_label_classification" if len(names) > 1 else "regression",  # whatever the base was for
         pad_token_id=pad_id,
     )
     model.config.get_text_config().pad_token_id = pad_id
@@ -140,19 +144,24 @@ def predictions(logits: TensorType["rows", "labels", is_float], labels: list[int
 
 
 def held_out_predictions(
-    config: Config, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[dict]
+    config: Config,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[dict],
+    can_be_padded: bool = True,
 ) -> tuple[Predictions, str]:
     """The `predictions` for pairs or whole texts; and how many are right, also on first halves of texts, in letters."""
+    score = partial(text_logits, model, tokenizer, can_be_padded=can_be_padded)
     if config.chosen_column:
         chosen, rejected = pair_texts(rows, config, tokenizer)
-        rewards = [text_logits(model, tokenizer, texts)[:, 0] for texts in (rejected, chosen)]
+        rewards = [score(texts)[:, 0] for texts in (rejected, chosen)]
         pairs = predictions(torch.stack(rewards, dim=1), [1] * len(rows))  # the probability is σ(Δr), as in the loss
         return pairs, f"{pairs.is_right.float().mean():.1%} of {len(rows)} pairs"
     labels = column(rows, config.label_column, "label_column", int)
     texts = column(rows, config.prompt_column, "prompt_column")
     first_halves = [text[: math.ceil(len(text) / 2)] for text in texts]
-    whole = predictions(text_logits(model, tokenizer, texts), labels)
-    half = predictions(text_logits(model, tokenizer, first_halves), labels)
+    whole = predictions(score(texts), labels)
+    half = predictions(score(first_halves), labels)
     on_whole = f"{whole.is_right.float().mean():.1%} on whole texts"
     on_halves = f"{half.is_right.float().mean():.1%} on their first halves"
     return whole, f"{on_whole}, {on_halves}"
@@ -165,7 +174,7 @@ def run_reward(config: Config, base_model: str) -> Path:
     """
     folder = stage_folder(config, "reward")
     device = prepare_device(config)
-    tokenizer = load_tokenizer(base_model)
+    tokenizer = load_tokenizer(base_model, writes=False)
     rows = load_rows(config, "train")
     held_out = load_rows(config, "validation", 2000)
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
@@ -181,7 +190,8 @@ def run_reward(config: Config, base_model: str) -> Path:
     fit(model, batches, config.reward_steps, config.reward_learning_rate, "reward model", loss_of=loss)
     save_stage(folder, model, tokenizer, config)
     tokenizer.model_max_length = length  # of the texts that it has learned from
-    results, accuracy = held_out_predictions(config, model, tokenizer, held_out)
+    can_be_padded = padding_is_harmless(model, tokenizer)
+    results, accuracy = held_out_predictions(config, model, tokenizer, held_out, can_be_padded)
     figure = plot_reliability(folder, probabilities=results.certainty.tolist(), right=results.is_right.tolist())
     print(f"reward model: held-out accuracy {accuracy}, in {folder} (reliability: {figure})")
     return folder

@@ -12,7 +12,7 @@ import torch
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
-from config import Config, RunError
+from config import Config, RunError, UsageError
 from dataset import decode_responses, pad
 from model import PolicyModel, eval_mode, position_ids
 from ppo import response_mask
@@ -166,7 +166,11 @@ def end_ids(language_model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase)
     """
     named = language_model.generation_config.eos_token_id
     ends = named if isinstance(named, list) else [named]
-    return sorted({tokenizer.eos_token_id, *ends} - {None})
+    if not all(end is None or isinstance(end, int) for end in ends):
+        raise UsageError(f"generation_config.json: eos_token_id is {named!r}, expected a number or a list of numbers")
+    n_embedded = language_model.config.get_text_config().vocab_size
+    own = {end for end in ends if end is not None and 0 <= end < n_embedded}
+    return sorted(own | {tokenizer.eos_token_id})
 
 
 def respond(

@@ -76,10 +76,21 @@ def base_of(path: str) -> str:
     adapter = Path(path) / "adapter_config.json"
     if not adapter.exists():
         return path
-    settings = read_object(adapter)
-    if "base_model_name_or_path" not in settings:
-        raise UsageError(f"{adapter} cannot be read: it has no base_model_name_or_path")
-    return settings["base_model_name_or_path"] or path
+    base = read_object(adapter).get("base_model_name_or_path", 0)
+    base = path if base is None else base
+    if not isinstance(base, str):
+        raise UsageError(f"{adapter} cannot be read: its base_model_name_or_path is no text")
+    return base
+
+
+def check_is_whole(path: str, flag: str) -> None:
+    """Raise UsageError for a folder that holds an adapter alone, where a whole model is trained or asked."""
+    base = base_of(path)
+    if base != path:
+        raise UsageError(
+            f"--{flag} {path} is an adapter of {base}, expected a whole model: merge the two (--merge, or "
+            "merge_and_unload of peft) and save that"
+        )
 
 
 def has_file(path: str, name: str) -> bool:
@@ -112,17 +123,24 @@ def add_no_end(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
 
 
 def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind a text."""
-    bare = tokenizer("a", add_special_tokens=False).input_ids
-    whole = tokenizer("a", add_special_tokens=True).input_ids
-    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
-    return whole[:start], whole[start + len(bare) :]
+    """The special tokens that the tokenizer puts before and behind a text, seen on the first text that has a token."""
+    words = ("a", *map(str, range(10)), *tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else ("a",)
+    for word in words:
+        bare = tokenizer(word, add_special_tokens=False).input_ids
+        whole = tokenizer(word, add_special_tokens=True).input_ids
+        starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+        if starts:
+            return whole[: starts[0]], whole[starts[0] + len(bare) :]
+    raise UsageError(f"the tokenizer of {getattr(tokenizer, 'name_or_path', 'the model')} has no token for any text")
 
 
-def load_tokenizer(path: str, flag: str = "base_model_name", adapter: str = "") -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, flag: str = "base_model_name", adapter: str = "", writes: bool = True
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or that beside the adapter on it, where there is one.
 
-    It can pad, with its EOS where it has no pad token of its own. For a causal model it puts no EOS behind a text.
+    It can pad, with its EOS where it has no pad token of its own. Where the model is one that `writes`, there has to be
+    an EOS, and for a causal model none stands behind a text, which is to be gone on from.
     """
     base = base_of(path)
     base_flag = flag if base == path else "base_model_name"
@@ -136,12 +154,14 @@ def load_tokenizer(path: str, flag: str = "base_model_name", adapter: str = "") 
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     problem = f"--{place_flag} {place}"
-    is_policy = flag != "reward_model_path"
-    if tokenizer.pad_token_id is None or (is_policy and tokenizer.eos_token_id is None):
+    most = tokenizer.model_max_length
+    if not isinstance(most, int | float) or most < 1:
+        raise UsageError(f"{problem}: its tokenizer's model_max_length is {most!r}, expected a number of tokens")
+    if tokenizer.pad_token_id is None or (writes and tokenizer.eos_token_id is None):
         raise UsageError(f"{problem}: its tokenizer has no end-of-sequence token, so no response could ever end")
     config = load(transformers.AutoConfig.from_pretrained, base_flag, base)
     check_vocabulary(tokenizer, config, problem)
-    if is_policy and not config.is_encoder_decoder:
+    if writes and not config.is_encoder_decoder:
         add_no_end(tokenizer, problem)
     return tokenizer
 
@@ -267,6 +287,10 @@ def load_critic(kind: str, run: str | None, base_model: str, device: torch.devic
     path = base_model if run is None else str(Path(run) / "critic")
     factory = transformers.AutoModel if kind == "separate" else transformers.AutoModelForTextEncoding
     critic_config = prepare_config(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
+    if kind == "encoder" and run is None and not critic_config.is_encoder_decoder:
+        raise UsageError(
+            f"--critic encoder is for encoder-decoders; {path} has no encoder: --critic separate or shared"
+        )
     critic = load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32)
     return critic.to(device)
 
@@ -337,22 +361,56 @@ def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     return policy
 
 
+@torch.no_grad()
 def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
-    """Raise UsageError for a model that cannot be read as `PolicyModel` and `sample` read it, seen on one token."""
+    """Raise UsageError for a model that cannot be read as `PolicyModel` and `sample` read it, seen on a few tokens:
+    with positions counted from 0, with a key/value cache, and with one that lasts when rows leave it.
+    """
     config = language_model.config
     problem = f"--base_model_name {path} ({config.model_type})"
     if config.is_encoder_decoder and config.decoder_start_token_id is None:
         raise UsageError(f"{problem}: its configuration has no decoder_start_token_id to begin with")
-    ids = torch.zeros(1, 1, dtype=torch.long, device=language_model.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": True}
-    if config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
-    has_cache = "past_key_values" in inspect.signature(language_model.forward).parameters
-    if has_cache:
-        with one_sentence(f"{problem} cannot be run"), torch.no_grad():
-            has_cache = language_model.eval()(**inputs).get("past_key_values") is not None
-    if not has_cache:
-        raise UsageError(f"{problem} gives no key/value cache (past_key_values), without which it cannot be sampled")
+    no_cache = f"{problem} gives no key/value cache (past_key_values), without which it cannot be sampled"
+    if "past_key_values" not in inspect.signature(language_model.forward).parameters:
+        raise UsageError(no_cache)
+    words = [i for i in range(5) if i != config.get_text_config().pad_token_id][:4]
+    ids = torch.tensor([words, words[::-1]], device=language_model.device)
+    mask = torch.ones_like(ids)
+    name = "decoder_input_ids" if config.is_encoder_decoder else "input_ids"
+    with one_sentence(f"{problem} cannot be run"):
+        language_model.eval()
+        prompt = {"attention_mask": mask}
+        if config.is_encoder_decoder:
+            prompt["encoder_outputs"] = language_model.get_encoder()(input_ids=ids, attention_mask=mask)
+        whole = language_model(**prompt, **{name: ids}, use_cache=False).logits
+        if not config.is_encoder_decoder:
+            positions = torch.arange(4, device=ids.device).expand(2, 4)
+            counted = language_model(**prompt, input_ids=ids, position_ids=positions, use_cache=False).logits
+        prompt["attention_mask"] = mask if config.is_encoder_decoder else mask[:, :3]
+        cache = language_model(**prompt, **{name: ids[:, :3]}, use_cache=True).get("past_key_values")
+        if cache is not None:
+            cache.reorder_cache(torch.tensor([1], device=ids.device))
+            prompt["attention_mask"] = mask[1:]
+            if config.is_encoder_decoder:
+                states = prompt["encoder_outputs"].last_hidden_state[1:]
+                prompt["encoder_outputs"] = type(prompt["encoder_outputs"])(last_hidden_state=states)
+            last = language_model(**prompt, **{name: ids[1:, 3:]}, past_key_values=cache, use_cache=True).logits
+    if cache is None:
+        raise UsageError(no_cache)
+    is_exact = language_model.dtype == torch.float32 and not hasattr(config, "quantization_config")
+    tolerance = 0.01 if is_exact else 1.0  # nats
+    if not config.is_encoder_decoder and largest_difference(whole, counted) > tolerance:
+        raise UsageError(f"{problem} does not count its positions from 0, by which prompts are padded on the left here")
+    if largest_difference(whole[1:, 3:], last) > tolerance:
+        raise UsageError(
+            f"{problem}: its cache gives other numbers when a row has left it, so it cannot be sampled here"
+        )
+
+
+def largest_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
+    """Between log-probabilities, in nats; infinite for NaN."""
+    gap = (logits.float().log_softmax(-1) - others.float().log_softmax(-1)).abs().max().item()
+    return math.inf if math.isnan(gap) else gap
 
 
 def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyModel:
@@ -422,15 +480,19 @@ POSITION_LIMITS = (  # the names that configurations have for it
 )
 
 
-def context_length(model: torch.nn.Module) -> int:
+def context_length(model: torch.nn.Module, config: PretrainedConfig | None = None) -> int:
     """The most tokens that a model, or an encoder or decoder, can read at once, as its configuration and the tables of
     its positions say; 10⁹ for T5 and its kin, whose relative positions have no limit.
 
     Some tables begin behind the padding's index (RoBERTa, MPNet, Longformer), so that not all of their rows serve.
+    `config` is for a part that has none of its own.
     """
-    if not model.config.is_encoder_decoder:
-        model = model.get_decoder()  # of a model that sees as well, what reads text
-    config = model.config.get_text_config()
+    config = getattr(model, "config", config)
+    if hasattr(model, "get_decoder") and not config.is_encoder_decoder:
+        decoder = model.get_decoder()  # of a model that sees as well, what reads text
+        model = decoder if hasattr(decoder, "config") else model
+        config = model.config
+    config = config.get_text_config()
     limits = [10**9]
     for name, module in model.named_modules():
         own_name = name.rpartition(".")[2]

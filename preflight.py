@@ -8,7 +8,7 @@ from classifier import class_names
 from config import Config, RunError, UsageError
 from dataset import column, load_rows
 from generate import respond
-from loading import context_length
+from loading import check_is_whole, context_length
 from model import PolicyModel, score_in_passes
 from prompts import Prompt, check_prompts
 from randomness import uniforms
@@ -27,6 +27,8 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
         load_reward_function(config.reward_fn)
     rows = load_rows(config, "train", None if config.dataset_path or trains_reward else 1)
     check_prompts(rows, config)
+    if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):
+        check_is_whole(config.base_model_name, "base_model_name")
     load_rows(config, "validation", 1)
     if config.task == "sft" and config.completion_column:
         column(rows, config.completion_column, "completion_column")
@@ -65,8 +67,9 @@ def prompt_room(config: Config, policy: PolicyModel) -> int:
     """The longest prompt in tokens that leaves the model room for a response. Raises UsageError if there is none."""
     response = config.max_new_tokens
     if policy.is_encoder_decoder:
-        room = context_length(policy.language_model.get_encoder())
-        context = context_length(policy.language_model.get_decoder())
+        whole = policy.language_model
+        room = context_length(whole.get_encoder(), whole.config)
+        context = context_length(whole.get_decoder(), whole.config)
         most = context
     else:
         context = context_length(policy.language_model)
@@ -176,6 +179,14 @@ def largest_gap(one: PolicyModel, other: PolicyModel, fixed: Fixed, prompts: lis
     return (logprobs[0] - logprobs[1]).abs().max().item()
 
 
+def tolerance(config: Config) -> float:
+    """How far apart two ways to one log-probability may be, in nats. Weights of 8 bits are among the coarse ones: their
+    products round by what the whole batch holds.
+    """
+    exact = config.mixed_precision == "no" and not (config.load_in_8bit or config.load_in_4bit)
+    return TOLERANCE[config.dtype] if exact else 0.5
+
+
 def check_dropout(policy: PolicyModel) -> None:
     """Raise RunError where a module drops what it is given at random."""
     for name, module in policy.named_modules():
@@ -193,23 +204,22 @@ def compare_logprobs(
     reference: torch.Tensor,
 ) -> None:
     """Five log-probabilities of the same tokens, (batch, time), that must be one; RunError says which are not."""
-    exact = config.mixed_precision == "no" and not (config.load_in_8bit or config.load_in_4bit)
-    tolerance = TOLERANCE[config.dtype] if exact else 0.5
+    most = tolerance(config)
 
     def largest_gap(one: torch.Tensor, other: torch.Tensor) -> float:
         return torch.where(mask, (one - other).abs(), 0.0).max().item()
 
     gap = largest_gap(sampled, scored)
-    if not gap <= tolerance:  # true of NaN, too
+    if not gap <= most:  # true of NaN, too
         raise RunError(
-            f"sampling and scoring disagree by {gap:.3g} nats on a token (tolerance {tolerance}): likely causes are "
+            f"sampling and scoring disagree by {gap:.3g} nats on a token (tolerance {most}): likely causes are "
             "positions that count padding, a logits processor that only one of them applies, or a wrong shift"
         )
     ratio = ppo.importance_ratio(logprobs=scored_again, old_logprobs=scored, mask=mask)
-    if not (ratio - 1).abs().max().item() <= tolerance:
+    if not (ratio - 1).abs().max().item() <= most:
         raise RunError(f"the importance ratio is {ratio.max().item():.4f} before any update, not 1: scoring is random")
     gap = largest_gap(scored_again, padded)
-    if not gap <= tolerance:
+    if not gap <= most:
         raise RunError(
             f"three more columns of padding beside the prompts move a token's log-probability by {gap:.3g} nats: this "
             "family of models does not leave padding out, so that a row would depend on those beside it"
@@ -217,7 +227,7 @@ def compare_logprobs(
     gap = largest_gap(scored, reference)
     if config.reference_in_8bit:
         print(f"policy and 8-bit reference differ by at most {gap:.3g} nats on a token before any update")
-    elif not gap <= tolerance:
+    elif not gap <= most:
         raise RunError(f"policy and reference differ by {gap:.3g} nats on a token before any update: other weights")
 
 

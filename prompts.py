@@ -47,17 +47,16 @@ def with_prompt_column(config: Config) -> Config:
 
 def check_prompts(rows: list[dict], config: Config) -> None:
     """Raise UsageError unless the rows hold what prompts are made of: a template's columns, texts, or messages."""
-    if config.prompt_template and not isinstance(rows[0].get(config.prompt_column), list):
-        names = template_fields(config.prompt_template)
-        for name in names:
-            column(rows, name, "prompt_template", object)
-        return
-    values = column(rows, config.prompt_column, "prompt_column", (str, list))
-    if config.prompt_template and isinstance(values[0], list):
+    if not config.prompt_template:
+        column(rows, config.prompt_column, "prompt_column", (str, list))
+    elif isinstance(rows[0].get(config.prompt_column), list):
         raise UsageError(
             f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages, "
             "which go through the tokenizer's own template"
         )
+    else:
+        for name in template_fields(config.prompt_template):
+            column(rows, name, "prompt_template", object)
 
 
 def conversation(row: dict, config: Config) -> list[dict]:
@@ -95,14 +94,19 @@ def is_conversation(row: dict, config: Config) -> bool:
     return config.chat or isinstance(row.get(config.prompt_column), list)
 
 
-def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of every row's prompt. Raises UsageError for a row that has none."""
-    check_prompts(rows, config)
-    if is_conversation(rows[0], config):
-        return [chat_text(conversation(row, config), row, tokenizer) for row in rows]
+def prompt_text(row: dict, config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text of a row's prompt."""
+    if is_conversation(row, config):
+        return chat_text(conversation(row, config), row, tokenizer)
     if config.prompt_template:
-        return [config.prompt_template.format_map(row) for row in rows]
-    return [row[config.prompt_column] for row in rows]
+        return config.prompt_template.format_map(row)
+    return row[config.prompt_column]
+
+
+def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of every row's prompt. Raises UsageError for a row of the data that has none."""
+    check_prompts(rows, config)
+    return [prompt_text(row, config, tokenizer) for row in rows]
 
 
 def whole_words(text: str, offsets: list[tuple[int, int]], n_tokens: int) -> str:
@@ -139,7 +143,8 @@ def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: 
 
 def bare_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The texts' ids without special tokens at their ends. Raises UsageError for one that the model does not embed."""
-    encoded = tokenizer(texts, add_special_tokens=False).input_ids
+    with one_sentence("a text has characters that the tokenizer does not take"):
+        encoded = tokenizer(texts, add_special_tokens=False).input_ids
     n_embedded = getattr(tokenizer, "n_embedded", math.inf)
     for text, ids in zip(texts, encoded, strict=True):
         if max(ids, default=0) >= n_embedded:
@@ -162,25 +167,21 @@ def text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int |
     return encoded
 
 
-def prompt_ids(texts: list[str], is_chat: bool, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The prompts' ids; a template of chat has written all special tokens itself."""
-    return bare_ids(texts, tokenizer) if is_chat else text_ids(texts, tokenizer)
-
-
 def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
-    """The rows' prompts, but for those without a token."""
-    is_chat = is_conversation(rows[0], config)
-    if config.prompt_tokens and is_chat:
+    """The rows' prompts, but for those without a token. A template of chat has written all special tokens itself."""
+    if config.prompt_tokens and is_conversation(rows[0], config):
         raise UsageError(f"--prompt_tokens {config.prompt_tokens} is for texts; these prompts are conversations")
     texts = prompt_texts(rows, config, tokenizer)
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
-    encoded = prompt_ids(texts, is_chat, tokenizer)
-    n_special = 0 if is_chat else sum(map(len, special_ends(tokenizer)))
+    bare = bare_ids(texts, tokenizer)
+    whole = text_ids(texts, tokenizer)
+    n_special = sum(map(len, special_ends(tokenizer)))
     prompts = []
-    for text, ids, row in zip(texts, encoded, rows, strict=True):
-        if len(ids) > n_special:
-            prompts.append(Prompt(text=text, ids=ids, row=row))
+    for text, bare_one, whole_one, row in zip(texts, bare, whole, rows, strict=True):
+        is_chat = is_conversation(row, config)
+        if len(bare_one) > 0 and (is_chat or len(whole_one) > n_special):
+            prompts.append(Prompt(text=text, ids=bare_one if is_chat else whole_one, row=row))
     return prompts
 
 
@@ -266,14 +267,14 @@ def limit_length(
             f"(the longest has {longest}); raise it, or let them be cut with --long_prompts truncate"
         )
     print(f"{len(longer)} of {len(prompts)} prompts were cut on the left to {limit} tokens")
-    if is_conversation(prompts[0].row, config):
-        shorter = [cut_conversation(prompts[number].row, config, limit, tokenizer) for number in longer]
-    elif config.prompt_template and not config.prompt_tokens:
-        shorter = [cut_template(prompts[number].row, config, limit, tokenizer) for number in longer]
-    else:
-        shorter = text_ids([prompts[number].text for number in longer], tokenizer, limit)
+    ends_of_texts = text_ids([prompts[number].text for number in longer], tokenizer, limit)
     cut = list(prompts)
-    for number, ids in zip(longer, shorter, strict=True):
+    for number, ids in zip(longer, ends_of_texts, strict=True):
+        row = prompts[number].row
+        if is_conversation(row, config):
+            ids = cut_conversation(row, config, limit, tokenizer)
+        elif config.prompt_template and not config.prompt_tokens:
+            ids = cut_template(row, config, limit, tokenizer)
         cut[number] = prompts[number]._replace(ids=ids)
     return cut
 

@@ -26,7 +26,7 @@ from transformers import (
 
 from config import Config, RunError, UsageError, first_line, nearest
 from dataset import pad
-from loading import base_of, context_length, load, load_tokenizer, prepare_config, quantized, special_ends
+from loading import check_is_whole, context_length, load, load_tokenizer, prepare_config, quantized, special_ends
 from prompts import text_ids
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
@@ -196,11 +196,15 @@ def text_logits(
 
 def label_index(id2label: dict[int, str], label: str) -> int:
     """A label's index by name (any case) or number, "" for the last of one or two. Raises UsageError that names all."""
+    if sorted(id2label) != list(range(len(id2label))) or not all(isinstance(name, str) for name in id2label.values()):
+        raise UsageError(f"the reward model's id2label is {id2label}, expected a name for each of 0, 1, ...")
     if label == "" and len(id2label) <= 2:
         return max(id2label)
     indices = {str(index): index for index in id2label}
-    for index, name in id2label.items():
-        indices[name.lower()] = index  # also where a name is a number: `2` is then the label of that name
+    indices |= {name.lower(): index for index, name in id2label.items()}  # a name may be a number: then it is the name
+    exact = {name: index for index, name in id2label.items()}
+    if label in exact:
+        return exact[label]
     if label.lower() in indices:
         return indices[label.lower()]
     known = ", ".join(f"{index} ({name})" for index, name in id2label.items())
@@ -209,32 +213,23 @@ def label_index(id2label: dict[int, str], label: str) -> int:
 
 
 def reward_from_logits(
-    logits: TensorType["batch", "labels", is_float], label: int, output: str, independent: bool = False
+    logits: TensorType["batch", "labels", is_float], label: int, output: str, problem_type: str | None = None
 ) -> TensorType["batch"]:
     """z_l (`logit`), log p_l, p_l, or `margin` = log p_l - log(1 - p_l) = z_l - logsumexp of the other labels.
 
-    p is the head's own: a softmax over the labels, or where labels are `independent` (several may be true of a text)
-    a sigmoid of each, whose margin is z_l itself. A head with a single label (a regression) has nothing to compare
-    with: it gives its logit whatever `output` says.
+    p is the head's own: a softmax over the labels, or of a `multi_label_classification` (several may be true of a text)
+    a sigmoid of each, whose margin is z_l itself. A head with a single label, or of a `regression`, has nothing to
+    compare with: it gives its logit whatever `output` says.
     """
     z = logits[:, label]
-    if output == "logit" or logits.shape[1] == 1:
+    if output == "logit" or logits.shape[1] == 1 or problem_type == "regression":
         return z
+    independent = problem_type == "multi_label_classification"
     if output == "margin":
         is_other = torch.arange(logits.shape[1]) != label
         return z if independent else z - logits[:, is_other].logsumexp(-1)
     logprobs = logsigmoid(z) if independent else logits.log_softmax(-1)[:, label]
     return logprobs if output == "logprob" else logprobs.exp()
-
-
-def check_is_whole(path: str) -> None:
-    """Raise UsageError for a folder that holds an adapter alone."""
-    base = base_of(path)
-    if base != path:
-        raise UsageError(
-            f"--reward_model_path {path} is an adapter of {base}, expected a whole classifier: merge the two "
-            "(merge_and_unload of peft) and save that"
-        )
 
 
 def prepare_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -273,17 +268,18 @@ def load_classifier(
 
 def load_reward_model(config: Config, path: str, device: torch.device) -> Callable[[list[str]], TensorType["batch"]]:
     """The classifier at `path`, from texts to rewards. Raises UsageError for a label or head that it does not have."""
-    check_is_whole(path)
-    tokenizer = load_tokenizer(path, "reward_model_path")
+    check_is_whole(path, "reward_model_path")
+    tokenizer = load_tokenizer(path, "reward_model_path", writes=False)
     classifier = load_classifier(config, path, tokenizer, device)
     label = label_index(classifier.config.id2label, config.reward_label)
-    independent = classifier.config.problem_type == "multi_label_classification"
     tokenizer.model_max_length = min(tokenizer.model_max_length, context_length(classifier))
-    can_be_padded = padding_is_harmless(classifier, tokenizer)
+    passes = {"can_be_padded": padding_is_harmless(classifier, tokenizer)}
+    if config.reward_in_8bit:
+        passes["batch_size"] = 1  # its products round by what the whole batch holds
 
     def reward_model(texts: list[str]) -> TensorType["batch"]:
-        logits = text_logits(classifier, tokenizer, texts, can_be_padded=can_be_padded)
-        rewards = reward_from_logits(logits, label, config.reward_output, independent)
+        logits = text_logits(classifier, tokenizer, texts, **passes)
+        rewards = reward_from_logits(logits, label, config.reward_output, classifier.config.problem_type)
         for text, reward in zip(texts, rewards.tolist(), strict=True):
             if not math.isfinite(reward):
                 raise RunError(f"--reward_model_path {path} gives {reward} for {text[:80]!r}, expected a finite number")
@@ -327,7 +323,7 @@ def check_weights(config: Config) -> None:
     if "length" in names or config.length_range:
         length_term(config.length_range)
     if config.task == "train" and config.reward_model_path and needs_reward_model(config):
-        check_is_whole(config.reward_model_path)
+        check_is_whole(config.reward_model_path, "reward_model_path")
         classifier = load(AutoConfig.from_pretrained, "reward_model_path", config.reward_model_path)
         label_index(classifier.id2label, config.reward_label)
 

@@ -20,17 +20,25 @@ from checkpoint import claim_folder, move_into, notice
 from config import Config, RunError, template_fields
 from device import prepare_device
 from evaluation import compare, evaluate_policy
-from loading import load_policy, load_reference, load_tokenizer, new_policy, save_policy
+from loading import (
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    merged,
+    new_policy,
+    one_sentence,
+    save_policy,
+)
 from model import PolicyModel
 from plot import plot_training, reward_difference, sample_pairs
 from preflight import (
-    TOLERANCE,
     check_context,
     check_invariants,
     count_parameters,
     largest_gap,
     memory_estimate,
     show_samples,
+    tolerance,
 )
 from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
 from reward import load_reward_terms
@@ -53,7 +61,13 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     say_what_will_run(config, policy, base_model, len(prompts.train))
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     check_invariants(policy, fixed, first, config)
-    print("start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout")
+    print(
+        "start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout, "
+        f"to {tolerance(config)} nats a token"
+    )
+    if config.merge and hasattr(policy.language_model, "merge_and_unload"):
+        with one_sentence("--merge cannot fold this adapter in"):
+            merged(policy.language_model)
     if config.dry_run:
         return show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
     state = new_state(policy, config)
@@ -157,8 +171,7 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
     except (MemoryError, torch.OutOfMemoryError):  # the policy is there, whole; only the comparison is not to be had
         return print(f"there is no memory left to load the policy in {folder} again and compare it")
     gap = largest_gap(saved, policy, fixed, prompts[: config.mini_batch_size], config)
-    tolerance = TOLERANCE[config.dtype] if config.mixed_precision == "no" else TOLERANCE["bfloat16"]
-    if gap <= tolerance:
+    if gap <= tolerance(config):
         return
     told = f"warning: the policy in {folder} is not the trained one: log-probabilities differ by up to {gap:.3g} nats"
     if config.merge:

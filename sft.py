@@ -19,7 +19,7 @@ from checkpoint import stage_folder, whole_folder, write_whole
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad
 from device import prepare_device
-from loading import context_length, load_language_model, load_tokenizer, prepare_config, thin_gradient
+from loading import check_is_whole, context_length, load_language_model, load_tokenizer, prepare_config, thin_gradient
 from prompts import bare_ids, limit_length, make_prompts, text_ids
 from randomness import permutation
 
@@ -117,7 +117,10 @@ def token_pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: i
 
 def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """The completion column, ended by EOS, behind the prompt that PPO will use, both cut to PPO's lengths."""
-    prompts = limit_length(make_prompts(rows, config, tokenizer), config, tokenizer)
+    prompts = make_prompts(rows, config, tokenizer)
+    if not prompts:
+        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text to answer")
+    prompts = limit_length(prompts, config, tokenizer)
     texts = column([prompt.row for prompt in prompts], config.completion_column, "completion_column")
     answers = bare_ids(texts, tokenizer)
     examples = []
@@ -127,12 +130,29 @@ def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizer
     return examples
 
 
+def check_room(examples: list[Example], model: PreTrainedModel) -> None:
+    """Raise UsageError if the longest example does not fit the model's context."""
+    if model.config.is_encoder_decoder:
+        parts = [max(len(example.prompt), len(example.completion)) for example in examples]
+        room = min(context_length(part, model.config) for part in (model.get_encoder(), model.get_decoder()))
+    else:
+        parts = [len(example.prompt) + len(example.completion) for example in examples]
+        room = context_length(model)
+    if max(parts) > room:
+        raise UsageError(
+            f"the longest prompt and completion have {max(parts)} tokens, and the model can read {room}: "
+            "lower --max_prompt_length or --max_new_tokens"
+        )
+
+
 def language_examples(
     rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> list[Example]:
     """What a language model learns from the rows: completions where a column is named for them, else whole texts."""
     if config.completion_column:
-        return completions(rows, config, tokenizer)
+        examples = completions(rows, config, tokenizer)
+        check_room(examples, model)
+        return examples
     if model.config.is_encoder_decoder:
         raise UsageError("an encoder-decoder learns to answer: name the --completion_column for --task sft")
     length = min(context_length(model), config.context_length)
@@ -234,6 +254,7 @@ def train_language_model(
     if config.trains_from_scratch:
         model = new_language_model(config, tokenizer).to(device)
     else:
+        check_is_whole(config.base_model_name, "base_model_name")
         model = load_language_model(config.base_model_name, "float32", device)
     thin_gradient(model)
     examples = language_examples(rows, config, tokenizer, model)

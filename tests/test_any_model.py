@@ -197,6 +197,59 @@ def test_a_model_without_a_cache_is_refused_before_work_starts(name, place, caps
     assert_refused(capsys, place, command("OTHER"), f"--base_model_name OTHER ({name}) gives no key/value cache")
 
 
+PLAIN = {name: value for name, value in SIZE.items() if name != "num_key_value_heads"}
+MISREAD = {  # positions from behind the padding's index; linear attention whose state keeps the rows that left
+    "roberta": (
+        lambda: transformers.RobertaForCausalLM(transformers.RobertaConfig(**PLAIN, is_decoder=True)),
+        "does not count its positions from 0",
+    ),
+    "camembert": (
+        lambda: transformers.CamembertForCausalLM(
+            transformers.CamembertConfig(**PLAIN | {"pad_token_id": 2}, is_decoder=True)
+        ),
+        "does not count its positions from 0",
+    ),
+    "minimax": (
+        lambda: transformers.MiniMaxForCausalLM(
+            transformers.MiniMaxConfig(
+                **SIZE | {"num_key_value_heads": 2},
+                head_dim=16,
+                layer_types=["linear_attention", "full_attention"],
+                num_local_experts=2,
+                num_experts_per_tok=1,
+            )
+        ),
+        "cannot be run",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MISREAD)
+def test_a_model_that_would_be_misread_is_refused_before_work_starts(name, place, capsys):
+    build, words = MISREAD[name]
+    save(randomise(build(), 1), place / "OTHER")
+    assert_refused(capsys, place, command("OTHER"), f"--base_model_name OTHER ({name}) {words}")
+
+
+def test_an_encoder_that_knows_no_cache_is_no_hindrance(place):
+    """Switch Transformers' refuses the flag; what is sampled is the decoder."""
+    config = transformers.SwitchTransformersConfig(
+        vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, num_experts=2,
+        num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, pad_token_id=PAD, eos_token_id=EOS,
+        decoder_start_token_id=PAD, dropout_rate=0.0, expert_capacity=64, router_jitter_noise=0.0,
+    )  # fmt: skip
+    save(randomise(transformers.SwitchTransformersForConditionalGeneration(config), 2), place / "OTHER")
+    assert run_main(*command("OTHER")) == 0
+
+
+def test_a_decoder_without_a_configuration_of_its_own_is_measured_with_the_whole(place):
+    config = transformers.ModernBertDecoderConfig(
+        **PLAIN, sep_token_id=EOS, cls_token_id=EOS, local_attention=8, global_attn_every_n_layers=2
+    )
+    save(randomise(transformers.ModernBertDecoderForCausalLM(config), 1), place / "OTHER")
+    assert run_main(*command("OTHER")) == 0
+
+
 def test_a_family_that_does_not_leave_padding_out_is_refused():
     """RoFormer counts its positions from the first column, padding or not, and takes no others."""
     config = prepare_config(transformers.RoFormerConfig(**SIZE, is_decoder=True))
@@ -260,6 +313,18 @@ def test_an_adapter_has_the_ends_and_the_tokenizer_saved_beside_it(two_ends):
     policy.language_model.save_pretrained("PLAIN")  # an adapter without a tokenizer
     assert load_tokenizer("MODEL", adapter="PLAIN").chat_template is None
     assert load_tokenizer("PLAIN").chat_template is None
+
+
+def test_ends_beyond_the_vocabulary_are_none_and_ends_that_are_no_numbers_are_refused(two_ends):
+    policy = load_policy(Config(), "MODEL", CPU)
+    settings = policy.language_model.generation_config
+    for named, expected in (([EOS, 50, -3], [EOS]), (4, [EOS, 4]), (None, [EOS]), ([], [EOS])):
+        settings.eos_token_id = named
+        assert end_ids(policy.language_model, letter_tokenizer()) == expected
+    for named in ("1", ["x"], [[1]], {"q": 1}, -3.5):
+        settings.eos_token_id = named
+        with pytest.raises(UsageError, match=r"generation_config\.json: eos_token_id is .*, expected a number or"):
+            end_ids(policy.language_model, letter_tokenizer())
 
 
 def test_the_mask_ends_at_the_first_of_several_ends():
@@ -409,6 +474,34 @@ def test_a_run_looks_at_what_it_saved(settings, place, monkeypatch, capsys):
     assert "warning: the policy in OUT2 is not the trained one" in capsys.readouterr().out
 
 
+def test_an_adapter_that_cannot_be_folded_in_is_refused_before_training(place, capsys):
+    model = transformers.AutoModelForCausalLM.from_pretrained("MODEL")
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj"], lora_bias=True)
+    peft.get_peft_model(model, settings).save_pretrained("ADAPTER")
+    flags = [*command(peft_model_path="ADAPTER"), "--merge"]
+    assert_refused(capsys, place, flags, "--merge cannot fold this adapter in: Impossible to merge LoRA")
+    assert run_main(*command(peft_model_path="ADAPTER")) == 0
+
+
+@pytest.mark.parametrize("task", ["sft", "reward", "train"])
+def test_a_stage_is_not_trained_from_an_adapter_alone(task, place, capsys):
+    make_adapter(place / "ADAPTER")
+    rows = [{"text": "abc", "label": n % 2} for n in range(40)]
+    Path("lab.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--task", task, "--base_model_name", "ADAPTER", "--dataset_path", "lab.jsonl"]
+    assert_refused(capsys, place, flags, "--base_model_name ADAPTER is an adapter of MODEL, expected a whole model")
+
+
+def test_completions_beyond_the_context_are_refused(place, capsys):
+    rows = [{"text": "abc" * 20, "answer": "de" * 6} for _ in range(40)]
+    Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    save(tiny_gpt2(), place / "GPT2")
+    flags = ["--task", "sft", "--base_model_name", "GPT2", "--dataset_path", "long.jsonl", "--sft_steps", "2"]
+    flags += ["--completion_column", "answer"]
+    assert_refused(capsys, place, flags, "the longest prompt and completion have 73 tokens, and the model can read 64")
+    assert run_main(*flags, "--max_prompt_length", "51") == 0
+
+
 def test_a_run_without_memory_for_the_comparison_has_saved_its_policy(place, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -449,7 +542,7 @@ def test_an_adapter_of_a_model_with_more_tokens_does_not_fit(place, capsys):
 
 def test_an_adapter_is_no_reward_model(place, capsys):
     make_adapter(place / "ADAPTER")
-    words = "--reward_model_path ADAPTER is an adapter of MODEL, expected a whole classifier: merge the two"
+    words = "--reward_model_path ADAPTER is an adapter of MODEL, expected a whole model: merge the two"
     assert_refused(capsys, place, command(reward_fn="", reward_model_path="ADAPTER"), words)
 
 

@@ -685,7 +685,9 @@ def test_a_reader_that_is_taken_away_is_missed(name, sources):
 def test_evaluation_reads_the_split_that_is_asked_for(monkeypatch, tokenizer):
     parts = []
     monkeypatch.setattr(evaluation, "load_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr(evaluation, "load_policy", lambda *_: torch.nn.Identity())
+    policy = torch.nn.Identity()
+    policy.is_encoder_decoder = False
+    monkeypatch.setattr(evaluation, "load_policy", lambda *_: policy)
     monkeypatch.setattr(evaluation, "check_context", lambda *_: None)
 
     def load_prompts(config, tokenizer, part, limit):

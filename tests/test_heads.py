@@ -1,5 +1,6 @@
 """Reward models of every kind: a text's reward is its own, by the head's own nonlinearity, on the text it learned."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from tiny_models import letter_tokenizer, randomise, tiny_llama
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
 
+import classifier
 import reward
 from classifier import pair_batches
 from config import Config, RunError, UsageError
@@ -86,7 +88,7 @@ TEXTS = ["b", "a longer text than that", "ccc", "dd dd", "abcdefghij", "", "dd d
 
 def save_head(name: str, folder: Path, **settings) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = AutoModelForSequenceClassification.from_config(HEADS[name])
+    model = AutoModelForSequenceClassification.from_config(copy.deepcopy(HEADS[name]))
     randomise(model, 3)
     for key, value in settings.items():
         setattr(model.config, key, value)
@@ -110,7 +112,7 @@ def test_a_texts_reward_does_not_depend_on_those_beside_it(name, tmp_path, monke
     """Oracle: the model alone on the text's ids, without a mask. In any batch, order and side of padding, whatever the
     tokenizer pads with."""
     model = save_head(name, tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path", writes=False)
     expected = []
     with torch.no_grad():
         for text in TEXTS:
@@ -131,7 +133,7 @@ def test_a_texts_reward_does_not_depend_on_those_beside_it(name, tmp_path, monke
 @pytest.mark.parametrize("name", HEADS)
 def test_only_heads_that_padding_would_disturb_do_without(name, tmp_path):
     model = save_head(name, tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path", writes=False)
     assert padding_is_harmless(model, tokenizer) == (name not in MIXERS)
 
 
@@ -143,7 +145,7 @@ def test_a_configurations_pad_id_may_be_none_beyond_the_embedding_or_another_tha
     """The head finds a text's last token by it: none of its texts may end in another place in a batch than alone."""
     model = save_head(name, tmp_path, pad_token_id=pad_id)
     model.config.pad_token_id = PAD if pad_id is None or not 0 <= pad_id < VOCAB else pad_id
-    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path", writes=False)
     texts = [text for text in TEXTS if text]
     with torch.no_grad():
         expected = [model(torch.tensor([tokenizer(text).input_ids])).logits[0, 1].item() for text in texts]
@@ -169,14 +171,18 @@ EXCLUSIVE = {"logit": -0.1885, "probability": 0.0652181, "logprob": -2.7300190, 
 @pytest.mark.parametrize("output", INDEPENDENT)
 def test_labels_that_may_all_be_true_have_a_sigmoid_each(output):
     """By hand: σ(-.1885) = .453; beside exp(2) and exp(1.5), a softmax would give .065."""
-    assert_close(reward_from_logits(LOGITS, 1, output, independent=True), [INDEPENDENT[output]], atol=1e-5)
+    assert_close(
+        reward_from_logits(LOGITS, 1, output, problem_type="multi_label_classification"),
+        [INDEPENDENT[output]],
+        atol=1e-5,
+    )
     assert_close(reward_from_logits(LOGITS, 1, output), [EXCLUSIVE[output]], atol=1e-5)
 
 
 @pytest.mark.parametrize("problem_type", [None, "single_label_classification", "multi_label_classification"])
 def test_the_configuration_says_which_nonlinearity_is_the_heads_own(problem_type, tmp_path):
     model = save_head("bert", tmp_path, problem_type=problem_type)
-    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path", writes=False)
     with torch.no_grad():
         logits = model(torch.tensor([tokenizer("a film").input_ids])).logits[0]
     expected = logits.sigmoid()[1] if problem_type == "multi_label_classification" else logits.softmax(-1)[1]
@@ -212,7 +218,7 @@ def test_pairs_are_scored_in_ppo_as_they_were_learned(place, capsys):  # noqa: F
     assert run_main("--task", "reward", *arguments, "--reward_steps", "3", "--output_dir", "REWARD") == 0
     assert json.loads(Path("REWARD/config.json").read_text())["prompt_response_separator"] == "\n"
     model = AutoModelForSequenceClassification.from_pretrained("REWARD")
-    tokenizer = load_tokenizer("REWARD", "reward_model_path")
+    tokenizer = load_tokenizer("REWARD", "reward_model_path", writes=False)
     learned = text_logits(model, tokenizer, joined(["abc", "abc"], ["de", "dede"], "\n"))[:, 0]
     for separator in ("", "\n"):
         (term,) = load_reward_terms(micro_config(reward_model_path="REWARD"), "REWARD", CPU, separator).values()
@@ -261,7 +267,7 @@ def test_a_text_at_the_limit_is_read(name, tmp_path):
 
 def test_an_unknown_label_is_refused_before_an_adapter(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somewhere"}))
-    with pytest.raises(UsageError, match="is an adapter of somewhere, expected a whole classifier"):
+    with pytest.raises(UsageError, match="is an adapter of somewhere, expected a whole model"):
         load_reward_model(settings(reward_label="nothing"), str(tmp_path), CPU)
 
 
@@ -283,7 +289,7 @@ def test_a_run_is_rewarded_by_a_classifier_that_pads_on_the_left(place):  # noqa
 
 def test_a_classifier_is_read_without_dropout_and_in_float32_however_it_was_stored(tmp_path):
     model = save_head("bert", tmp_path, hidden_dropout_prob=0.5, classifier_dropout=0.5)
-    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path")
+    tokenizer = load_tokenizer(str(tmp_path), "reward_model_path", writes=False)
     model = model.to(torch.bfloat16)
     model.save_pretrained(tmp_path)
     ids = torch.tensor([tokenizer("a film").input_ids])
@@ -293,3 +299,57 @@ def test_a_classifier_is_read_without_dropout_and_in_float32_however_it_was_stor
     rewards = load_reward_model(settings(), str(tmp_path), CPU)
     assert_close(rewards(["a film"])[0], exact)
     assert abs(coarse.float() - exact) > 1e-4
+
+
+def test_a_classifier_in_8_bits_reads_a_text_at_a_time(tmp_path, monkeypatch):
+    """Its products round by the largest numbers of the whole batch."""
+    save_head("bert", tmp_path)
+    seen = []
+    monkeypatch.setattr(reward, "quantized", lambda *_: {})
+    real = reward.text_logits
+    monkeypatch.setattr(reward, "text_logits", lambda *a, **k: (seen.append(k.get("batch_size")), real(*a, **k))[1])
+    for in_8bit in (False, True):
+        load_reward_model(settings(reward_in_8bit=in_8bit), str(tmp_path), CPU)(["a", "b"])
+    assert seen == [None, 1]
+
+
+@pytest.mark.parametrize("names", [{0: "a", 5: "b"}, {0: "a", 1: 2}])
+def test_labels_that_are_no_names_of_the_logits_are_refused(names):
+    with pytest.raises(UsageError, match=r"id2label is .*, expected a name for each of 0, 1"):
+        reward.label_index(names, "a")
+
+
+def test_a_label_in_its_own_case_comes_first():
+    labels = {0: "x", 1: "X", 2: "y"}
+    assert [reward.label_index(labels, name) for name in ("x", "X", "Y", "2")] == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["fnet", "bert"])
+def test_an_encoder_is_trained_and_judged_as_ppo_will_read_it(name, place, monkeypatch, capsys):  # noqa: F811
+    """With its closing special token, without an EOS; the held-out logits are those of the reward in PPO."""
+    tokenizer = new_tokenizer(["zz"], 300, 1000)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A <|pad|>", special_tokens=[("<|endoftext|>", 0), ("<|pad|>", 1)]
+    )
+    tokenizer.eos_token = None
+    config = copy.deepcopy(HEADS[name])
+    config.problem_type = "multi_label_classification"  # of what it was used for before
+    transformers.AutoModelForMaskedLM.from_config(config).save_pretrained("BASE")
+    tokenizer.save_pretrained("BASE")
+    rows = [{"text": ("good " if n % 2 else "bad ") * (1 + n % 7), "label": n % 2} for n in range(80)]
+    rows += [{"text": "", "label": n % 2} for n in range(40)]  # of which no batch may consist
+    Path("lab.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    judged = []
+    real = classifier.text_logits
+    monkeypatch.setattr(
+        classifier,
+        "text_logits",
+        lambda m, t, texts, **k: (judged.append((texts, real(m, t, texts, **k))), judged[-1][1])[1],
+    )
+    arguments = ["--base_model_name", "BASE", "--dataset_path", "lab.jsonl", "--reward_batch_size", "4"]
+    arguments += ["--reward_steps", "30", "--reward_learning_rate", "1e-3", "--output_dir", "REWARD"]
+    assert run_main("--task", "reward", *arguments) == 0
+    loaded = load_tokenizer("REWARD", "reward_model_path", writes=False)
+    assert loaded("a").input_ids[-1] == 1
+    texts, logits = judged[0]
+    assert_close(load_reward_model(settings(), "REWARD", CPU)(texts), logits[:, 1], atol=1e-4)

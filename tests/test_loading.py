@@ -123,7 +123,7 @@ def test_a_policys_tokenizer_needs_an_eos_token_and_a_reward_models_does_not(tmp
     save_with_model(
         PreTrainedTokenizerFast(tokenizer_object=letter_tokenizer()._tokenizer, pad_token="<pad>"), tmp_path
     )
-    assert load_tokenizer(str(tmp_path), "reward_model_path").pad_token_id == PAD
+    assert load_tokenizer(str(tmp_path), "reward_model_path", writes=False).pad_token_id == PAD
     for flag in ("base_model_name", "policies"):
         with pytest.raises(UsageError, match=f"--{flag} {tmp_path}: its tokenizer has no end-of-sequence token"):
             load_tokenizer(str(tmp_path), flag)

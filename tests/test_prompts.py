@@ -19,6 +19,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 import ask
+import main
 import run
 from config import Config, UsageError
 from loading import load_tokenizer, special_ends
@@ -204,7 +205,7 @@ def test_an_end_that_a_causal_models_tokenizer_puts_behind_a_text_is_left_out(tm
     assert tokenizer("ab").input_ids == [BOS, *ids_of("ab")]
     assert tokenizer("ab", add_special_tokens=False).input_ids == ids_of("ab")
     assert tokenizer("ab", return_offsets_mapping=True).offset_mapping[1:] == [(0, 1), (1, 2)]
-    assert load_tokenizer(str(tmp_path), "reward_model_path")("ab").input_ids == [BOS, *ids_of("ab"), EOS]
+    assert load_tokenizer(str(tmp_path), "reward_model_path", writes=False)("ab").input_ids == [BOS, *ids_of("ab"), EOS]
     tiny_t5(vocab_size=3 + len(LETTERS)).save_pretrained(tmp_path)
     assert load_tokenizer(str(tmp_path))("ab").input_ids == [BOS, *ids_of("ab"), EOS]
 
@@ -572,3 +573,65 @@ def test_a_template_looks_for_no_other_column(tmp_path):
     assert with_prompt_column(config).prompt_column == "query"
     templated = with_prompt_column(micro_config(dataset_path=str(tmp_path / "rows.jsonl"), prompt_template="{b}"))
     assert templated.prompt_column == "text" and not templated.chat
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Files of mixed prompts
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def test_texts_and_conversations_may_stand_in_one_file(chat_place, monkeypatch, capsys):
+    """Each is asked as what it is, whatever stands beside it in the batch."""
+    assert run_main(*command("CHAT", dataset_path="p.jsonl", prompt_template="Say {text}:", max_prompt_length=20)) == 0
+    talk = json.dumps([USER])
+    Path("mixed.jsonl").write_text("\n".join([json.dumps("ab"), talk, json.dumps({"text": "cd"}), talk]))
+    expected = [[BOS, *ids_of(text)] for text in ("Say ab:", "U:a.A:", "Say cd:", "U:a.A:")]
+    for batch_size in ("1", "4"):
+        seen = watched(monkeypatch, ask)
+        flags = ["--task", "generate", "--output_dir", "OUT", "--prompts", "mixed.jsonl", "--batch_size", batch_size]
+        assert run_main(*flags) == 0
+        assert seen == expected
+        monkeypatch.undo()
+        monkeypatch.chdir(chat_place)
+    capsys.readouterr()
+
+
+def test_an_empty_column_of_a_template_is_no_empty_prompt(chat_place, monkeypatch):
+    rows = [{"one": "ab", "two": "c" * (n % 2)} for n in range(40)]
+    Path("alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = command("CHAT", dataset_path="alpaca.jsonl", prompt_template="{one}b{two}", max_prompt_length=20)
+    assert run_main(*flags) == 0
+    Path("asked.jsonl").write_text(json.dumps({"one": "x", "two": "", "other": ""}))
+    seen = watched(monkeypatch, ask)
+    assert run_main("--task", "generate", "--output_dir", "OUT", "--prompts", "asked.jsonl") == 0
+    assert seen == [[BOS, *ids_of("xb")]]
+
+
+def test_a_prompt_without_a_token_is_refused(place, capsys):  # noqa: F811
+    tokenizer = Tokenizer(
+        models.BPE({"<pad>": 0, "<eos>": 1, **{letter: 2 + n for n, letter in enumerate("abcdefghi")}}, [])
+    )
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained("MODEL")
+    assert run_main(*command()) == 0
+    capsys.readouterr()
+    for prompts in (["--prompt", "XYZ"], ["--prompt", "ab", "--prompt", "XYZ"]):
+        flags = ["--task", "generate", "--output_dir", "OUT", *prompts]
+        assert main.main(flags) == 2
+        assert "the prompt ['XYZ'] has no token of this model's" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("ends", "expected"), [("$A", ([], [])), ("<bos> $A", ([BOS], [])), ("<bos> $A <eos>", ([BOS], [EOS]))]
+)
+def test_ends_are_found_where_the_letter_a_has_no_token(ends, expected):
+    digits = Tokenizer(models.BPE({"<pad>": PAD, "<eos>": EOS, "<bos>": BOS, "7": 3, "8": 4}, []))
+    digits.post_processor = processors.TemplateProcessing(single=ends, special_tokens=[("<bos>", BOS), ("<eos>", EOS)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=digits, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>"
+    )
+    assert special_ends(tokenizer) == expected
+
+
+def test_a_character_that_the_tokenizer_does_not_take_is_told():
+    with pytest.raises(UsageError, match="a text has characters that the tokenizer does not take: WordLevel error"):
+        text_ids(["ab?"], bos_tokenizer())
