@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import huggingface_hub
 import torch
@@ -361,7 +362,6 @@ def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     return policy
 
 
-@torch.no_grad()
 def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
     """Raise UsageError for a model that cannot be read as `PolicyModel` and `sample` read it, seen on a few tokens:
     with positions counted from 0, with a key/value cache, and with one that lasts when rows leave it.
@@ -370,41 +370,57 @@ def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
     problem = f"--base_model_name {path} ({config.model_type})"
     if config.is_encoder_decoder and config.decoder_start_token_id is None:
         raise UsageError(f"{problem}: its configuration has no decoder_start_token_id to begin with")
-    no_cache = f"{problem} gives no key/value cache (past_key_values), without which it cannot be sampled"
+    with one_sentence(f"{problem} cannot be run"):
+        readings = read_in_three_ways(language_model.eval())
+    if readings is None:
+        raise UsageError(f"{problem} gives no key/value cache (past_key_values), without which it cannot be sampled")
+    is_exact = language_model.dtype == torch.float32 and not hasattr(config, "quantization_config")
+    tolerance = 0.01 if is_exact else 1.0  # nats
+    if largest_difference(readings.whole, readings.counted) > tolerance:
+        raise UsageError(f"{problem} does not count its positions from 0, by which prompts are padded on the left here")
+    if largest_difference(readings.whole[1:, 3:], readings.last) > tolerance:
+        raise UsageError(f"{problem}: its cache gives other numbers when a row has left it; it cannot be sampled")
+
+
+class Readings(NamedTuple):
+    """Logits of four tokens in two rows: of all, the same with positions from 0, and the last of the second row."""
+
+    whole: torch.Tensor
+    counted: torch.Tensor
+    last: torch.Tensor
+
+
+@torch.no_grad()
+def read_in_three_ways(language_model: PreTrainedModel) -> Readings | None:
+    """At once, at once with positions counted from 0, and in two steps with a cache that the first row has left in
+    between; None where there is no cache. An encoder-decoder's positions are its own affair.
+    """
     if "past_key_values" not in inspect.signature(language_model.forward).parameters:
-        raise UsageError(no_cache)
+        return None
+    config = language_model.config
     words = [i for i in range(5) if i != config.get_text_config().pad_token_id][:4]
     ids = torch.tensor([words, words[::-1]], device=language_model.device)
     mask = torch.ones_like(ids)
-    name = "decoder_input_ids" if config.is_encoder_decoder else "input_ids"
-    with one_sentence(f"{problem} cannot be run"):
-        language_model.eval()
-        prompt = {"attention_mask": mask}
-        if config.is_encoder_decoder:
-            prompt["encoder_outputs"] = language_model.get_encoder()(input_ids=ids, attention_mask=mask)
-        whole = language_model(**prompt, **{name: ids}, use_cache=False).logits
+
+    def read(ids: torch.Tensor, rows: slice, **others):
         if not config.is_encoder_decoder:
-            positions = torch.arange(4, device=ids.device).expand(2, 4)
-            counted = language_model(**prompt, input_ids=ids, position_ids=positions, use_cache=False).logits
-        prompt["attention_mask"] = mask if config.is_encoder_decoder else mask[:, :3]
-        cache = language_model(**prompt, **{name: ids[:, :3]}, use_cache=True).get("past_key_values")
-        if cache is not None:
-            cache.reorder_cache(torch.tensor([1], device=ids.device))
-            prompt["attention_mask"] = mask[1:]
-            if config.is_encoder_decoder:
-                states = prompt["encoder_outputs"].last_hidden_state[1:]
-                prompt["encoder_outputs"] = type(prompt["encoder_outputs"])(last_hidden_state=states)
-            last = language_model(**prompt, **{name: ids[1:, 3:]}, past_key_values=cache, use_cache=True).logits
+            return language_model(input_ids=ids, **others)
+        encoded = type(prompt)(last_hidden_state=prompt.last_hidden_state[rows])
+        others["attention_mask"] = mask[rows]
+        return language_model(decoder_input_ids=ids, encoder_outputs=encoded, **others)
+
+    if config.is_encoder_decoder:
+        prompt = language_model.get_encoder()(input_ids=ids, attention_mask=mask)
+    every, second = slice(None), slice(1, None)
+    positions = {} if config.is_encoder_decoder else {"position_ids": torch.arange(4, device=ids.device).expand(2, 4)}
+    whole = read(ids, every, attention_mask=mask, use_cache=False).logits
+    counted = read(ids, every, attention_mask=mask, use_cache=False, **positions).logits
+    cache = read(ids[:, :3], every, attention_mask=mask[:, :3], use_cache=True).get("past_key_values")
     if cache is None:
-        raise UsageError(no_cache)
-    is_exact = language_model.dtype == torch.float32 and not hasattr(config, "quantization_config")
-    tolerance = 0.01 if is_exact else 1.0  # nats
-    if not config.is_encoder_decoder and largest_difference(whole, counted) > tolerance:
-        raise UsageError(f"{problem} does not count its positions from 0, by which prompts are padded on the left here")
-    if largest_difference(whole[1:, 3:], last) > tolerance:
-        raise UsageError(
-            f"{problem}: its cache gives other numbers when a row has left it, so it cannot be sampled here"
-        )
+        return None
+    cache.reorder_cache(torch.tensor([1], device=ids.device))
+    last = read(ids[1:, 3:], second, attention_mask=mask[1:], past_key_values=cache, use_cache=True).logits
+    return Readings(whole=whole, counted=counted, last=last)
 
 
 def largest_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
