@@ -4,11 +4,13 @@ import torch
 from torch.nn.functional import pad
 
 import ppo
+from checkpoint import stage_folder
 from classifier import class_names
 from config import Config, RunError, UsageError
 from dataset import column, load_rows
+from device import prepare_device
 from generate import respond
-from loading import check_is_whole, context_length
+from loading import check_can_be_sampled, check_is_whole, context_length, load_language_model
 from model import PolicyModel, score_in_passes
 from prompts import Prompt, check_prompts
 from randomness import uniforms
@@ -29,6 +31,9 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     check_prompts(rows, config)
     if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):
         check_is_whole(config.base_model_name, "base_model_name")
+    if config.task == "train" and config.sft_first and not stage_folder(config, "sft").exists():
+        model = load_language_model(config.base_model_name, config.dtype, prepare_device(config))
+        check_can_be_sampled(model, config.base_model_name)
     load_rows(config, "validation", 1)
     if config.task == "sft" and config.completion_column:
         column(rows, config.completion_column, "completion_column")

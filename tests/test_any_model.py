@@ -231,6 +231,15 @@ def test_a_model_that_would_be_misread_is_refused_before_work_starts(name, place
     assert_refused(capsys, place, command("OTHER"), f"--base_model_name OTHER ({name}) {words}")
 
 
+def test_a_model_that_cannot_be_sampled_is_refused_before_the_stage_before_ppo(place, capsys):
+    save(WITHOUT_A_CACHE["mamba"](), place / "OTHER")
+    rows = [{"text": "abc", "answer": "de"} for _ in range(40)]
+    Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [*command("OTHER", dataset_path="answers.jsonl", completion_column="answer"), "--sft_first"]
+    assert_refused(capsys, place, flags, "--base_model_name OTHER (mamba) gives no key/value cache")
+    assert not (place / "saved_models").exists()
+
+
 def test_an_encoder_that_knows_no_cache_is_no_hindrance(place):
     """Switch Transformers' refuses the flag; what is sampled is the decoder."""
     config = transformers.SwitchTransformersConfig(
