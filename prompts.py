@@ -153,18 +153,23 @@ def bare_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[
     return encoded
 
 
-def text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
-    """The texts' ids between the special tokens of the tokenizer's, once each: a template of chat may bring the first.
+def with_ends(bare: list[list[int]], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
+    """Texts' bare ids between the special tokens of the tokenizer's, once each: a template of chat may bring the first.
 
     Of a text that would be longer than `length`, the last tokens, between the same ends.
     """
     before, behind = special_ends(tokenizer)
     room = max(1, length - len(before) - len(behind)) if length else None
     encoded = []
-    for ids in bare_ids(texts, tokenizer):
+    for ids in bare:
         body = ids[len(before) :] if ids[: len(before)] == before else ids
         encoded.append(before + (body if room is None else body[-room:]) + behind)
     return encoded
+
+
+def text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
+    """The texts' ids `with_ends`."""
+    return with_ends(bare_ids(texts, tokenizer), tokenizer, length)
 
 
 def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
@@ -175,7 +180,7 @@ def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenize
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
     bare = bare_ids(texts, tokenizer)
-    whole = text_ids(texts, tokenizer)
+    whole = with_ends(bare, tokenizer)
     n_special = sum(map(len, special_ends(tokenizer)))
     prompts = []
     for text, bare_one, whole_one, row in zip(texts, bare, whole, rows, strict=True):
