@@ -260,7 +260,10 @@ def load_classifier(
     )
     if found["missing_keys"]:
         missing = min(found["missing_keys"])
-        raise UsageError(f"--reward_model_path {path} is no classifier: it has no {missing}")
+        raise UsageError(
+            f"--reward_model_path {path} is no classifier: it has no {missing}; "
+            "expected a model saved for sequence classification, or --reward_fn"
+        )
     if not config.reward_in_8bit:
         classifier = classifier.to(device)
     return classifier.requires_grad_(False).eval()
