@@ -189,7 +189,8 @@ def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = 
     Raises UsageError if there is none.
     """
     if output_dir:
-        folders = [Path(output_dir), *Path(output_dir).glob("*")]
+        own = Path(output_dir)
+        folders = [own] if (own / marker).exists() else own.glob("*")
         problem = f"--output_dir {output_dir} holds"
     else:
         place = name.partition("{")[0] or f"{preset}*"

@@ -125,8 +125,12 @@ def add_no_end(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
 
 def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that the tokenizer puts before and behind a text, seen on the first text that has a token."""
-    words = ("a", *map(str, range(10)), *tokenizer.get_vocab()) if hasattr(tokenizer, "get_vocab") else ("a",)
-    for word in words:
+
+    def words() -> Iterator[str]:
+        yield from ("a", *map(str, range(10)))
+        yield from tokenizer.get_vocab()  # a second's work for a large one, and hardly ever needed
+
+    for word in words():
         bare = tokenizer(word, add_special_tokens=False).input_ids
         whole = tokenizer(word, add_special_tokens=True).input_ids
         starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
@@ -425,7 +429,9 @@ def read_in_three_ways(language_model: PreTrainedModel) -> Readings | None:
 
 def largest_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
     """Between log-probabilities, in nats; infinite for NaN."""
-    gap = (logits.float().log_softmax(-1) - others.float().log_softmax(-1)).abs().max().item()
+    lowest = torch.finfo(torch.float32).min / 2  # for logits of -inf, which are alike
+    logprobs, other_logprobs = (one.float().clamp(min=lowest).log_softmax(-1) for one in (logits, others))
+    gap = (logprobs - other_logprobs).abs().max().item()
     return math.inf if math.isnan(gap) else gap
 
 

@@ -31,7 +31,8 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     check_prompts(rows, config)
     if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):
         check_is_whole(config.base_model_name, "base_model_name")
-    if config.task == "train" and config.sft_first and not stage_folder(config, "sft").exists():
+    trains_sft = config.task == "train" and config.sft_first and not config.trains_from_scratch
+    if trains_sft and not stage_folder(config, "sft").exists():
         model = load_language_model(config.base_model_name, config.dtype, prepare_device(config))
         check_can_be_sampled(model, config.base_model_name)
     load_rows(config, "validation", 1)
@@ -181,7 +182,7 @@ def largest_gap(one: PolicyModel, other: PolicyModel, fixed: Fixed, prompts: lis
             temperature=config.temperature,
         )
         logprobs.append(outputs.logprobs)
-    return (logprobs[0] - logprobs[1]).abs().max().item()
+    return torch.where(drawn.mask, (logprobs[0] - logprobs[1]).abs(), 0.0).max().item()
 
 
 def tolerance(config: Config) -> float:

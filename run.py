@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 import report
 from checkpoint import claim_folder, move_into, notice
-from config import Config, RunError, template_fields
+from config import Config, RunError, UsageError, first_line, template_fields
 from device import prepare_device
 from evaluation import compare, evaluate_policy
 from loading import (
@@ -168,13 +168,13 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
     """
     try:
         saved = load_policy(config, str(folder), policy.device)
-    except (MemoryError, torch.OutOfMemoryError):  # the policy is there, whole; only the comparison is not to be had
-        return print(f"there is no memory left to load the policy in {folder} again and compare it")
-    gap = largest_gap(saved, policy, fixed, prompts[: config.mini_batch_size], config)
+        gap = largest_gap(saved, policy, fixed, prompts[: config.mini_batch_size], config)
+    except (MemoryError, RuntimeError, UsageError) as error:  # the policy is there, whole, and the run has not failed
+        return print(f"the policy in {folder} could not be loaded again and compared: {first_line(error)}")
     if gap <= tolerance(config):
         return
     told = f"warning: the policy in {folder} is not the trained one: log-probabilities differ by up to {gap:.3g} nats"
-    if config.merge:
+    if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         save_policy(policy, fixed.tokenizer, folder / "adapter")
         told += f"; the adapter, not merged, is in {folder / 'adapter'}"
     print(told)

@@ -25,6 +25,7 @@ from tiny_models import (
 from tokenizers import AddedToken
 
 import ppo
+import preflight
 from config import Config, RunError, UsageError
 from dataset import pad
 from generate import end_ids, sample
@@ -511,6 +512,29 @@ def test_completions_beyond_the_context_are_refused(place, capsys):
     assert run_main(*flags, "--max_prompt_length", "51") == 0
 
 
+def test_a_run_is_itself_though_a_newer_folder_in_it_holds_a_policy(place):
+    """As the adapter beside a model that it could not be folded into."""
+    assert run_main(*command(lora_r=2)) == 0
+    save_policy(load_policy(Config(), "OUT", CPU), letter_tokenizer(), place / "OUT/adapter")
+    assert run_main("--task", "generate", "--output_dir", "OUT", "--prompt", "abc") == 0
+
+
+def test_what_stands_beyond_a_response_is_no_difference(tmp_path, monkeypatch):
+    save(tiny_gpt2(), tmp_path)
+    policy = new_policy(Config(), str(tmp_path), CPU)
+    real = preflight.score_in_passes
+
+    def with_junk(one, **batch):
+        outputs = real(one, **batch)
+        junk = torch.where(batch["response_mask"], 0.0, torch.rand(outputs.logprobs.shape) * 100)
+        return outputs._replace(logprobs=outputs.logprobs + junk)
+
+    monkeypatch.setattr(preflight, "score_in_passes", with_junk)
+    config = Config(max_new_tokens=12, mini_batch_size=8)
+    prompts = [Prompt("", [n], {}) for n in range(2, 10)]
+    assert preflight.largest_gap(policy, policy, Fixed(policy, letter_tokenizer(), {}), prompts, config) < 1e-5
+
+
 def test_a_run_without_memory_for_the_comparison_has_saved_its_policy(place, monkeypatch, capsys):
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -518,7 +542,7 @@ def test_a_run_without_memory_for_the_comparison_has_saved_its_policy(place, mon
     monkeypatch.setattr("run.load_policy", full)
     assert run_main(*command()) == 0
     out = capsys.readouterr().out
-    assert "there is no memory left to load the policy in OUT again and compare it" in out and "now try" in out
+    assert "the policy in OUT could not be loaded again and compared: CUDA out of memory" in out and "now try" in out
 
 
 # ----------------------------------------------------------------------------------------------------------------

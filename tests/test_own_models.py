@@ -128,3 +128,7 @@ def test_the_newest_policy_is_also_put_where_final_dir_says(workplace, capsys):
     (workplace / "other/thing").write_text("mine")
     capsys.readouterr()
     assert_refused(capsys, workplace, ["--task", "train", *flags(final_dir="other")], "--final_dir other holds")
+
+
+def test_a_model_made_here_needs_no_look_at_another_before_its_stage(workplace):
+    assert run_main("--task", "train", "--sft_first", *flags(run_name="again", n_updates=1)) == 0
