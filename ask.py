@@ -58,7 +58,7 @@ def generate(config: Config, reward_model_path: str) -> None:
 
 
 def make_all_prompts(rows: list[dict], config: Config, tokenizer) -> list[Prompt]:
-    """A prompt a row, each of which a person has asked: of either kind, and none without a token."""
+    """One prompt a row, each as what it is, a text or a conversation. Raises UsageError for a row without a token."""
     prompts = []
     for row in rows:
         made = make_prompts([row], row_config(row, config), tokenizer)
@@ -90,7 +90,7 @@ def batches(rows: Iterable[dict], are_given: bool, config: Config) -> Iterator[t
     response. A prompt that is typed is responded to before the next one is asked for.
     """
     wanted = (row for row in rows for _ in range(config.num_samples))
-    size = config.batch_size if are_given else min(config.batch_size, config.num_samples)
+    size = config.batch_size if are_given else config.num_samples
     count = 0
     while batch := list(islice(wanted, size)):
         shape = (1, config.max_new_tokens)
@@ -153,6 +153,7 @@ def read_prompts(path: str, config: Config) -> list[dict]:
     Raises UsageError naming the line, or the entry of a list, what was found there and what was expected.
     """
     kind = Path(path).suffix.lower()
+    wanted = f"a JSON text or a list of messages, or an object with one as {' or '.join(prompt_names(config))}"
     rows = []
     with one_sentence(f"--prompts {path}"):
         if kind not in ("", ".txt", ".jsonl", ".json"):
@@ -171,16 +172,16 @@ def read_prompts(path: str, config: Config) -> list[dict]:
             if row is None:
                 shown = (json.dumps(entry, ensure_ascii=False) if kind == ".json" else entry)[:80]
                 place = f"{'entry' if kind == '.json' else 'line'} {number}"
-                raise ValueError(f"{place}: found {shown}, expected {expected_prompt(config)}")
+                raise ValueError(f"{place}: found {shown}, expected {wanted}")
             rows.append(row)
         if not rows:
             raise ValueError("it holds no prompts")
     return rows
 
 
-def expected_prompt(config: Config) -> str:
-    names = " or ".join(dict.fromkeys((config.prompt_column, "prompt", "query", "messages")))
-    return f"a JSON text or a list of messages, or an object with one as {names}"
+def prompt_names(config: Config) -> list[str]:
+    """Under which names an object may hold a prompt, the run's own first."""
+    return list(dict.fromkeys((config.prompt_column, "prompt", "query", "messages")))
 
 
 def prompt_row(found, number: int, config: Config) -> Row | None:
@@ -189,8 +190,7 @@ def prompt_row(found, number: int, config: Config) -> Row | None:
         fields = template_fields(config.prompt_template) if config.prompt_template else ()
         if fields and all(found.get(name) is not None for name in fields):
             return Row(found, number)
-        names = (config.prompt_column, "prompt", "query", "messages")
-        found = next((found[name] for name in names if found.get(name)), None)
+        found = next((found[name] for name in prompt_names(config) if found.get(name)), None)
     if isinstance(found, list) and found and isinstance(found[0], dict):
         return Row({config.prompt_column: found}, number)
     if isinstance(found, str) and found.strip():

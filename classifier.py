@@ -19,8 +19,9 @@ from checkpoint import stage_folder
 from config import Config, UsageError
 from dataset import column, load_rows, pad
 from device import prepare_device
-from loading import context_length, load, load_tokenizer, special_ends
+from loading import load, load_tokenizer
 from plot import plot_reliability
+from probe import context_length, special_ends
 from prompts import bare_ids, prompt_texts, text_ids
 from randomness import uniforms
 from reward import PAIR_SEPARATOR, joined, padding_is_harmless, text_logits
@@ -100,9 +101,9 @@ def class_batches(
     """Endless batches of labelled texts of `length` tokens at most, half of them cut short."""
     labels = column(rows, config.label_column, "label_column", int)
     texts = column(rows, config.prompt_column, "prompt_column")
-    whole = [(ids, label) for ids, label in zip(bare_ids(texts, tokenizer), labels, strict=True) if ids]
-    encoded = [ids for ids, _ in whole]
-    labels = [label for _, label in whole]
+    with_tokens = [(ids, label) for ids, label in zip(bare_ids(texts, tokenizer), labels, strict=True) if ids]
+    encoded = [ids for ids, _ in with_tokens]
+    labels = [label for _, label in with_tokens]
     before, behind = special_ends(tokenizer)
     room = length - len(before) - len(behind)
     groups = length_grouped([len(ids) for ids in encoded], config.reward_batch_size, config.seed)

@@ -58,13 +58,13 @@ SOME_READ = {  # tasks: the settings that these alone read
     ("train",): "final_dir dry_run lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
     "missing_eos_penalty whiten_scores normalize_scores score_clip",
     ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
-    "prompt_template chat long_prompts",
+    "prompt_template chat",
     ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
     "sft_batch_size sft_learning_rate",
-    ("train", "evaluate"): "min_prompt_chars max_prompt_chars mini_batch_size",
+    ("train", "evaluate"): "peft_model_path min_prompt_chars max_prompt_chars mini_batch_size",
     ("train", "reward", "evaluate"): "label_column",
     ("train", "reward"): "chosen_column rejected_column reward_steps reward_batch_size reward_learning_rate",
-    ("train", "sft", "generate", "evaluate"): "max_new_tokens",
+    ("train", "sft", "generate", "evaluate"): "max_new_tokens long_prompts",
     ("train", "generate", "evaluate"): "batch_size",
     ("evaluate",): "reference_column eval_split",
     ("evaluate", "plot"): "policies",

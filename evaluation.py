@@ -7,7 +7,6 @@ that had no part in the training: a bag-of-words classifier and a language model
 import itertools
 import json
 import math
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,9 @@ from checkpoint import stage_folder, trained_stage, write_table, write_whole
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
 from device import prepare_device
-from generate import respond
+from generate import respond, score_responses
 from loading import load_language_model, load_policy, load_tokenizer
-from model import PolicyModel, score_in_passes
+from model import PolicyModel
 from ppo import kl_estimate, masked_mean
 from preflight import check_context
 from prompts import Prompt, load_prompts
@@ -59,16 +58,7 @@ def evaluate_batch(
         rows=[prompt.row for prompt in prompts],
         config=config,
     )
-    score = partial(
-        score_in_passes,
-        query_ids=drawn.query_ids,
-        query_mask=drawn.query_mask,
-        response_ids=drawn.response_ids,
-        response_mask=drawn.mask,
-        mini_batch_size=config.mini_batch_size,
-        temperature=config.temperature,
-    )
-    own, reference = score(policy), score(fixed.reference)
+    own, reference = score_responses(policy, drawn, config), score_responses(fixed.reference, drawn, config)
     kl = kl_estimate(logprobs=own.logprobs, other_logprobs=reference.logprobs, mask=drawn.mask).sum(1)
     reference_logprobs = torch.where(drawn.mask, reference.logprobs, 0.0).sum(1)
     table = []

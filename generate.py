@@ -12,9 +12,9 @@ import torch
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
-from config import Config, RunError, UsageError
+from config import Config, UsageError
 from dataset import decode_responses, pad
-from model import PolicyModel, eval_mode, position_ids
+from model import PolicyModel, TokenOutputs, eval_mode, position_ids, score_in_passes
 from ppo import response_mask
 
 
@@ -62,7 +62,7 @@ def sample(
             ended |= torch.isin(ids[:, t], ends)
             if ended.all():
                 break
-            inputs = next_inputs(inputs, ids[rows, t], output)
+            inputs = next_inputs(inputs, ids[rows, t], output.past_key_values)
             running = ~ended[rows]
             if running.sum() < len(rows) / 2:
                 inputs = select_inputs(inputs, running)
@@ -88,14 +88,8 @@ def first_inputs(language_model: torch.nn.Module, query_ids: torch.Tensor, query
     return {"input_ids": query_ids, "attention_mask": attention_mask, "position_ids": positions, "logits_to_keep": 1}
 
 
-def next_inputs(inputs: dict, tokens: TensorType["batch"], output) -> dict:
-    """The arguments of the next forward pass: the token just drawn, behind what the last pass's cache remembers.
-
-    Raises RunError if there is none: a model that reads both ways, as BERT's, answers, but never sees what it wrote.
-    """
-    cache = output.get("past_key_values")
-    if cache is None:
-        raise RunError("the model gives no key/value cache (past_key_values), without which it cannot be sampled here")
+def next_inputs(inputs: dict, tokens: TensorType["batch"], cache) -> dict:
+    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers."""
     if "decoder_input_ids" in inputs:
         return inputs | {"decoder_input_ids": tokens[:, None], "past_key_values": cache}
     mask = inputs["attention_mask"]
@@ -213,6 +207,22 @@ def respond(
         # pads, be they an EOS themselves, stand behind one only
         has_eos=torch.isin(sampled.response_ids, torch.tensor(eos_ids, device=device)).any(1),
         texts=texts,
+    )
+
+
+def score_responses(
+    policy: PolicyModel, responses: Responses, config: Config, with_entropy: bool = False
+) -> TokenOutputs:
+    """What a policy, be it the one that drew them or another, makes of the responses: `score_in_passes`."""
+    return score_in_passes(
+        policy,
+        query_ids=responses.query_ids,
+        query_mask=responses.query_mask,
+        response_ids=responses.response_ids,
+        response_mask=responses.mask,
+        mini_batch_size=config.mini_batch_size,
+        temperature=config.temperature,
+        with_entropy=with_entropy,
     )
 
 

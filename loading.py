@@ -3,14 +3,12 @@
 import copy
 import functools
 import importlib.util
-import inspect
 import math
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import huggingface_hub
 import torch
@@ -22,8 +20,9 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.utils import cached_file, logging
 
 from checkpoint import read_object, whole_folder, write_manifest
-from config import Config, UsageError, first_line
+from config import Config, RunError, UsageError, first_line
 from model import PolicyModel, frozen_copy
+from probe import largest_difference, read_in_three_ways, special_ends
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -50,9 +49,14 @@ def hub_error() -> str:
 
 @contextmanager
 def one_sentence(problem: str) -> Iterator[None]:
-    """Turn what a library raises in the block into a UsageError that begins with the problem, unless memory ran out."""
+    """Turn what a library raises in the block into a UsageError that begins with the problem, unless memory ran out.
+
+    A sentence of our own stays as it is.
+    """
     try:
         yield
+    except (UsageError, RunError):
+        raise
     except Exception as error:  # a damaged file can raise anything
         if isinstance(error, MemoryError) or "tried to allocate" in str(error).lower():
             raise
@@ -123,29 +127,14 @@ def add_no_end(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
     )
 
 
-def special_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The special tokens that the tokenizer puts before and behind a text, seen on the first text that has a token."""
-
-    def words() -> Iterator[str]:
-        yield from ("a", *map(str, range(10)))
-        yield from tokenizer.get_vocab()  # a second's work for a large one, and hardly ever needed
-
-    for word in words():
-        bare = tokenizer(word, add_special_tokens=False).input_ids
-        whole = tokenizer(word, add_special_tokens=True).input_ids
-        starts = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
-        if starts:
-            return whole[: starts[0]], whole[starts[0] + len(bare) :]
-    raise UsageError(f"the tokenizer of {getattr(tokenizer, 'name_or_path', 'the model')} has no token for any text")
-
-
 def load_tokenizer(
     path: str, flag: str = "base_model_name", adapter: str = "", writes: bool = True
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, or that beside the adapter on it, where there is one.
 
     It can pad, with its EOS where it has no pad token of its own. Where the model is one that `writes`, there has to be
-    an EOS, and for a causal model none stands behind a text, which is to be gone on from.
+    an EOS, and for a causal model none stands behind a text, which is to be gone on from. Its `n_embedded` is how many
+    ids the model knows.
     """
     base = base_of(path)
     base_flag = flag if base == path else "base_model_name"
@@ -386,55 +375,6 @@ def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
         raise UsageError(f"{problem}: its cache gives other numbers when a row has left it; it cannot be sampled")
 
 
-class Readings(NamedTuple):
-    """Logits of four tokens in two rows: of all, the same with positions from 0, and the last of the second row."""
-
-    whole: torch.Tensor
-    counted: torch.Tensor
-    last: torch.Tensor
-
-
-@torch.no_grad()
-def read_in_three_ways(language_model: PreTrainedModel) -> Readings | None:
-    """At once, at once with positions counted from 0, and in two steps with a cache that the first row has left in
-    between; None where there is no cache. An encoder-decoder's positions are its own affair.
-    """
-    if "past_key_values" not in inspect.signature(language_model.forward).parameters:
-        return None
-    config = language_model.config
-    words = [i for i in range(5) if i != config.get_text_config().pad_token_id][:4]
-    ids = torch.tensor([words, words[::-1]], device=language_model.device)
-    mask = torch.ones_like(ids)
-
-    def read(ids: torch.Tensor, rows: slice, **others):
-        if not config.is_encoder_decoder:
-            return language_model(input_ids=ids, **others)
-        encoded = type(prompt)(last_hidden_state=prompt.last_hidden_state[rows])
-        others["attention_mask"] = mask[rows]
-        return language_model(decoder_input_ids=ids, encoder_outputs=encoded, **others)
-
-    if config.is_encoder_decoder:
-        prompt = language_model.get_encoder()(input_ids=ids, attention_mask=mask)
-    every, second = slice(None), slice(1, None)
-    positions = {} if config.is_encoder_decoder else {"position_ids": torch.arange(4, device=ids.device).expand(2, 4)}
-    whole = read(ids, every, attention_mask=mask, use_cache=False).logits
-    counted = read(ids, every, attention_mask=mask, use_cache=False, **positions).logits
-    cache = read(ids[:, :3], every, attention_mask=mask[:, :3], use_cache=True).get("past_key_values")
-    if cache is None:
-        return None
-    cache.reorder_cache(torch.tensor([1], device=ids.device))
-    last = read(ids[1:, 3:], second, attention_mask=mask[1:], past_key_values=cache, use_cache=True).logits
-    return Readings(whole=whole, counted=counted, last=last)
-
-
-def largest_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
-    """Between log-probabilities, in nats; infinite for NaN."""
-    lowest = torch.finfo(torch.float32).min / 2  # for logits of -inf, which are alike
-    logprobs, other_logprobs = (one.float().clamp(min=lowest).log_softmax(-1) for one in (logits, others))
-    gap = (logprobs - other_logprobs).abs().max().item()
-    return math.inf if math.isnan(gap) else gap
-
-
 def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyModel:
     """The frozen reference: a copy of the policy as it starts, or with --reference_in_8bit its base model in 8 bits."""
     if not config.reference_in_8bit:
@@ -489,40 +429,3 @@ def save_policy(
         factory = "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM"
         loader = f"transformers.{factory}.from_pretrained({{}})"
         write_manifest(scratch, loader, base_of(str(scratch)), critic=policy.critic_kind)
-
-
-POSITION_LIMITS = (  # the names that configurations have for it
-    "n_positions",
-    "max_position_embeddings",
-    "max_sequence_length",
-    "max_seq_len",
-    "seq_length",
-    "n_ctx",
-    "max_target_positions",
-)
-
-
-def context_length(model: torch.nn.Module, config: PretrainedConfig | None = None) -> int:
-    """The most tokens that a model, or an encoder or decoder, can read at once, as its configuration and the tables of
-    its positions say; 10⁹ for T5 and its kin, whose relative positions have no limit.
-
-    Some tables begin behind the padding's index (RoBERTa, MPNet, Longformer), so that not all of their rows serve.
-    `config` is for a part that has none of its own.
-    """
-    config = getattr(model, "config", config)
-    if hasattr(model, "get_decoder") and not config.is_encoder_decoder:
-        decoder = model.get_decoder()  # of a model that sees as well, what reads text
-        model = decoder if hasattr(decoder, "config") else model
-        config = model.config
-    config = config.get_text_config()
-    limits = [10**9]
-    for name, module in model.named_modules():
-        own_name = name.rpartition(".")[2]
-        table = getattr(module, "weight", None) if hasattr(module, "padding_idx") else None
-        if table is not None and ("position" in own_name or own_name == "wpe") and "relative" not in own_name:
-            n_unused = 0 if module.padding_idx is None else module.padding_idx + 1
-            limits.append(len(table) - n_unused)
-    has_relative_positions = hasattr(config, "relative_attention_num_buckets")
-    if not has_relative_positions:
-        limits += [getattr(config, name, None) or 0 for name in POSITION_LIMITS]
-    return min(limit for limit in limits if isinstance(limit, int) and limit > 0)

@@ -9,9 +9,10 @@ from classifier import class_names
 from config import Config, RunError, UsageError
 from dataset import column, load_rows
 from device import prepare_device
-from generate import respond
-from loading import check_can_be_sampled, check_is_whole, context_length, load_language_model
-from model import PolicyModel, score_in_passes
+from generate import respond, score_responses
+from loading import check_can_be_sampled, check_is_whole, load_language_model
+from model import PolicyModel
+from probe import context_length
 from prompts import Prompt, check_prompts
 from randomness import uniforms
 from reward import check_weights, load_reward_function
@@ -31,10 +32,11 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     check_prompts(rows, config)
     if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):
         check_is_whole(config.base_model_name, "base_model_name")
-    trains_sft = config.task == "train" and config.sft_first and not config.trains_from_scratch
-    if trains_sft and not stage_folder(config, "sft").exists():
-        model = load_language_model(config.base_model_name, config.dtype, prepare_device(config))
-        check_can_be_sampled(model, config.base_model_name)
+    comes_later = config.task == "train" and (
+        trains_reward or (config.sft_first and not stage_folder(config, "sft").exists())
+    )
+    if comes_later and not config.trains_from_scratch:
+        check_start(config)
     load_rows(config, "validation", 1)
     if config.task == "sft" and config.completion_column:
         column(rows, config.completion_column, "completion_column")
@@ -45,6 +47,12 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
         class_names(rows, config)
     if config.task == "train" and config.trains_from_scratch:
         check_lengths(config)
+
+
+def check_start(config: Config) -> None:
+    """Raise UsageError if PPO could not start from the base model, whatever the stages before it make of it."""
+    model = load_language_model(config.base_model_name, config.dtype, prepare_device(config))
+    check_can_be_sampled(model, config.base_model_name)
 
 
 def check_lengths(config: Config) -> None:
@@ -158,31 +166,25 @@ def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], c
         config,
         mask=drawn.mask,
         sampled=drawn.logprobs,
-        scored=score_in_passes(policy, **rows, mini_batch_size=config.mini_batch_size).logprobs,
+        scored=score_responses(policy, drawn, config).logprobs,
         scored_again=policy(**rows).logprobs,
         padded=policy(**rows | more_padding).logprobs,
-        reference=score_in_passes(fixed.reference, **rows, mini_batch_size=config.mini_batch_size).logprobs,
+        reference=score_responses(fixed.reference, drawn, config).logprobs,
     )
 
 
 @torch.no_grad()
-def largest_gap(one: PolicyModel, other: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> float:
+def gap_of_policies(one: PolicyModel, other: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> float:
     """The largest difference in nats between what two policies give a token, on responses of the second."""
     random_numbers = uniforms(config.seed, "evaluation", 0, (len(prompts), config.max_new_tokens))
     drawn = respond(other, fixed.tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
-    logprobs = []
-    for policy in (one, other):
-        outputs = score_in_passes(
-            policy,
-            query_ids=drawn.query_ids,
-            query_mask=drawn.query_mask,
-            response_ids=drawn.response_ids,
-            response_mask=drawn.mask,
-            mini_batch_size=config.mini_batch_size,
-            temperature=config.temperature,
-        )
-        logprobs.append(outputs.logprobs)
-    return torch.where(drawn.mask, (logprobs[0] - logprobs[1]).abs(), 0.0).max().item()
+    first, second = (score_responses(policy, drawn, config).logprobs for policy in (one, other))
+    return largest_gap(first, second, drawn.mask)
+
+
+def largest_gap(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> float:
+    """Between log-probabilities of the same tokens, in nats; NaN where one of them is."""
+    return torch.where(mask, (one - other).abs(), 0.0).max().item()
 
 
 def tolerance(config: Config) -> float:
@@ -211,11 +213,7 @@ def compare_logprobs(
 ) -> None:
     """Five log-probabilities of the same tokens, (batch, time), that must be one; RunError says which are not."""
     most = tolerance(config)
-
-    def largest_gap(one: torch.Tensor, other: torch.Tensor) -> float:
-        return torch.where(mask, (one - other).abs(), 0.0).max().item()
-
-    gap = largest_gap(sampled, scored)
+    gap = largest_gap(sampled, scored, mask)
     if not gap <= most:  # true of NaN, too
         raise RunError(
             f"sampling and scoring disagree by {gap:.3g} nats on a token (tolerance {most}): likely causes are "
@@ -224,13 +222,13 @@ def compare_logprobs(
     ratio = ppo.importance_ratio(logprobs=scored_again, old_logprobs=scored, mask=mask)
     if not (ratio - 1).abs().max().item() <= most:
         raise RunError(f"the importance ratio is {ratio.max().item():.4f} before any update, not 1: scoring is random")
-    gap = largest_gap(scored_again, padded)
+    gap = largest_gap(scored_again, padded, mask)
     if not gap <= most:
         raise RunError(
             f"three more columns of padding beside the prompts move a token's log-probability by {gap:.3g} nats: this "
             "family of models does not leave padding out, so that a row would depend on those beside it"
         )
-    gap = largest_gap(scored, reference)
+    gap = largest_gap(scored, reference, mask)
     if config.reference_in_8bit:
         print(f"policy and 8-bit reference differ by at most {gap:.3g} nats on a token before any update")
     elif not gap <= most:

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, template_fields
 from dataset import column, load_rows, place_of
-from loading import one_sentence, special_ends
+from loading import one_sentence
+from probe import special_ends
 from randomness import permutation
 
 
@@ -41,7 +42,7 @@ def with_prompt_column(config: Config) -> Config:
     if name == "text" and not config.prompt_template:
         others = ("text", "query", "prompt", "question", "messages")
         name = next((other for other in others if other in first_row), name)
-    chat = config.chat or isinstance(first_row.get(name), list)
+    chat = config.chat or (not config.prompt_template and isinstance(first_row.get(name), list))
     return dataclasses.replace(config, prompt_column=name, chat=chat)
 
 
@@ -210,7 +211,7 @@ def last_tokens(text: str, count: int, tokenizer: PreTrainedTokenizerBase) -> st
 
 
 def shortened(content: str, ids_of: Callable[[str], list[int]], limit: int, tokenizer) -> list[int]:
-    """The ids of the longest end of `content` for which they are `limit` at most; `ids_of` puts a template around it.
+    """The ids of an end of `content` for which they are `limit` at most; `ids_of` puts a template around it.
 
     Raises UsageError if the template alone takes as many.
     """
@@ -254,6 +255,15 @@ def cut_template(row: dict, config: Config, limit: int, tokenizer: PreTrainedTok
     return shortened(str(row[longest]), ids_of, limit, tokenizer)
 
 
+def cut_ids(prompt: Prompt, config: Config, limit: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The prompt's ids without its beginning, `limit` at most; what stands around it stays."""
+    if is_conversation(prompt.row, config):
+        return cut_conversation(prompt.row, config, limit, tokenizer)
+    if config.prompt_template and not config.prompt_tokens:
+        return cut_template(prompt.row, config, limit, tokenizer)
+    return text_ids([prompt.text], tokenizer, limit)[0]
+
+
 def limit_length(
     prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> list[Prompt]:
@@ -272,15 +282,9 @@ def limit_length(
             f"(the longest has {longest}); raise it, or let them be cut with --long_prompts truncate"
         )
     print(f"{len(longer)} of {len(prompts)} prompts were cut on the left to {limit} tokens")
-    ends_of_texts = text_ids([prompts[number].text for number in longer], tokenizer, limit)
     cut = list(prompts)
-    for number, ids in zip(longer, ends_of_texts, strict=True):
-        row = prompts[number].row
-        if is_conversation(row, config):
-            ids = cut_conversation(row, config, limit, tokenizer)
-        elif config.prompt_template and not config.prompt_tokens:
-            ids = cut_template(row, config, limit, tokenizer)
-        cut[number] = prompts[number]._replace(ids=ids)
+    for number in longer:
+        cut[number] = prompts[number]._replace(ids=cut_ids(prompts[number], config, limit, tokenizer))
     return cut
 
 

@@ -26,7 +26,8 @@ from transformers import (
 
 from config import Config, RunError, UsageError, first_line, nearest
 from dataset import pad
-from loading import check_is_whole, context_length, load, load_tokenizer, prepare_config, quantized, special_ends
+from loading import check_is_whole, load, load_tokenizer, prepare_config, quantized
+from probe import context_length, special_ends
 from prompts import text_ids
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]

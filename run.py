@@ -35,7 +35,7 @@ from preflight import (
     check_context,
     check_invariants,
     count_parameters,
-    largest_gap,
+    gap_of_policies,
     memory_estimate,
     show_samples,
     tolerance,
@@ -62,8 +62,8 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     check_invariants(policy, fixed, first, config)
     print(
-        "start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, no dropout, "
-        f"to {tolerance(config)} nats a token"
+        "start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, more padding = the same, "
+        f"no dropout, to {tolerance(config)} nats a token"
     )
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         with one_sentence("--merge cannot fold this adapter in"):
@@ -168,7 +168,7 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
     """
     try:
         saved = load_policy(config, str(folder), policy.device)
-        gap = largest_gap(saved, policy, fixed, prompts[: config.mini_batch_size], config)
+        gap = gap_of_policies(saved, policy, fixed, prompts[: config.mini_batch_size], config)
     except (MemoryError, RuntimeError, UsageError) as error:  # the policy is there, whole, and the run has not failed
         return print(f"the policy in {folder} could not be loaded again and compared: {first_line(error)}")
     if gap <= tolerance(config):

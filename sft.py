@@ -19,7 +19,8 @@ from checkpoint import stage_folder, whole_folder, write_whole
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad
 from device import prepare_device
-from loading import check_is_whole, context_length, load_language_model, load_tokenizer, prepare_config, thin_gradient
+from loading import check_is_whole, load_language_model, load_tokenizer, prepare_config, thin_gradient
+from probe import context_length
 from prompts import bare_ids, limit_length, make_prompts, text_ids
 from randomness import permutation
 

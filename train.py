@@ -24,8 +24,8 @@ from transformers import PreTrainedTokenizerBase
 import ppo
 from config import Config
 from device import keep_freed_memory
-from generate import respond
-from model import PolicyModel, length_groups, score_in_passes
+from generate import respond, score_responses
+from model import PolicyModel, length_groups
 from prompts import Prompt, batch_of
 from randomness import permutation, uniforms
 from reward import RewardTerm, total_reward
@@ -100,17 +100,8 @@ def collect_rollout(
     drawn = respond(policy, fixed.tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
 
     # Log-probabilities and values come from the very function that the update differentiates.
-    score = partial(
-        score_in_passes,
-        query_ids=drawn.query_ids,
-        query_mask=drawn.query_mask,
-        response_ids=drawn.response_ids,
-        response_mask=drawn.mask,
-        mini_batch_size=config.mini_batch_size,
-        temperature=config.temperature,
-    )
-    own = score(policy, with_entropy=True)
-    reference = score(fixed.reference)
+    own = score_responses(policy, drawn, config, with_entropy=True)
+    reference = score_responses(fixed.reference, drawn, config)
 
     raw_scores, term_scores = total_reward(
         fixed.terms,

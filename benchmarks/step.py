@@ -50,7 +50,7 @@ SIZES = {
 PARTS = {  # what is timed, where train.py looks it up: "rollout" holds the two after it, "update" the last four
     "rollout": (train, "collect_rollout"),
     "sampling": (train, "respond"),
-    "scoring": (train, "score_in_passes"),  # or "reference"
+    "scoring": (train, "score_responses"),  # or "reference"
     "update": (train, "update"),
     "update forward": (train, "minibatch_loss"),
     "update backward": (torch.Tensor, "backward"),

@@ -40,7 +40,7 @@ from transformers import (
 
 from classifier import classifier_batch, cut_short
 from config import Config
-from loading import special_ends
+from probe import special_ends
 from randomness import uniforms
 from reward import load_reward_model
 from sft import Example, endless_batches, fit, length_grouped, own_loss, perplexity, token_pieces

@@ -24,6 +24,7 @@ from tiny_models import (
 )
 from tokenizers import AddedToken
 
+import generate
 import ppo
 import preflight
 from config import Config, RunError, UsageError
@@ -238,6 +239,15 @@ def test_a_model_that_cannot_be_sampled_is_refused_before_the_stage_before_ppo(p
     Path("answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     flags = [*command("OTHER", dataset_path="answers.jsonl", completion_column="answer"), "--sft_first"]
     assert_refused(capsys, place, flags, "--base_model_name OTHER (mamba) gives no key/value cache")
+    assert not (place / "saved_models").exists()
+
+
+def test_a_model_that_cannot_be_sampled_is_refused_before_its_reward_model_is_trained(place, capsys):
+    save(WITHOUT_A_CACHE["bert"](), place / "OTHER")
+    rows = [{"text": "abc", "label": n % 2} for n in range(40)]
+    Path("labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = command("OTHER", dataset_path="labelled.jsonl", reward_fn="")
+    assert_refused(capsys, place, flags, "--base_model_name OTHER (bert) gives no key/value cache")
     assert not (place / "saved_models").exists()
 
 
@@ -522,17 +532,17 @@ def test_a_run_is_itself_though_a_newer_folder_in_it_holds_a_policy(place):
 def test_what_stands_beyond_a_response_is_no_difference(tmp_path, monkeypatch):
     save(tiny_gpt2(), tmp_path)
     policy = new_policy(Config(), str(tmp_path), CPU)
-    real = preflight.score_in_passes
+    real = generate.score_in_passes
 
     def with_junk(one, **batch):
         outputs = real(one, **batch)
         junk = torch.where(batch["response_mask"], 0.0, torch.rand(outputs.logprobs.shape) * 100)
         return outputs._replace(logprobs=outputs.logprobs + junk)
 
-    monkeypatch.setattr(preflight, "score_in_passes", with_junk)
+    monkeypatch.setattr(generate, "score_in_passes", with_junk)
     config = Config(max_new_tokens=12, mini_batch_size=8)
     prompts = [Prompt("", [n], {}) for n in range(2, 10)]
-    assert preflight.largest_gap(policy, policy, Fixed(policy, letter_tokenizer(), {}), prompts, config) < 1e-5
+    assert preflight.gap_of_policies(policy, policy, Fixed(policy, letter_tokenizer(), {}), prompts, config) < 1e-5
 
 
 def test_a_run_without_memory_for_the_comparison_has_saved_its_policy(place, monkeypatch, capsys):

@@ -21,9 +21,9 @@ from classifier import (
     pair_texts,
     predictions,
     run_reward,
-    special_ends,
 )
 from config import UsageError
+from probe import special_ends
 from sft import new_tokenizer
 
 pytest_plugins = ["micro"]

@@ -18,7 +18,8 @@ import classifier
 import reward
 from classifier import pair_batches
 from config import Config, RunError, UsageError
-from loading import context_length, load_tokenizer
+from loading import load_tokenizer
+from probe import context_length
 from reward import (
     joined,
     length_batches,

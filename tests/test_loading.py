@@ -28,7 +28,6 @@ from transformers import (
 import loading
 from config import Config, UsageError
 from loading import (
-    context_length,
     load,
     load_language_model,
     load_policy,
@@ -37,6 +36,7 @@ from loading import (
     prepare_config,
     save_policy,
 )
+from probe import context_length
 from reward import load_reward_model
 from sft import new_language_model, new_tokenizer
 

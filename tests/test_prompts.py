@@ -1,5 +1,6 @@
 """Prompts: conversations, templates, special tokens, what is cut, and asking a policy as it was trained."""
 
+import io
 import json
 import re
 import shlex
@@ -22,7 +23,8 @@ import ask
 import main
 import run
 from config import Config, UsageError
-from loading import load_tokenizer, special_ends
+from loading import load_tokenizer
+from probe import special_ends
 from prompts import (
     asked,
     bare_ids,
@@ -635,3 +637,35 @@ def test_ends_are_found_where_the_letter_a_has_no_token(ends, expected):
 def test_a_character_that_the_tokenizer_does_not_take_is_told():
     with pytest.raises(UsageError, match="a text has characters that the tokenizer does not take: WordLevel error"):
         text_ids(["ab?"], bos_tokenizer())
+
+
+def test_a_template_over_messages_is_told_of_as_that(chat_place, capsys):
+    """Not as --chat, which nobody gave."""
+    flags = command("CHAT", dataset_path="chat.jsonl", prompt_template="{messages}", prompt_column="messages")
+    assert_refused(
+        capsys, chat_place, flags, "--prompt_template is for columns of text; --prompt_column 'messages' holds"
+    )
+
+
+def test_a_piped_prompt_for_a_template_of_several_columns_is_refused_as_that(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
+    with pytest.raises(UsageError, match="^the run's --prompt_template .* has several columns"):
+        ask.given_rows(micro_config(task="generate", prompt_template="{one} {two}"))
+
+
+def test_a_typed_prompt_has_all_its_responses_before_the_next_is_asked_for():
+    """Also where they are more than a batch."""
+    taken = []
+
+    def typed():
+        for text in ("a", "b"):
+            taken.append(text)
+            yield {"text": text}
+
+    config = micro_config(task="generate", num_samples=5, batch_size=2, mini_batch_size=2)
+    answered = []
+    for rows, numbers in ask.batches(typed(), False, config):
+        assert len(rows) == len(numbers)
+        answered += [row["text"] for row in rows]
+        assert set(taken) == set(answered)
+    assert answered == ["a"] * 5 + ["b"] * 5
