@@ -649,7 +649,7 @@ def test_a_template_over_messages_is_told_of_as_that(chat_place, capsys):
 
 def test_a_piped_prompt_for_a_template_of_several_columns_is_refused_as_that(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("abc\n"))
-    with pytest.raises(UsageError, match="^the run's --prompt_template .* has several columns"):
+    with pytest.raises(UsageError, match=r"^the run's --prompt_template .* has several columns"):
         ask.given_rows(micro_config(task="generate", prompt_template="{one} {two}"))
 
 
