@@ -703,6 +703,14 @@ def test_value_clip_does_not_bind_at_its_very_edge(new, target):
     assert_equal(binding, [[False]])
 
 
+def test_a_clip_that_cannot_bind_is_not_counted():
+    """V_old + (V - V_old) is not always V in float32: one value in 200 would be counted."""
+    old_values, returns = 10 * torch.randn(2, 200, 200)
+    values = old_values + 0.199 * (2 * torch.rand(200, 200) - 1)
+    _, clipped = ppo.value_losses(values, old_values, returns, torch.ones(200, 200, dtype=torch.bool), 0.2)
+    assert not clipped.any()
+
+
 def test_value_losses_equal_brute_force():
     generator = torch.Generator().manual_seed(10)
     mask = prefix_mask([9, 6, 1])
