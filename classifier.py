@@ -19,7 +19,7 @@ from checkpoint import stage_folder
 from config import Config, UsageError
 from dataset import column, load_rows, pad
 from device import prepare_device
-from loading import load, load_tokenizer
+from loading import load_tokenizer, load_weights
 from plot import plot_reliability
 from probe import context_length, special_ends
 from prompts import bare_ids, prompt_texts, text_ids
@@ -118,10 +118,11 @@ def class_batches(
 
 def new_classifier(base_model: str, names: dict[int, str], pad_id: int) -> PreTrainedModel:
     """The base model's trunk under a new head with these labels. Raises UsageError for an encoder-decoder."""
-    model = load(
-        AutoModelForSequenceClassification.from_pretrained,
+    model = load_weights(
+        AutoModelForSequenceClassification,
         "base_model_name",
         base_model,
+        is_new=True,
         dtype=torch.float32,
         num_labels=len(names),
         id2label=names,

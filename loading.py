@@ -36,6 +36,9 @@ NO_ERRORS = {  # of `cached_file`: None for what is not there
 }
 
 
+OLD_CONSTANTS = ("masked_bias", "position_ids", "inv_freq", "causal_mask", "version")  # once saved beside the weights
+
+
 @functools.cache
 def hub_error() -> str:
     """Why the Hub cannot be reached, asked as the library asks, if it cannot: then its cache alone is read, at once."""
@@ -66,14 +69,70 @@ def one_sentence(problem: str) -> Iterator[None]:
 
 
 def load(from_pretrained: Callable, flag: str, path: str, **settings):
-    """`from_pretrained(path)`, its many ways to fail told in one sentence that names the flag."""
+    """`from_pretrained(path)`, its many ways to fail told in one sentence that names the flag.
+
+    Of a model only its numbers are taken, never code: without `trust_remote_code` False, transformers would ask whether
+    to run it.
+    """
     if Path(path).exists():
         problem = "a folder without a usable model"
     else:
         reason = hub_error() or "no reachable Hub model"
         problem = f"no folder, and {reason}"
     with one_sentence(f"--{flag} {path} is {problem}"):
-        return from_pretrained(path, **settings)
+        try:
+            return from_pretrained(path, trust_remote_code=False, **settings)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UsageError(
+                f"--{flag} {path} can only be loaded by running code that comes with it, which is never done here; "
+                "expected a model of a family that transformers has itself"
+            ) from None
+
+
+def load_weights(
+    factory: type, flag: str, path: str, is_new: bool = False, expected: str = "a whole model", **settings
+) -> PreTrainedModel:
+    """The model at `path`, with every weight from its files: transformers fills in random numbers for what is not
+    there, and leaves out what has no place, as with a configuration of another depth.
+
+    Raises UsageError for weights that are missing or of another shape, and for those that a part of the model has no
+    place for. Files may have parts that the model lacks, as other heads have. With `is_new` the model may have parts
+    that its files lack altogether, such as a head to be trained.
+    """
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = load(factory.from_pretrained, flag, path, **settings)
+
+    def part(key: str) -> str:
+        return key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
+
+    missing, weights = set(found["missing_keys"]), model.state_dict().keys()
+    if is_new:
+        begun = {part(key) for key in weights - missing}
+        missing = {key for key in missing if part(key) in begun}
+    if missing:
+        kind = type(model).__name__
+        raise UsageError(f"--{flag} {path} lacks {listed(missing)} of a {kind}; expected {expected}")
+    for name, stored, asked in sorted(found["mismatched_keys"]):
+        raise UsageError(f"--{flag} {path}: {name} has shape {tuple(stored)}, by its config.json {tuple(asked)}")
+    constants_of_model = {name for name, _ in model.named_buffers()}
+    parts = {part(key) for key in weights}
+    homeless = {
+        key
+        for key in set(found["unexpected_keys"]) - constants_of_model
+        if part(key) in parts and not key.endswith(OLD_CONSTANTS)
+    }
+    if homeless:
+        raise UsageError(f"--{flag} {path} holds {listed(homeless)}, for which there is no place by its config.json")
+    return model
+
+
+def listed(names: set[str], most: int = 3) -> str:
+    """The first few of the names, in order, and how many more there are."""
+    first = sorted(names)[:most]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(first) + more
 
 
 def base_of(path: str) -> str:
@@ -208,7 +267,7 @@ def load_language_model(
     factory = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     settings["config"] = config
     settings["dtype"] = getattr(torch, dtype)
-    model = load(factory.from_pretrained, "base_model_name", path, **settings)
+    model = load_weights(factory, "base_model_name", path, **settings)
     if not (in_8bit or in_4bit):
         return model.to(device)
     for module in model.modules():  # else bitsandbytes repacks 4-bit weights for AVX-512, and the gradient is lost
@@ -285,7 +344,7 @@ def load_critic(kind: str, run: str | None, base_model: str, device: torch.devic
         raise UsageError(
             f"--critic encoder is for encoder-decoders; {path} has no encoder: --critic separate or shared"
         )
-    critic = load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32)
+    critic = load_weights(factory, "base_model_name", path, config=critic_config, dtype=torch.float32)
     return critic.to(device)
 
 
