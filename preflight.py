@@ -138,12 +138,13 @@ def gigabytes(n: float) -> str:
 
 
 @torch.no_grad()
-def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> None:
+def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> float:
     """What must hold before the first update, on responses to a minibatch of the run's own prompts.
 
     Sampling and scoring agree on every log-probability, scoring twice gives the same (the ratio is 1), more padding
     changes nothing, the policy is its reference (KL is 0), and no dropout is on. Raises RunError with the likely cause
-    where one of them does not. The policy is left in train mode, as an update has it.
+    where one of them does not. The policy is left in train mode, as an update has it. Returns the most by which
+    sampling and scoring differ, in nats a token.
     """
     prompts = prompts[: config.mini_batch_size]
     random_numbers = uniforms(config.seed, "sampling", 0, (len(prompts), config.max_new_tokens))
@@ -162,15 +163,17 @@ def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], c
         "query_ids": pad(drawn.query_ids, side, value=fixed.tokenizer.pad_token_id),
         "query_mask": pad(drawn.query_mask, side, value=False),
     }
+    scored = score_responses(policy, drawn, config).logprobs
     compare_logprobs(
         config,
         mask=drawn.mask,
         sampled=drawn.logprobs,
-        scored=score_responses(policy, drawn, config).logprobs,
+        scored=scored,
         scored_again=policy(**rows).logprobs,
         padded=policy(**rows | more_padding).logprobs,
         reference=score_responses(fixed.reference, drawn, config).logprobs,
     )
+    return largest_gap(drawn.logprobs, scored, drawn.mask)
 
 
 @torch.no_grad()

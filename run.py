@@ -60,10 +60,10 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     check_context(config, policy, prompts.train + prompts.validation + prompts.held_out)
     say_what_will_run(config, policy, base_model, len(prompts.train))
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
-    check_invariants(policy, fixed, first, config)
+    gap = check_invariants(policy, fixed, first, config)
     print(
-        "start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, more padding = the same, "
-        f"no dropout, to {tolerance(config)} nats a token"
+        f"start-up invariants hold: sampling = scoring (to {gap:.1g} nats a token), ratio = 1, KL to the reference "
+        f"= 0, more padding = the same (all within {tolerance(config)} nats), no dropout"
     )
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         with one_sentence("--merge cannot fold this adapter in"):
@@ -130,6 +130,8 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
             bar.set_postfix(report.bar_numbers(row), refresh=False)
             bar.update()
             started = time.perf_counter()
+    for alarm in log[-1]["alarms"]:
+        print(f"alarm at the end: {alarm}")
 
 
 def is_time_to_evaluate(config: Config, n_updates: int) -> bool:
