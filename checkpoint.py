@@ -72,6 +72,7 @@ def whole_folder(path: Path, replaces: str = "") -> Iterator[Path]:
         yield scratch
         for file in scratch.rglob("*"):
             if file.is_file():
+                file.chmod(usual_mode())  # safetensors lets nobody else read what it writes
                 flush_to_disk(file)
         if replaces and (path / replaces).exists():
             shutil.rmtree(path)
@@ -81,6 +82,13 @@ def whole_folder(path: Path, replaces: str = "") -> Iterator[Path]:
         raise RunError(f"{path} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def usual_mode() -> int:
+    """The mode of a new file, as the user's umask has it, which can be read only by setting another."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -139,7 +147,17 @@ def new_stage_folder(config: Config) -> Path:
 
 
 def starting_model(config: Config) -> str:
-    """The model that PPO starts from: the sft stage's where there is one or is to be one, else --base_model_name."""
+    """The model that PPO starts from: the sft stage's where there is one or is to be one, else --base_model_name.
+
+    Raises UsageError for an adapter to go on with, and no model that it is for.
+    """
+    if config.task == "train" and config.peft_model_path and config.trains_from_scratch:
+        settings = Path(config.peft_model_path) / "adapter_config.json"
+        own = read_object(settings).get("base_model_name_or_path") if settings.exists() else None
+        raise UsageError(
+            f"--peft_model_path {config.peft_model_path} is an adapter: "
+            f"say what model it is for, --base_model_name {own or 'MODEL'}"
+        )
     stage = stage_folder(config, "sft")
     from_stage = config.trains_from_scratch or config.sft_first or (stage.exists() and config.task != "sft")
     return str(stage) if from_stage else config.base_model_name

@@ -465,6 +465,11 @@ def merged(language_model: PreTrainedModel) -> PreTrainedModel:
     return copied.merge_and_unload()
 
 
+def from_anywhere(path: str | None) -> str | None:
+    """A Hub id as it is; a folder's name such that it can be found from another working directory, too."""
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+
+
 def save_policy(
     policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False, replaces: str = ""
 ) -> None:
@@ -476,6 +481,8 @@ def save_policy(
     language_model = policy.language_model
     if merge and hasattr(language_model, "merge_and_unload"):
         language_model = merged(language_model)
+    for settings in getattr(language_model, "peft_config", {}).values():
+        settings.base_model_name_or_path = from_anywhere(settings.base_model_name_or_path)
     with whole_folder(folder, replaces) as scratch:
         language_model.save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in

@@ -331,6 +331,19 @@ def test_a_new_head_is_put_on_a_whole_trunk_alone(tmp_path):
         new_classifier(str(tmp_path), {0: "bad", 1: "good"}, PAD)
 
 
+def test_an_adapter_of_a_folder_can_be_loaded_from_another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), Path("models/base"))
+    policy = new_policy(Config(lora_r=2), "models/base", CPU)
+    save_policy(policy, letter_tokenizer(), Path("run"))
+    monkeypatch.chdir("elsewhere")
+    again = load_policy(Config(), "../run", CPU)
+    assert again.state_dict().keys() == policy.state_dict().keys()
+    assert load_tokenizer("../run").eos_token_id == EOS
+    assert loading.from_anywhere("gpt2") == "gpt2" and loading.from_anywhere(None) is None  # a Hub id stays one
+
+
 @pytest.mark.parametrize("change", ["a weight of the trunk", "a layer more"])
 def test_a_reward_model_without_all_its_weights_is_refused(change, tmp_path):
     classifier = BertForSequenceClassification(
