@@ -49,6 +49,8 @@ def term_weights(config: Config) -> dict[str, float]:
         for part in config.reward_weights.split(","):
             if part:
                 name, number = part.split("=")
+                if name.strip() in weights:
+                    raise UsageError(f"--reward_weights {config.reward_weights!r} gives {name.strip()} two weights")
                 weights[name.strip()] = finite(number)
     except ValueError:
         raise UsageError(f"--reward_weights is {config.reward_weights!r}, expected name=number,...") from None
