@@ -71,11 +71,11 @@ def read_in_three_ways(language_model: PreTrainedModel) -> Readings | None:
     return Readings(whole=whole, counted=counted, last=last)
 
 
-def largest_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
-    """Between log-probabilities, in nats; infinite for NaN."""
+def difference(logits: torch.Tensor, others: torch.Tensor, reduce=torch.max) -> float:
+    """Between log-probabilities of every token there is, the largest or another of them, in nats; infinite for NaN."""
     lowest = torch.finfo(torch.float32).min / 2  # for logits of -inf, which are alike
     logprobs, other_logprobs = (one.float().clamp(min=lowest).log_softmax(-1) for one in (logits, others))
-    gap = (logprobs - other_logprobs).abs().max().item()
+    gap = reduce((logprobs - other_logprobs).abs()).item()
     return math.inf if math.isnan(gap) else gap
 
 

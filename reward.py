@@ -252,7 +252,9 @@ def load_classifier(
     """The classifier at `path`, frozen, in float32. Raises UsageError for a model without a head, or another weight."""
     model_config = prepare_config(load(AutoConfig.from_pretrained, "reward_model_path", path))
     prepare_padding(model_config, tokenizer)
-    settings = {"config": model_config, "dtype": torch.float32} | quantized(device, config.reward_in_8bit)
+    settings = {"config": model_config, "dtype": torch.float32} | quantized(
+        device, config.reward_in_8bit, outliers_from=6.0
+    )
     settings["expected"] = "a model saved for sequence classification, or --reward_fn"
     classifier = load_weights(AutoModelForSequenceClassification, "reward_model_path", path, **settings)
     if not config.reward_in_8bit:

@@ -36,6 +36,7 @@ from preflight import (
     check_invariants,
     count_parameters,
     gap_of_policies,
+    is_within,
     memory_estimate,
     show_samples,
     tolerance,
@@ -62,8 +63,8 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     gap = check_invariants(policy, fixed, first, config)
     print(
-        f"start-up invariants hold: sampling = scoring (to {gap:.1g} nats a token), ratio = 1, KL to the reference "
-        f"= 0, more padding = the same (all within {tolerance(config)} nats), no dropout"
+        f"start-up invariants hold: sampling = scoring (to {gap.mean:.1g} nats a token, {gap.most:.1g} at most), "
+        "ratio = 1, KL to the reference = 0, more padding = the same, no dropout"
     )
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         with one_sentence("--merge cannot fold this adapter in"):
@@ -173,9 +174,11 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
         gap = gap_of_policies(saved, policy, fixed, prompts[: config.mini_batch_size], config)
     except (MemoryError, RuntimeError, UsageError) as error:  # the policy is there, whole, and the run has not failed
         return print(f"the policy in {folder} could not be loaded again and compared: {first_line(error)}")
-    if gap <= tolerance(config):
+    if is_within(gap, tolerance(config)):
         return
-    told = f"warning: the policy in {folder} is not the trained one: log-probabilities differ by up to {gap:.3g} nats"
+    told = (
+        f"warning: the policy in {folder} is not the trained one: log-probabilities differ by up to {gap.most:.2g} nats"
+    )
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         save_policy(policy, fixed.tokenizer, folder / "adapter")
         told += f"; the adapter, not merged, is in {folder / 'adapter'}"
