@@ -54,7 +54,7 @@ def sample(
         inputs = first_inputs(policy.language_model, query_ids, query_mask)
         for t in range(max_new_tokens):
             output = policy.language_model(**inputs, use_cache=True)
-            logits = output.logits[:, -1].float()
+            logits = policy.drawable(output.logits[:, -1].float())
             if t < min_new_tokens:
                 logits[:, eos_ids] = float("-inf")
             ids[rows, t], logprobs[rows, t] = draw(logits, uniforms[rows, t], **options)

@@ -22,7 +22,7 @@ from transformers.utils import cached_file, logging
 from checkpoint import read_object, whole_folder, write_manifest
 from config import Config, RunError, UsageError, first_line
 from model import PolicyModel, frozen_copy
-from probe import difference, read_in_three_ways, special_ends
+from probe import difference, is_exact, read_in_three_ways, special_ends
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -445,8 +445,8 @@ def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
         readings = read_in_three_ways(language_model.eval())
     if readings is None:
         raise UsageError(f"{problem} gives no key/value cache (past_key_values), without which it cannot be sampled")
-    is_exact = language_model.dtype == torch.float32 and not hasattr(config, "quantization_config")
-    reduce, tolerance = (torch.max, 0.01) if is_exact else (torch.mean, 0.5)  # nats; a fault makes 2 of the mean
+    exact = is_exact(language_model)
+    reduce, tolerance = (torch.max, 0.01) if exact else (torch.mean, 0.5)  # nats; a fault makes 2 of the mean
     if difference(readings.whole, readings.counted, reduce) > tolerance:
         raise UsageError(f"{problem} does not count its positions from 0, by which prompts are padded on the left here")
     if difference(readings.whole[1:, 3:], readings.last, reduce) > tolerance:

@@ -503,6 +503,33 @@ def test_an_adapter_that_cannot_be_folded_in_is_refused_before_training(place, c
     assert run_main(*command(peft_model_path="ADAPTER")) == 0
 
 
+def tiny_m2m100() -> transformers.M2M100ForConditionalGeneration:
+    torch.manual_seed(0)
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    size = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    ids = {"pad_token_id": 3, "bos_token_id": 2, "eos_token_id": EOS, "decoder_start_token_id": EOS}
+    settings = transformers.M2M100Config(
+        vocab_size=VOCAB, max_position_embeddings=64, init_std=0.5, **size, **heads, **ids
+    )
+    return transformers.M2M100ForConditionalGeneration(prepare_config(settings)).eval()
+
+
+def test_a_token_behind_which_sampling_and_scoring_would_differ_is_never_drawn():
+    """M2M100's positions leave the pad token out, and its cache counts it."""
+    policy = PolicyModel(tiny_m2m100())
+    assert policy.undrawable == [3] and PolicyModel(tiny_t5()).undrawable == PolicyModel(tiny_gpt2()).undrawable == []
+    queries, mask = pad([[5, 4, 8, 2, 9], [4, 7]] * 50, 3, "right")
+    drawn = sample(policy, queries, mask, uniforms(0, "sampling", 0, (100, 12)), eos_ids=[EOS], pad_id=3)
+    scored = policy.score(queries, mask, drawn.response_ids, drawn.mask, with_entropy=True)
+    assert_close(scored.logprobs[drawn.mask], drawn.logprobs[drawn.mask], atol=1e-5)
+    assert not (drawn.response_ids == 3)[drawn.mask].any()
+    every = torch.arange(VOCAB)[:, None]  # as a first token
+    first = policy.score(queries[:1].repeat(VOCAB, 1), mask[:1].repeat(VOCAB, 1), every, every >= 0, with_entropy=True)
+    probabilities = first.logprobs[:, 0].exp()
+    assert probabilities[3] == 0 and abs(probabilities.sum() - 1) < 1e-5
+    assert_close(first.entropy[0, 0], -torch.special.xlogy(probabilities, probabilities).sum(), atol=1e-5)
+
+
 @pytest.mark.parametrize("task", ["sft", "reward", "train"])
 def test_a_stage_is_not_trained_from_an_adapter_alone(task, place, capsys):
     make_adapter(place / "ADAPTER")
