@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import stage_folder, trained_stage, write_table, write_whole
+from checkpoint import policy_folder, run_above, stage_folder, trained_stage, write_table, write_whole
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
 from device import prepare_device
@@ -252,7 +252,7 @@ def policy_paths(config: Config, base_model: str) -> dict[str, str]:
         name, _, path = entry.partition("=")
         if not name or not path or name in paths:
             raise UsageError(f"--policies {entry!r}: expected NAME=FOLDER_OR_ID, with a name of its own")
-        paths[name] = path
+        paths[name] = policy_folder(path)
     return paths
 
 
@@ -298,7 +298,7 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)
     text_judge = load_text_judge(config) if config.trains_from_scratch else None
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
-    results = Path(config.output_dir) / "results"
+    results = run_above(Path(config.output_dir)) / "results"
     results.mkdir(exist_ok=True)  # before the work, as it may fail
     tables = {}
     for split in prompts:

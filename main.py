@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but some microseconds of it halve sampling's time with a small model
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept, one a shape, some with 9 MB of room
 
-from checkpoint import new_ppo_folder, new_stage_folder, notice, run_settings, stage_folder, starting_model
+from checkpoint import new_ppo_folder, new_stage_folder, notice, run_above, run_settings, stage_folder, starting_model
 from checkpoint import trained_stage as trained
 from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
 
@@ -35,7 +35,7 @@ def run(config: Config) -> None:
     from evaluation import evaluate
 
     evaluate(config, base_model, reward_model)
-    show_comparison(Path(config.output_dir), notice(config))
+    show_comparison(run_above(Path(config.output_dir)), notice(config))
 
 
 def run_training(config: Config, base_model: str, reward_model: str) -> None:

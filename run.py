@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import report
-from checkpoint import claim_folder, move_into, notice
+from checkpoint import best_of, claim_folder, move_into, notice
 from config import Config, RunError, UsageError, first_line, template_fields
 from device import prepare_device
 from evaluation import compare, evaluate_policy
@@ -125,7 +125,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
             announced |= raised.keys()
             timings.append(report.timing(number, started, rollout))
             if is_time_to_evaluate(config, state.next_update):
-                row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, folder / "checkpoints/best")
+                row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
             report.write_logs(folder, log, timings, report.log_rows(number, rollout))
             bar.set_postfix(report.bar_numbers(row), refresh=False)
             bar.update()
@@ -144,7 +144,7 @@ def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config,
     table = evaluate_policy(state.policy, fixed, prompts, config)
     reward = fmean(row["reward"] for row in table)
     if state.best is None or not reward <= state.best.reward:  # so that NaN is not kept
-        save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json")
+        save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json", settings=config)
         trained = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
         state.best = Best(reward=reward, update=state.next_update - 1, weights=trained)
     return reward
