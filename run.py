@@ -41,6 +41,7 @@ from preflight import (
     tolerance,
 )
 from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
+from provenance import Source, columns_read, write_record
 from reward import load_reward_terms
 from train import Best, Fixed, State, collect_rollout, learning_rate, new_state, train
 
@@ -69,7 +70,8 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
         with one_sentence("--merge cannot fold this adapter in"):
             merged(policy.language_model)
     if config.dry_run:
-        return show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
+        show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
+        return print(f"dry run: {folder} would be the run; nothing was trained or written")
     state = new_state(policy, config)
     run_updates(state, fixed, prompts, config, folder)
     if state.best:
@@ -96,6 +98,13 @@ def load_models(config: Config, base_model: str, reward_model_path: str) -> tupl
     return policy, fixed, Prompts(train=training, validation=validation, held_out=held_out)
 
 
+def source_of(prompts: Prompts, policy: PolicyModel, config: Config) -> Source:
+    """What the run is made from."""
+    rows = [prompt.row for prompt in prompts.train]
+    held_out = [prompt.row for prompt in prompts.held_out]
+    return Source(columns_read(config, rows[0]), rows, held_out, start=policy.language_model.name_or_path)
+
+
 def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_prompts: int) -> None:
     """Print what trains, on what, in which batches, and what memory it is likely to need."""
     precision = torch.get_float32_matmul_precision()
@@ -115,6 +124,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
                 raise RunError(f"the loss is {stats['loss']} at update {number}; try a lower --learning_rate")
             if number == 0:
                 claim_folder(folder, config)
+                write_record(folder, source_of(prompts, state.policy, config))
             row = {"step": number, **report.rollout_stats(rollout), **stats}
             row["learning_rate"] = learning_rate(config, number)
             log.append(row)

@@ -62,6 +62,7 @@ STATISTICS = {
 
 def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
     model = {"config.json", "model.safetensors", "run_config.json", "tokenizer.json", "tokenizer_config.json"}
+    model |= {"stage.json", "rows.txt"}
     folders = {name: set(os.listdir(chain.root / "saved_models/tiny" / name)) for name in ("sft", "reward", "ppo")}
     assert set(os.listdir(chain.root)) == {"saved_models"}
     assert set(os.listdir(chain.root / "saved_models/tiny")) == set(folders)
@@ -180,6 +181,16 @@ def test_the_printed_command_generates(chain, workplace, capsys):
     assert f"\n{prompt}" in capsys.readouterr().out
 
 
+def test_each_stage_keeps_what_it_says_of_its_model(chain):
+    """To the digits that are printed."""
+    record = {}
+    for stage in ("sft", "reward"):
+        record[stage] = json.loads((chain.root / "saved_models/tiny" / stage / "stage.json").read_text())["held_out"]
+    assert f"held-out perplexity {record['sft']['perplexity']:.2f} a token" in chain.output
+    whole, halves = record["reward"]["accuracy"], record["reward"]["accuracy_on_first_halves"]
+    assert f"held-out accuracy {whole:.1%} on whole texts, {halves:.1%} on their first halves" in chain.output
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # The best so far
 # ----------------------------------------------------------------------------------------------------------------
@@ -267,6 +278,7 @@ def test_a_second_run_stands_beside_the_first_and_equals_it(workplace, capsys):
         assert (second / name).read_bytes() == (workplace / PPO / name).read_bytes()
     output = capsys.readouterr().out
     assert "language model:" not in output and "reward model:" not in output
+    assert output.count(" is there and used as it is: trained on 200 rows with --seed 0, ") == 2
 
 
 def test_another_seed_gives_another_run(workplace):
