@@ -32,7 +32,7 @@ def run(config: Config) -> None:
     from plot import plot, show_comparison
 
     if config.task == "plot":
-        return plot(Path(config.output_dir), notice(config), config.policies)
+        return plot(Path(config.output_dir), notice(config), config.policies, config.dry_run)
     from evaluation import evaluate
 
     evaluate(config, base_model, reward_model)

@@ -288,16 +288,6 @@ def test_another_seed_gives_another_run(workplace):
         assert (second / name).read_bytes() != (workplace / PPO / name).read_bytes()
 
 
-def test_a_dry_run_samples_and_leaves_nothing(workplace, capsys):
-    before = listing(workplace)
-    assert run_main("--task", "train", "--dry_run", *flags()) == 0
-    assert listing(workplace) == before
-    output = capsys.readouterr().out
-    assert "invariants hold" in output
-    assert len(re.findall(r"^prompt '", output, re.MULTILINE)) == 3
-    assert len(re.findall(r"reward_model -?\d+\.\d{3}$", output, re.MULTILINE)) == 3
-
-
 def test_an_explicit_folder_is_used_for_the_run_and_found_by_generate(workplace, capsys):
     assert run_main("--task", "train", "--output_dir", "mine", *flags()) == 0
     assert (workplace / "mine/model.safetensors").read_bytes() == (workplace / PPO / "model.safetensors").read_bytes()
