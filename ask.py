@@ -30,6 +30,10 @@ def generate(config: Config, reward_model_path: str) -> None:
     if config.output:
         check_new_file(output)
     given = given_rows(config)
+    if config.output and config.dry_run:
+        print(f"dry run: {len(given) * config.num_samples} responses would be written to {output}, such as these:")
+        given = given[:3]
+        config = replace(config, num_samples=1)
     config = replace(config, prompt_tokens=0)  # they are for cutting training texts down to openings
     device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
@@ -51,7 +55,9 @@ def generate(config: Config, reward_model_path: str) -> None:
         else:
             for prompt, response in zip(prompts, responses, strict=True):
                 print(asked(prompt, config) + shown_separator(policy, config) + response)
-    if config.output:
+    if config.output and config.dry_run:
+        print("".join(lines), end="")
+    elif config.output:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(output, "".join(lines))
         print(f"{len(lines)} responses: {output}")

@@ -57,7 +57,7 @@ READERS = {  # the tasks that read a group's settings, but for those of SOME_REA
     "generate": ("generate",),
 }
 SOME_READ = {  # tasks: the settings that these alone read
-    ("train",): "final_dir dry_run lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
+    ("train",): "final_dir lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
     "missing_eos_penalty whiten_scores normalize_scores score_clip",
     ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
     "prompt_template chat",
@@ -99,7 +99,7 @@ class Config:
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
     matmul_precision: str = option("task", "auto", MATMUL_PRECISION, ("auto", "highest", "high", "medium"))
-    dry_run: bool = option("task", False, "do everything but the update: preflight, one rollout, three samples")
+    dry_run: bool = option("task", False, "check all that can be, show three samples, write nothing")
 
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
     dtype: str = option("model", "float32", "of the weights", ("float32", "bfloat16", "float16"))

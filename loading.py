@@ -19,7 +19,7 @@ from tokenizers import processors
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
-from checkpoint import read_object, whole_folder, write_manifest
+from checkpoint import read_object, whole_folder, write_manifest, write_settings
 from config import Config, RunError, UsageError, first_line
 from model import PolicyModel, frozen_copy
 from probe import difference, is_exact, read_in_three_ways, special_ends
@@ -490,12 +490,18 @@ def from_anywhere(path: str | None) -> str | None:
 
 
 def save_policy(
-    policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False, replaces: str = ""
+    policy: PolicyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    merge: bool = False,
+    replaces: str = "",
+    settings: Config | None = None,
 ) -> None:
     """The language model, or its adapter alone, and the tokenizer in the formats of transformers and peft, loadable
     without this project; value head and critic beside them; and a manifest that says what is there.
 
-    With `merge`, an adapter is folded into a copy of the whole model. `replaces` as in `whole_folder`.
+    With `merge`, an adapter is folded into a copy of the whole model. `replaces` as in `whole_folder`. With `settings`,
+    they are written too, and the folder is a run to the tasks that use one.
     """
     language_model = policy.language_model
     if merge and hasattr(language_model, "merge_and_unload"):
@@ -511,6 +517,8 @@ def save_policy(
             policy.critic.save_pretrained(scratch / "critic")
         head = {name: tensor.contiguous().cpu() for name, tensor in policy.value_head.state_dict().items()}
         save_file(head, scratch / "value_head.safetensors")
+        if settings:
+            write_settings(scratch, settings)
         factory = "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM"
         loader = f"transformers.{factory}.from_pretrained({{}})"
         write_manifest(scratch, loader, base_of(str(scratch)), critic=policy.critic_kind)

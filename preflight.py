@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 
 import ppo
 from checkpoint import stage_folder
-from classifier import class_names
+from classifier import check_labels
 from config import Config, RunError, UsageError
 from dataset import column, load_rows
 from device import prepare_device
@@ -42,8 +42,13 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     check_weights(config)
     if config.reward_fn:
         load_reward_function(config.reward_fn)
-    rows = load_rows(config, "train", None if config.dataset_path or trains_reward else 1)
-    check_prompts(rows, config)
+    reads_all = config.dataset_path or trains_reward
+    rows = load_rows(config, "train", None if reads_all else 1)
+    held_out = load_rows(config, "validation", 2000 if reads_all else 1)
+    for some_rows in (rows, held_out):
+        check_prompts(some_rows, config)
+        if config.completion_column and (config.task == "sft" or config.sft_first):
+            column(some_rows, config.completion_column, "completion_column")
     if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):
         check_is_whole(config.base_model_name, "base_model_name")
     comes_later = config.task == "train" and (
@@ -51,14 +56,8 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     )
     if comes_later and not config.trains_from_scratch:
         check_start(config)
-    load_rows(config, "validation", 1)
-    if config.task == "sft" and config.completion_column:
-        column(rows, config.completion_column, "completion_column")
-    if trains_reward and config.chosen_column:
-        column(rows, config.chosen_column, "chosen_column")
-        column(rows, config.rejected_column, "rejected_column")
-    elif trains_reward:
-        class_names(rows, config)
+    if trains_reward:
+        check_labels(rows, held_out, config)
     if config.task == "train" and config.trains_from_scratch:
         check_lengths(config)
 

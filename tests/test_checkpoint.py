@@ -229,6 +229,17 @@ def test_a_stage_counts_as_trained_only_with_the_settings_of_this_run(tmp_path):
     )
 
 
+def test_what_answers_are_cut_to_shapes_a_language_model_of_answers_alone(tmp_path):
+    for column, is_shaped in (("", False), ("answer", True)):
+        (tmp_path / "run_config.json").write_text(to_json(micro_config(completion_column=column)))
+        changed = micro_config(completion_column=column, max_new_tokens=9)
+        if is_shaped:
+            with pytest.raises(UsageError, match="was trained with --max_new_tokens 12, and this run asks for "):
+                trained_stage(changed, str(tmp_path), "sft")
+        else:
+            assert trained_stage(changed, str(tmp_path), "sft")
+
+
 def test_the_notice_counts_the_parameters_of_a_model_with_all_its_tokens(tokenizer):
     config = micro_config(vocab_size=len(tokenizer), n_layer=3, n_embd=24, context_length=20)
     policy = PolicyModel(new_language_model(config, tokenizer))

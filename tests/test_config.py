@@ -420,7 +420,7 @@ def quick_measures(request, monkeypatch):
     if "bench" in request.fixturenames:
         monkeypatch.setattr(sft, "perplexity", lambda *_: 1.0)
         nothing = classifier.Predictions(certainty=torch.ones(2), is_right=torch.ones(2, dtype=torch.bool))
-        monkeypatch.setattr(classifier, "held_out_predictions", lambda *_: (nothing, ""))
+        monkeypatch.setattr(classifier, "held_out_predictions", lambda *_: (nothing, {"accuracy": 1.0}))
         monkeypatch.setattr(report, "write_logs", lambda *_: None)
 
 
