@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from loading import load_language_model, load_policy, load_tokenizer
 from model import PolicyModel
 from ppo import kl_estimate, masked_mean
 from preflight import check_context
+from progress import progress
 from prompts import Prompt, load_prompts
 from randomness import uniforms
 from reviews import movie_reviews
@@ -32,18 +34,30 @@ FILES = {"validation": "val", "test": "test"}  # the splits of --eval_split both
 
 
 @torch.no_grad()
-def evaluate_policy(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> list[dict]:
+def evaluate_policy(
+    policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, name: str = "evaluation"
+) -> list[dict]:
     """One row a prompt: response, raw reward and its terms, length, whether it ended, KL (k1), value, likelihood.
 
     KL to the reference, and log-likelihood under it (`reference_logprob`), in nats a response at the sampling
-    temperature. The random numbers are a function of config.seed alone: two policies draw alike.
+    temperature. The random numbers are a function of config.seed alone: two policies draw alike. `name` is what the
+    progress bar says.
     """
     random_numbers = uniforms(config.seed, "evaluation", 0, (len(prompts), config.max_new_tokens))
     table = []
-    for start in range(0, len(prompts), config.batch_size):
-        batch = slice(start, start + config.batch_size)
-        table += evaluate_batch(policy, fixed, prompts[batch], random_numbers[batch], config)
+    with progress(len(prompts), name, "prompt") as advance:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = slice(start, start + config.batch_size)
+            rows = evaluate_batch(policy, fixed, prompts[batch], random_numbers[batch], config)
+            table += rows
+            advance(bar_numbers(table), len(rows))
     return table
+
+
+def bar_numbers(rows: list[dict]) -> dict[str, str]:
+    """The few numbers that matter, over the rows so far, for the progress bar."""
+    reward, kl, length, ended = (fmean(row[name] for row in rows) for name in ("reward", "kl", "length", "ended"))
+    return {"reward": f"{reward:.2f}", "kl": f"{kl:.2f}", "length": f"{length:.0f}", "eos": f"{ended:.0%}"}
 
 
 def evaluate_batch(
@@ -304,7 +318,8 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     for split in prompts:
         tables[split] = {}
         for name, policy in policies.items():
-            tables[split][name] = evaluate_policy(policy, fixed, prompts[split], config)
+            label = f"{name}, {split} prompts"
+            tables[split][name] = evaluate_policy(policy, fixed, prompts[split], config, name=label)
             if references:
                 add_rouge(tables[split][name], references[split])
     comparison = {"policies": paths, "splits": {}}

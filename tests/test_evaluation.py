@@ -2,6 +2,7 @@
 
 import copy
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from micro import micro_config, review_texts
 
+import evaluation
 from config import UsageError
 from evaluation import (
     add_rouge,
@@ -365,3 +367,26 @@ def test_policies_are_named_by_flags_or_are_the_runs_start_and_end():
 def test_policies_without_a_name_or_a_folder_or_with_the_same_name_are_refused(entries):
     with pytest.raises(UsageError, match=f"--policies {entries[-1]!r}: expected NAME=FOLDER_OR_ID"):
         policy_paths(micro_config(policies=entries), "start")
+
+
+def test_an_evaluation_says_how_far_it_is_with_the_numbers_that_matter(tokenizer, monkeypatch):
+    """10 prompts in batches of 4: the means over all rows so far."""
+    told = []
+
+    @contextmanager
+    def progress(total: int, name: str, unit: str):
+        told.append((total, name, unit))
+        yield lambda numbers, count: told.append((numbers, count))
+
+    monkeypatch.setattr(evaluation, "progress", progress)
+    table = evaluated(new_policy(tokenizer), new_policy(tokenizer, seed=1), tokenizer, batch_size=4)
+    start, *batches = told
+    assert start == (10, "evaluation", "prompt") and [count for _, count in batches] == [4, 4, 2]
+    for done, (numbers, _) in zip((4, 8, 10), batches, strict=True):
+        means = {name: np.mean([row[name] for row in table[:done]]) for name in ("reward", "kl", "length", "ended")}
+        assert numbers == {
+            "reward": f"{means['reward']:.2f}",
+            "kl": f"{means['kl']:.2f}",
+            "length": f"{means['length']:.0f}",
+            "eos": f"{means['ended']:.0%}",
+        }

@@ -198,7 +198,7 @@ def test_runs_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert [(str(folder), {name: str(path) for name, path in runs.items()}) for folder, runs in given] == [
         ("home", paths)
     ]
-    assert capsys.readouterr().out == "using home\ndrawn\n"
+    assert capsys.readouterr() == ("drawn\n", "using home\n")
     for twice in ("0.1=home", "other=sweep/0.1"):
         assert main(["--task", "plot", "--output_dir", "home", *policies, "--policies", twice]) == 2
         assert "expected NAME=FOLDER of each run, each of them once" in capsys.readouterr().err
