@@ -15,7 +15,7 @@ from torch.nn.functional import logsigmoid
 from torchtyping import TensorType, is_float
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import stage_folder
+from checkpoint import notice, stage_folder
 from config import Config, UsageError
 from dataset import column, load_rows, pad
 from device import prepare_device
@@ -193,6 +193,7 @@ def run_reward(config: Config, base_model: str) -> Path:
     tokenizer.model_max_length = length  # of the texts that it has learned from
     can_be_padded = padding_is_harmless(model, tokenizer)
     results, accuracy = held_out_predictions(config, model, tokenizer, held_out, can_be_padded)
-    figure = plot_reliability(folder, probabilities=results.certainty.tolist(), right=results.is_right.tolist())
+    certainties, is_right = results.certainty.tolist(), results.is_right.tolist()
+    figure = plot_reliability(folder, certainties, is_right, n_labels=max(2, len(names)), notice=notice(config))
     print(f"reward model: held-out accuracy {accuracy}, in {folder} (reliability: {figure})")
     return folder
