@@ -155,7 +155,7 @@ def no_figures(monkeypatch):
 
 @pytest.fixture
 def no_bars(monkeypatch):
-    """Bars take as long: they are drawn in one test of the evaluate task, and in test_plot.py."""
+    """A comparison takes as long to draw: one test of the evaluate task does, and test_plot.py."""
     monkeypatch.setattr("plot.plot_comparison", lambda folder, notice="": folder / "plots/comparison.png")
 
 

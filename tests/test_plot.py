@@ -1,4 +1,4 @@
-"""Figures hold what the files hold; tables, and bars of a comparison: the bounds that training should keep to."""
+"""Figures hold what the files hold; tables of a comparison: the bounds that training should keep to."""
 
 import json
 import math
