@@ -21,11 +21,11 @@ class Terminal(io.StringIO):
 
 
 def generated(capsys, *arguments: str) -> str:
-    """What `generate` prints below the line that names the run."""
+    """What `generate` prints: responses alone, as the run is named on standard error."""
     assert run_main("--task", "generate", *arguments) == 0
-    first, rest = capsys.readouterr().out.split("\n", 1)
-    assert first == f"using {PPO}"
-    return rest
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"using {PPO}\n")
+    return captured.out
 
 
 def test_generate_answers_each_prompt_and_repeats_itself(workplace, capsys):
@@ -93,7 +93,7 @@ def test_generate_takes_the_newest_run(workplace, capsys):
         os.utime(older / "value_head.safetensors", (1e9, 1e9))
         os.utime(newest / "value_head.safetensors", (2e9, 2e9))
         assert run_main("--task", "generate", "--prompt", "The film") == 0
-        assert capsys.readouterr().out.startswith(f"using {newest}\n")
+        assert capsys.readouterr().err.startswith(f"using {newest}\n")
 
 
 BAD_PROMPTS = {
