@@ -216,9 +216,9 @@ def test_the_best_so_far_is_a_run(workplace, no_bars, monkeypatch, capsys):
     for folder in ("mine", "mine/checkpoints/best", "mine/checkpoints"):
         capsys.readouterr()
         assert run_main("--task", "generate", "--output_dir", folder, "--prompt", "The film", "--temperature", "0") == 0
-        using, answer = capsys.readouterr().out.split("\n", 1)
-        assert using == "using mine/checkpoints/best"
-        answers.append(answer)
+        said = capsys.readouterr()
+        assert said.err.startswith("using mine/checkpoints/best\n")
+        answers.append(said.out)
     assert answers[0].startswith("The film") and len(set(answers)) == 1
     best = listing(workplace / "mine/checkpoints/best")
     assert run_main("--task", "evaluate", "--output_dir", "mine/checkpoints/best") == 0
@@ -238,7 +238,7 @@ def test_the_best_so_far_gives_way_to_the_run_that_is_over(workplace, monkeypatc
     for expected in (str(PPO), best):
         capsys.readouterr()
         assert run_main(*asked) == 0
-        assert capsys.readouterr().out.startswith(f"using {expected}\n")
+        assert capsys.readouterr().err.startswith(f"using {expected}\n")
         if expected == str(PPO):
             (workplace / PPO).rename("elsewhere")
     (workplace / best).parent.rename("gone")
@@ -248,16 +248,17 @@ def test_the_best_so_far_gives_way_to_the_run_that_is_over(workplace, monkeypatc
 
 
 def test_the_best_adapter_so_far_is_a_run(workplace, no_bars, monkeypatch, capsys):
-    """Its base is a path from where the run was started."""
+    """Its base is named by a path from where the run was started, and found from anywhere."""
     Path("base").symlink_to("saved_models/tiny/sft")
     adapter = ["--base_model_name", "base", "--lora_r", "2", "--learning_rate", "0.01", "--output_dir", "mine"]
     adapter += ["--reward_model_path", "saved_models/tiny/reward", "--max_prompt_length", "12"]
     interrupted_at_its_third_update(monkeypatch, *adapter)
     best = workplace / "mine/checkpoints/best"
-    assert json.loads((best / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert json.loads((best / "adapter_config.json").read_text())["base_model_name_or_path"] == str(workplace / "base")
     capsys.readouterr()
     assert run_main("--task", "generate", "--output_dir", "mine", "--prompt", "The film") == 0
-    assert capsys.readouterr().out.startswith("using mine/checkpoints/best\nThe film")
+    said = capsys.readouterr()
+    assert said.err.startswith("using mine/checkpoints/best\n") and said.out.startswith("The film")
     assert run_main("--task", "evaluate", "--output_dir", "mine/checkpoints/best") == 0
     own = figures_of(workplace / "mine/results/comparison.json")
     assert own["before"]["kl"] == 0 < own["after"]["kl"] and own["after"]["value_std"] > 0

@@ -306,7 +306,7 @@ def test_a_classifier_in_8_bits_reads_a_text_at_a_time(tmp_path, monkeypatch):
     """Its products round by the largest numbers of the whole batch."""
     save_head("bert", tmp_path)
     seen = []
-    monkeypatch.setattr(reward, "quantized", lambda *_: {})
+    monkeypatch.setattr(reward, "quantized", lambda *_, **__: {})
     real = reward.text_logits
     monkeypatch.setattr(reward, "text_logits", lambda *a, **k: (seen.append(k.get("batch_size")), real(*a, **k))[1])
     for in_8bit in (False, True):
