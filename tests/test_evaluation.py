@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from micro import micro_config, review_texts
+from tiny_models import letter_tokenizer, tiny_policy
 
+import evaluation
 from config import UsageError
 from evaluation import (
     add_rouge,
@@ -261,6 +263,17 @@ def test_a_policy_is_evaluated_row_by_row(temperature, tokenizer):
         assert row["kl"] == pytest.approx((scores.logprobs - others.logprobs).sum().item(), abs=1e-4)
         assert row["reference_logprob"] == pytest.approx(others.logprobs.sum().item(), abs=1e-4)
         assert row["value"] == pytest.approx(scores.values[0, 0].item(), abs=1e-4)
+
+
+@pytest.mark.parametrize(("family", "text"), [("gpt2", "cffa"), ("t5", "cf\nfa")])
+def test_a_judge_is_given_prompt_and_response_as_the_policys_family_has_them(family, text, monkeypatch):
+    """A causal model goes on from its prompt, an encoder-decoder answers on a line of its own."""
+    policy, tokenizer = tiny_policy(family), letter_tokenizer()
+    real = evaluation.respond
+    monkeypatch.setattr(evaluation, "respond", lambda *args: real(*args)._replace(texts=["fa"]))
+    fixed = Fixed(policy, tokenizer, {"one": lambda prompts, responses, rows: torch.ones(len(responses))})
+    (row,) = evaluate_policy(policy, fixed, [Prompt("cf", [4, 7], {})], micro_config(reward_weights="one=1"))
+    assert (row["query"], row["response"], row["text"]) == ("cf", "fa", text)
 
 
 def test_two_policies_draw_with_the_same_random_numbers(tokenizer):
