@@ -658,7 +658,7 @@ def test_an_update_is_in_train_mode_and_what_collects_is_in_eval_mode():
     policy.language_model.register_forward_pre_hook(
         lambda module, *_: modes.append((torch.is_grad_enabled(), module.training))
     )
-    train_all(policy, settings())
+    train_all(policy, settings(n_updates=2))  # the second rollout finds the policy in train mode
     assert set(modes) == {(False, False), (True, True)}
 
 
