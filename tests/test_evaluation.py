@@ -28,6 +28,7 @@ from evaluation import (
 )
 from model import PolicyModel
 from prompts import Prompt
+from randomness import uniforms
 from reviews import movie_reviews
 from sft import new_language_model
 from train import Fixed
@@ -295,6 +296,21 @@ def test_an_evaluation_draws_alike_whatever_the_batches_are(tokenizer):
     for batch_size in (2, 10, 64):
         again = evaluated(policy, reference, tokenizer, batch_size=batch_size)
         assert [row["response_ids"] for row in again] == [row["response_ids"] for row in table]
+
+
+def test_every_prompt_of_an_evaluation_has_random_numbers_of_its_own(tokenizer, monkeypatch):
+    """Prompt i has row i of the evaluation's, in whichever batch it is."""
+    seen, real = [], evaluation.respond
+
+    def respond(policy, tokenizer, prompts, numbers, config):
+        seen.append(numbers)
+        return real(policy, tokenizer, prompts, numbers, config)
+
+    monkeypatch.setattr(evaluation, "respond", respond)
+    policy = new_policy(tokenizer)
+    evaluated(policy, policy, tokenizer, batch_size=4, seed=5)
+    assert [len(numbers) for numbers in seen] == [4, 4, 2]
+    assert torch.equal(torch.cat(seen), uniforms(5, "evaluation", 0, (10, 12)))
 
 
 def row(query: str, response: str, reward: float, length: int, **changes) -> dict:
