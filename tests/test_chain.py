@@ -13,7 +13,9 @@ import torch
 from helpers import assert_all_moved, read_log, read_stats
 from micro import PPO, SETTINGS, assert_refused, flags, listing, run_main
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 import generate
 import train
@@ -311,3 +313,28 @@ def test_a_run_whose_sampler_and_scorer_disagree_stops_before_anything_is_traine
         assert "error: sampling and scoring disagree by" in captured.err.splitlines()[-1]
         assert "invariants hold" not in captured.out
     assert listing(workplace) == before
+
+
+def test_mixed_precision_is_that_of_every_product_in_every_task(workplace, no_bars, monkeypatch):
+    """Of sampler, policy, critic, reference and update, and of the policies that are loaded again: GPT-2's layers give
+    bfloat16 wherever they are read. Numbers alone would differ by another kernel of attention as well."""
+    monkeypatch.setattr("loading.check_can_be_sampled", lambda *_: None)  # which reads a few tokens in float32
+    monkeypatch.setattr("evaluation.load_fluency_judge", lambda *_: None)  # a judge's precision is its own
+    (workplace / "r.py").write_text("def reward(prompts, responses, rows):\n    return [1.0 for _ in responses]\n")
+    found = set()
+
+    def note(module, inputs, output) -> None:
+        if isinstance(module, Conv1D):
+            found.add((torch.is_grad_enabled(), output.dtype))
+
+    asked = flags(mixed_precision="bf16", critic="separate", reward_fn="r.py:reward", output_dir="mixed", n_updates=1)
+    without, with_gradient = (False, torch.bfloat16), (True, torch.bfloat16)
+    with register_module_forward_hook(note):
+        for arguments, expected in (
+            (["train", *asked], {without, with_gradient}),
+            (["evaluate", "--output_dir", "mixed"], {without}),
+            (["generate", "--output_dir", "mixed", "--prompt", "The film"], {without}),
+        ):
+            found.clear()
+            assert run_main("--task", *arguments) == 0
+            assert found == expected, arguments
