@@ -111,6 +111,7 @@ def new_models(size: Size, config: Config) -> tuple[PolicyModel, train.Fixed]:
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", pad_token="<eos>")
     shape = {"vocab_size": size.vocab, "n_embd": size.hidden, "n_layer": size.layers, "n_head": size.heads}
+    shape |= {"bos_token_id": None, "eos_token_id": None}  # GPT-2's own would end a response
     gpt2_config = GPT2Config(**shape, n_positions=max(1024, size.query_len + size.response_len))
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(prepare_config(gpt2_config)).save_pretrained(folder)
