@@ -114,6 +114,14 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     tokenizer.n_embedded = n_embedded  # for `bare_ids` of prompts.py: a text may hold one of the idle ones
 
 
+def check_has_words(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
+    """Raise UsageError for a tokenizer that transformers has made up, of special tokens and at most the mark of a
+    space, because there are no files of one.
+    """
+    if len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) < 2:
+        raise UsageError(f"{problem} holds no tokenizer: expected tokenizer.json, or what the tokenizer was saved as")
+
+
 def add_no_end(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
     """Have the tokenizer of a causal model put no EOS behind a text that is to be gone on from."""
     before, behind = special_ends(tokenizer)
@@ -145,6 +153,7 @@ def load_tokenizer(
     else:
         place, place_flag = base, base_flag
     tokenizer = load(transformers.AutoTokenizer.from_pretrained, place_flag, place)
+    check_has_words(tokenizer, f"--{place_flag} {place}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     problem = f"--{place_flag} {place}"

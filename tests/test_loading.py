@@ -129,6 +129,15 @@ def test_a_policys_tokenizer_needs_an_eos_token_and_a_reward_models_does_not(tmp
             load_tokenizer(str(tmp_path), flag)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "bert"])
+def test_a_folder_without_a_tokenizer_is_refused(kind, tmp_path):
+    """transformers would make one up, by which a text has no token or only unknown ones."""
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    for flag, writes in (("base_model_name", True), ("reward_model_path", False)):
+        with pytest.raises(UsageError, match=rf"--{flag} {tmp_path} holds no tokenizer: expected tokenizer\.json"):
+            load_tokenizer(str(tmp_path), flag, writes=writes)
+
+
 @pytest.mark.parametrize("flag", ["base_model_name", "reward_model_path", "policies"])
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(flag, tmp_path):
     """Its last tokens would be an index error; a model may embed more than that, as many do to be even."""
