@@ -1,12 +1,13 @@
 """What came of a run, to be read and looked at: tables and figures of its training curves and its evaluation."""
 
+import io
 import json
 import math
 import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from checkpoint import check_writable, run_of
+from checkpoint import check_writable, run_of, write_whole
 from config import UsageError
 
 PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
@@ -139,7 +140,10 @@ def new_figure(n_panels: int) -> list:
 
 
 def save_figure(panel, path: Path, title: str, notice: str = "") -> Path:
-    """Write a panel's figure with the panel's labels, a title and the notice's gist. Raises UsageError if it cannot."""
+    """Write a panel's figure with the panel's labels, a title and the notice's gist.
+
+    Raises UsageError for a folder that cannot be written, RunError if the disk is full.
+    """
     figure = panel.figure
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
@@ -149,7 +153,9 @@ def save_figure(panel, path: Path, title: str, notice: str = "") -> Path:
     figure.supxlabel(gist, wrap=True, fontsize=7)
     check_writable(path.parent)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_whole(path, image.getvalue())
     return path
 
 
