@@ -33,6 +33,12 @@ def generate(config: Config, reward_model_path: str) -> None:
     if config.output:
         check_new_file(Path(config.output))
     given = given_rows(config)
+    if config.output and config.dry_run:
+        print(
+            f"dry run: {len(given) * config.num_samples} responses would be written to {config.output}, such as these:"
+        )
+        given = given[:3]
+        config = replace(config, num_samples=1)
     config = replace(config, prompt_tokens=0)  # they are for cutting training texts down to openings
     device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
@@ -68,10 +74,14 @@ def write_responses(
         new_rows, problem = output_rows(prompts, responses, terms, config)
         rows += new_rows
         problems += [problem] * len(new_rows) if problem else []
-    output = Path(config.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    print(f"{len(rows)} responses: {output}")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if config.dry_run:
+        print(lines, end="")
+    else:
+        output = Path(config.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(output, lines)
+        print(f"{len(rows)} responses: {output}")
     if problems:
         told = f"note: {len(problems)} of {len(rows)} have null for a reward"
         print(f"{told}: {problems[0]}; --without_reward leaves it out", file=sys.stderr)

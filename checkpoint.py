@@ -30,11 +30,13 @@ TRAINED_ON = (
     "n_head",
     "n_reviews",
 )
+POLICY_MARKER = "value_head.safetensors"  # a folder that holds it holds a policy
 REWARD_COLUMNS = ("label_column", "chosen_column", "rejected_column")  # more of a reward model's data
 TRAINED_BY = {
     "sft": ("completion_column", "sft_epochs", "sft_steps", "sft_batch_size", "sft_learning_rate"),
     "reward": ("reward_steps", "reward_batch_size", "reward_learning_rate"),
 }
+COMPLETIONS_BY = ("prompt_tokens", "max_prompt_length", "max_new_tokens", "long_prompts")  # where answers are learned
 
 
 def notice(config: Config) -> str:
@@ -77,6 +79,7 @@ def whole_folder(path: Path, replaces: str = "") -> Iterator[Path]:
         yield scratch
         for file in scratch.rglob("*"):
             if file.is_file():
+                file.chmod(usual_mode())  # safetensors lets nobody else read what it writes
                 flush_to_disk(file)
         if replaces and (path / replaces).exists():
             shutil.rmtree(path)
@@ -86,6 +89,13 @@ def whole_folder(path: Path, replaces: str = "") -> Iterator[Path]:
         raise RunError(f"{path} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def usual_mode() -> int:
+    """The mode of a new file, as the user's umask has it, which can be read only by setting another."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -146,7 +156,17 @@ def new_stage_folder(config: Config) -> Path:
 
 
 def starting_model(config: Config) -> str:
-    """The model that PPO starts from: the sft stage's where there is one or is to be one, else --base_model_name."""
+    """The model that PPO starts from: the sft stage's where there is one or is to be one, else --base_model_name.
+
+    Raises UsageError for an adapter to go on with, and no model that it is for.
+    """
+    if config.task == "train" and config.peft_model_path and config.trains_from_scratch:
+        settings = Path(config.peft_model_path) / "adapter_config.json"
+        own = read_object(settings).get("base_model_name_or_path") if settings.exists() else None
+        raise UsageError(
+            f"--peft_model_path {config.peft_model_path} is an adapter: "
+            f"say what model it is for, --base_model_name {own or 'MODEL'}"
+        )
     stage = stage_folder(config, "sft")
     from_stage = config.trains_from_scratch or config.sft_first or (stage.exists() and config.task != "sft")
     return str(stage) if from_stage else config.base_model_name
@@ -167,6 +187,8 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         names += REWARD_COLUMNS
     if config.trains_from_scratch or (stage == "sft" and config.sft_first):  # else they are another command's
         names += TRAINED_BY[stage]
+        if stage == "sft" and config.completion_column:
+            names += COMPLETIONS_BY
     had = {}
     wanted = {}
     for name in names:
@@ -190,24 +212,50 @@ def run_of(entry: str) -> tuple[str, str]:
     return Path(entry).name, entry
 
 
-def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = "value_head.safetensors") -> Path:
+def best_of(run: Path) -> Path:
+    """Where a run keeps the best policy so far, until it ends."""
+    return run / "checkpoints" / "best"
+
+
+def run_above(folder: Path) -> Path:
+    """The run whose best policy so far the folder is; any other folder is itself."""
+    run = Path(os.path.normpath(folder / ".." / ".."))
+    is_best = folder.resolve() == best_of(run).resolve() and (run / "run_config.json").exists()
+    return run if is_best else folder
+
+
+def policy_folder(path: str) -> str:
+    """The folder of a run's policy: the best so far where training is not over. Any other path is itself."""
+    best = best_of(Path(path))
+    is_unfinished = (best / POLICY_MARKER).exists() and not (Path(path) / POLICY_MARKER).exists()
+    return str(best) if is_unfinished else path
+
+
+def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = POLICY_MARKER) -> Path:
     """The newest run that holds the file `marker`: output_dir or one in it, else one of that name or preset, or any.
 
-    Raises UsageError if there is none.
+    Where none of them is over, it is the newest of what they hold as their best so far. Raises UsageError if there is
+    nothing.
     """
     if output_dir:
         own = Path(output_dir)
-        folders = [own] if (own / marker).exists() else own.glob("*")
+        if marker != POLICY_MARKER:
+            own = run_above(own)  # which has the logs
+        is_one = (own / marker).exists() or (best_of(own) / marker).exists()
+        folders = [own] if is_one else list(own.glob("*"))
         problem = f"--output_dir {output_dir} holds"
     else:
         place = name.partition("{")[0] or f"{preset}*"
-        folders = Path("saved_models").glob(f"{place}/**/ppo*")
+        folders = list(Path("saved_models").glob(f"{place}/**/ppo*"))
         problem = "saved_models/ holds"
         if preset:
             problem = f"--preset {preset}: {problem}"
         if name:
             problem = f"--run_name {name}: {problem}"
     runs = [folder for folder in folders if (folder / marker).exists()]
+    runs = runs or [best_of(folder) for folder in folders if (best_of(folder) / marker).exists()]
+    if not runs and output_dir and run_above(own) != own and (run_above(own) / marker).exists():
+        raise UsageError(f"{problem} no policy any more: that run is over, and has it in {run_above(own)}")
     if not runs:
         raise UsageError(f"{problem} no trained run; run `python main.py --task train` first")
     return max(runs, key=lambda run: (run / marker).stat().st_mtime)
@@ -218,7 +266,7 @@ def run_settings(settings: dict) -> dict:
     folder = settings.pop("output_dir", "")
     name = settings.pop("run_name", "")
     preset = settings.pop("preset", "")
-    marker = "value_head.safetensors"
+    marker = POLICY_MARKER
     if settings["task"] == "plot":
         marker = "training_stats.json"
         policies = settings.get("policies", ())
@@ -305,6 +353,11 @@ def claim_folder(folder: Path, config: Config) -> None:
         raise RunError(f"{folder} cannot be made: {error.strerror}") from None
     if any(folder.iterdir()):
         raise RunError(f"{folder} has been taken by another run meanwhile; start again")
+    write_settings(folder, config)
+
+
+def write_settings(folder: Path, config: Config) -> None:
+    """Leave in a run's folder its settings, by which the tasks that use a run go, and the notice."""
     write_whole(folder / "run_config.json", to_json(config))
     text = notice(config)
     if text:

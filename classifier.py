@@ -4,6 +4,7 @@ It starts from a language model's trunk. The classifier also sees texts cut shor
 beginning tells, and cannot be won over by one.
 """
 
+import copy
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -19,13 +20,14 @@ from checkpoint import stage_folder
 from config import Config, UsageError
 from dataset import column, load_rows, pad
 from device import prepare_device
-from loading import load, load_tokenizer
+from loading import load_tokenizer, load_weights
 from plot import plot_reliability
 from probe import context_length, special_ends
 from prompts import bare_ids, prompt_texts, text_ids
+from provenance import Source, columns_read
 from randomness import uniforms
 from reward import PAIR_SEPARATOR, joined, padding_is_harmless, text_logits
-from sft import fit, length_grouped, own_loss, save_stage
+from sft import fit, length_grouped, own_loss, save_stage, try_out
 
 
 def classifier_batch(
@@ -118,10 +120,11 @@ def class_batches(
 
 def new_classifier(base_model: str, names: dict[int, str], pad_id: int) -> PreTrainedModel:
     """The base model's trunk under a new head with these labels. Raises UsageError for an encoder-decoder."""
-    model = load(
-        AutoModelForSequenceClassification.from_pretrained,
+    model = load_weights(
+        AutoModelForSequenceClassification,
         "base_model_name",
         base_model,
+        is_new=True,
         dtype=torch.float32,
         num_labels=len(names),
         id2label=names,
@@ -150,28 +153,58 @@ def held_out_predictions(
     tokenizer: PreTrainedTokenizerBase,
     rows: list[dict],
     can_be_padded: bool = True,
-) -> tuple[Predictions, str]:
-    """The `predictions` for pairs or whole texts; and how many are right, also on first halves of texts, in letters."""
+) -> tuple[Predictions, dict[str, float]]:
+    """The `predictions` for pairs or whole texts; and by name which share of them is right, and of first halves."""
     score = partial(text_logits, model, tokenizer, can_be_padded=can_be_padded)
     if config.chosen_column:
         chosen, rejected = pair_texts(rows, config, tokenizer)
         rewards = [score(texts)[:, 0] for texts in (rejected, chosen)]
         pairs = predictions(torch.stack(rewards, dim=1), [1] * len(rows))  # the probability is σ(Δr), as in the loss
-        return pairs, f"{pairs.is_right.float().mean():.1%} of {len(rows)} pairs"
+        return pairs, {"accuracy": share_right(pairs)}
     labels = column(rows, config.label_column, "label_column", int)
     texts = column(rows, config.prompt_column, "prompt_column")
     first_halves = [text[: math.ceil(len(text) / 2)] for text in texts]
     whole = predictions(score(texts), labels)
     half = predictions(score(first_halves), labels)
-    on_whole = f"{whole.is_right.float().mean():.1%} on whole texts"
-    on_halves = f"{half.is_right.float().mean():.1%} on their first halves"
-    return whole, f"{on_whole}, {on_halves}"
+    return whole, {"accuracy": share_right(whole), "accuracy_on_first_halves": share_right(half)}
+
+
+def share_right(results: Predictions) -> float:
+    return results.is_right.double().mean().item()
+
+
+def told_accuracy(accuracy: float, n_rows: int, accuracy_on_first_halves: float | None = None) -> str:
+    """What `held_out_predictions` measured, in words: on pairs, where there are no first halves."""
+    if accuracy_on_first_halves is None:
+        return f"{accuracy:.1%} of {n_rows} pairs"
+    return f"{accuracy:.1%} on whole texts, {accuracy_on_first_halves:.1%} on their first halves"
+
+
+def label_columns(config: Config) -> list[str]:
+    """The columns that a reward model reads beside the text's."""
+    return [config.chosen_column, config.rejected_column] if config.chosen_column else [config.label_column]
+
+
+def check_labels(rows: list[dict], held_out: list[dict], config: Config) -> None:
+    """Raise UsageError unless both have the answers of a reward model of pairs, or classes from 0 of a classifier."""
+    if config.chosen_column:
+        for some_rows in (rows, held_out):
+            column(some_rows, config.chosen_column, "chosen_column")
+            column(some_rows, config.rejected_column, "rejected_column")
+        return
+    known = class_names(rows, config)
+    for label in column(held_out, config.label_column, "label_column", int):
+        if label not in known:
+            raise UsageError(
+                f"--label_column {config.label_column!r} holds {label} in held-out rows, which no row to train on has"
+            )
 
 
 def run_reward(config: Config, base_model: str) -> Path:
     """The `reward` stage: a classifier of labelled texts, or of pairs the reward model that prefers the chosen ones.
 
-    Prints the held-out accuracy, draws how far the model's own certainty can be relied on, and saves all whole.
+    Prints the held-out accuracy, draws how far the model's own certainty can be relied on, and saves all whole. A dry
+    run makes all of it but the steps, and leaves nothing.
     """
     folder = stage_folder(config, "reward")
     device = prepare_device(config)
@@ -188,11 +221,19 @@ def run_reward(config: Config, base_model: str) -> Path:
     else:
         batches = class_batches(rows=rows, config=config, tokenizer=tokenizer, length=length, device=device)
         loss = own_loss
+    if config.dry_run:
+        first = try_out(model, batches, "reward model", loss_of=loss)
+        told = f"{len(rows):,} rows in {config.reward_steps:,} steps; the first loss is {first:.3f}"
+        print(f"dry run: {folder} would be a reward model of {base_model}, on {told}")
+        return folder
     fit(model, batches, config.reward_steps, config.reward_learning_rate, "reward model", loss_of=loss)
-    save_stage(folder, model, tokenizer, config)
-    tokenizer.model_max_length = length  # of the texts that it has learned from
-    can_be_padded = padding_is_harmless(model, tokenizer)
-    results, accuracy = held_out_predictions(config, model, tokenizer, held_out, can_be_padded)
+    reader = copy.deepcopy(tokenizer)  # it is told to cut and to pad, and the tokenizer is saved as it is
+    reader.model_max_length = length  # of the texts that the model has learned from
+    can_be_padded = padding_is_harmless(model, reader)
+    results, figures = held_out_predictions(config, model, reader, held_out, can_be_padded)
+    source = Source(columns_read(config, rows[0], *label_columns(config)), rows, held_out, start=base_model)
+    save_stage(folder, model, tokenizer, config, source, **figures)
     figure = plot_reliability(folder, probabilities=results.certainty.tolist(), right=results.is_right.tolist())
+    accuracy = told_accuracy(n_rows=len(held_out), **figures)
     print(f"reward model: held-out accuracy {accuracy}, in {folder} (reliability: {figure})")
     return folder

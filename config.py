@@ -12,7 +12,7 @@ import os
 import platform
 import reprlib
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +36,7 @@ class RunError(Exception):
 VERSION = "0.1.0"
 TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")
 USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finished run and its settings
+MIN_TEMPERATURE = 1e-3  # below it, logits over it could leave float32
 REWARD_WEIGHTS = (
     "terms and weights, of reward_model, reward_fn, repetition (below 0 to punish it) and length (above 0), as in "
     "reward_model=1.0,repetition=-0.5,length=0.1; none: reward_fn if it is given, else reward_model"
@@ -45,10 +46,6 @@ POLICIES = (
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
 )
 MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest that measures as exact as float32"
-PLACES = (  # settings that name a file or folder
-    *("output_dir", "final_dir", "run_name", "base_model_name", "peft_model_path", "reward_model_path"),
-    *("dataset_path", "reward_fn", "policies", "prompts", "output"),
-)
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on Linux as on macOS
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
@@ -65,7 +62,7 @@ READERS = {  # the tasks that read a group's settings, but for those of SOME_REA
     "generate": ("generate",),
 }
 SOME_READ = {  # tasks: the settings that these alone read
-    ("train",): "final_dir dry_run lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
+    ("train",): "final_dir lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
     "missing_eos_penalty whiten_scores normalize_scores score_clip",
     ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
     "prompt_template chat",
@@ -79,6 +76,10 @@ SOME_READ = {  # tasks: the settings that these alone read
     ("evaluate",): "reference_column eval_split",
     ("evaluate", "plot"): "policies",
 }
+
+
+# settings that are, or begin with, a file or folder
+PATHS = "output_dir final_dir base_model_name peft_model_path dataset_path reward_model_path reward_fn prompts output"
 
 
 def option(group: str, default, text: str, allowed: str | tuple[str, ...] = ""):
@@ -103,7 +104,7 @@ class Config:
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
     matmul_precision: str = option("task", "auto", MATMUL_PRECISION, ("auto", "highest", "high", "medium"))
-    dry_run: bool = option("task", False, "do everything but the update: preflight, one rollout, three samples")
+    dry_run: bool = option("task", False, "check all that can be, show three samples, write nothing")
 
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
     dtype: str = option("model", "float32", "of the weights", ("float32", "bfloat16", "float16"))
@@ -207,6 +208,14 @@ class Config:
             check_value(spec, getattr(self, spec.name))
         if self.task == "train":
             self.check_batches()
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise UsageError(
+                f"--temperature is {self.temperature}, expected {MIN_TEMPERATURE} or more, or 0 for greedy choice"
+            )
+        if self.chosen_column and self.chosen_column == self.rejected_column:
+            raise UsageError(
+                f"--chosen_column and --rejected_column are both {self.chosen_column}: expected two columns"
+            )
         self.check_weights_dtype()
         if self.critic == "encoder" and self.lam != 1:
             raise UsageError(f"--critic encoder values the prompt alone, unbiased for --lam 1 only, not {self.lam}")
@@ -323,7 +332,7 @@ def check_place(name: str, value: str) -> None:
 
 def check_value(spec: dataclasses.Field, value) -> None:
     """Raise UsageError if a field's value is not among its choices or not in its interval, or can name no file."""
-    if spec.name in PLACES:
+    if spec.name in (*PATHS.split(), "run_name", "policies"):
         for place in (value,) if isinstance(value, str) else value:
             check_place(spec.name, place)
     choices = spec.metadata["choices"]
@@ -368,6 +377,15 @@ def as_whole(value) -> int:
     return int(number)
 
 
+def at_home(spec: dataclasses.Field, value):
+    """A file's or folder's name with `~` spelled out, as a shell does where it stands before the name alone."""
+    if spec.name in PATHS.split():
+        return os.path.expanduser(value)
+    if spec.name == "policies":  # NAME=~/FOLDER
+        return tuple("=".join(map(os.path.expanduser, entry.split("=", 1))) for entry in value)
+    return value
+
+
 def converted(value, kind: type):
     """The value as text, number, truth value or tuple of texts. Raises one of several errors where it is no such."""
     if value is None:
@@ -377,7 +395,7 @@ def converted(value, kind: type):
     if isinstance(value, (list, dict)) or (isinstance(value, bool) and kind is not bool):
         raise TypeError(value)
     if kind is bool and not isinstance(value, bool):
-        return {"true": True, "false": False}[str(value).lower()]
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[str(value).lower()]
     return as_whole(value) if kind is int else kind(value)
 
 
@@ -385,20 +403,24 @@ def coerce(spec: dataclasses.Field, value):
     """A file's or flag's value in the field's type: YAML reads 1e-5 as text. Raises UsageError where it cannot be."""
     kind = tuple if get_args(spec.type) else spec.type
     try:
-        return converted(value, kind)
+        return at_home(spec, converted(value, kind))
     except (TypeError, ValueError, KeyError, OverflowError):
         raise UsageError(f"--{spec.name} is {reprlib.repr(value)}, expected {kind.__name__}") from None
 
 
 def read_config_file(path: str) -> dict:
-    """The settings in a .yaml or .json file. Raises UsageError if it is missing, unreadable or no mapping."""
+    """The settings in a .yaml or .json file, all of them text as flags are: YAML alone would take `no` for false.
+
+    Raises UsageError if it is missing, unreadable or no mapping.
+    """
     try:
-        settings = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}  # JSON is YAML
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+        settings = yaml.load(text, yaml.BaseLoader) or {}  # JSON is YAML
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise UsageError(f"--config {path} cannot be read: {first_line(error)}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path} holds a {type(settings).__name__}, expected field names and values")
-    return settings
+    return {name: None if value in ("null", "~") else value for name, value in settings.items()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -482,6 +504,50 @@ def is_read(spec: dataclasses.Field, task: str) -> bool:
     return task in READERS[spec.metadata["group"]]
 
 
+def asks_classifier(config: Config) -> bool:
+    """Whether the reward has the term `reward_model`."""
+    return "reward_model" in config.reward_weights if config.reward_weights else not config.reward_fn
+
+
+WITHOUT_EFFECT = {  # settings: when they change nothing, and why
+    "reward_model_path reward_label reward_output reward_input reward_in_8bit": (
+        lambda config: config.task == "train" and not asks_classifier(config),
+        "no reward model is asked: name reward_model in --reward_weights to have it count",
+    ),
+    "length_range": (
+        lambda config: "length" not in config.reward_weights,
+        "the length has no weight: name length in --reward_weights",
+    ),
+    "merge": (
+        lambda config: not config.has_adapter,
+        "there is no adapter to fold in (--lora_r, --peft_model_path)",
+    ),
+    "lora_alpha": (lambda config: not config.lora_r, "there is no new adapter (--lora_r)"),
+    "lora_r": (lambda config: config.peft_model_path, "the adapter of --peft_model_path has a rank of its own"),
+    "kl_horizon": (lambda config: not config.kl_target, "--kl_coef is fixed (--kl_target)"),
+    "n_updates": (lambda config: config.epochs, "--epochs says how long to train"),
+    "sft_steps": (lambda config: config.sft_epochs, "--sft_epochs says how long to train"),
+    "vocab_size context_length n_layer n_embd n_head": (
+        lambda config: not config.trains_from_scratch,
+        "no model is made here, --base_model_name is",
+    ),
+    "n_reviews": (lambda config: config.dataset_path, "the data are those of --dataset_path"),
+    "without_reward": (lambda config: not config.output, "no response is written (--output)"),
+    "rejected_column": (lambda config: not config.chosen_column, "there are no pairs without --chosen_column"),
+    "label_column": (lambda config: config.chosen_column, "the reward model is trained on pairs (--chosen_column)"),
+}
+
+
+def notes(config: Config, given: Iterable[str]) -> list[str]:
+    """A sentence for every reason for which settings that were given change nothing."""
+    sentences = []
+    for names, (is_idle, because) in WITHOUT_EFFECT.items():
+        idle = [f"--{name}" for name in names.split() if name in given]
+        if idle and is_idle(config):
+            sentences.append(f"note: {', '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect: {because}")
+    return sentences
+
+
 def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict], dict] | None = None) -> Config:
     """Resolve flags, file, and preset into a Config; a task that uses a run needs `run_settings` of checkpoint.py.
 
@@ -511,7 +577,10 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
     base = run_settings(settings) if uses_a_run else preset_settings(settings)
     known = {name: value for name, value in base.items() if name in specs}  # an older run may have had others
     lent = {name: coerce(specs[name], value) for name, value in known.items()}
-    return Config(**(lent | settings))
+    config = Config(**(lent | settings))
+    for note in notes(config, settings):
+        print(note)
+    return config
 
 
 def describe(config: Config) -> str:

@@ -12,19 +12,21 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoint import stage_folder, trained_stage, write_table, write_whole
+from checkpoint import check_writable, policy_folder, run_above, stage_folder, write_table, write_whole
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
 from device import prepare_device
 from generate import respond, score_responses
 from loading import load_language_model, load_policy, load_tokenizer
 from model import PolicyModel
+from plot import sample_pairs
 from ppo import kl_estimate, masked_mean
 from preflight import check_context
 from prompts import Prompt, load_prompts
+from provenance import Source, columns_read, other_start, overlaps, usable_stage
 from randomness import uniforms
 from reviews import movie_reviews
-from reward import load_reward_terms, total_reward
+from reward import load_reward_terms, needs_reward_model, total_reward
 from sft import save_stage, train_language_model
 from train import Fixed
 
@@ -190,10 +192,11 @@ def load_text_judge(config: Config):
 def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
     """A language model trained on the judge's own rows with the run's tokenizer; kept for the next evaluation."""
     folder = stage_folder(config, "judge")
-    if not trained_stage(config, str(folder), "sft"):
+    if not usable_stage(config, str(folder), "sft", part="judge"):
         torch.manual_seed(config.seed + 1)
-        model = train_language_model(config, load_rows(config, "judge"), tokenizer, "fluency judge")
-        save_stage(folder, model, tokenizer, config)
+        rows = load_rows(config, "judge")
+        model = train_language_model(config, rows, tokenizer, "fluency judge")
+        save_stage(folder, model, tokenizer, config, Source(columns_read(config, rows[0]), rows, held_out=[]))
     return PolicyModel(load_language_model(str(folder), "float32", prepare_device(config))).eval()
 
 
@@ -252,7 +255,7 @@ def policy_paths(config: Config, base_model: str) -> dict[str, str]:
         name, _, path = entry.partition("=")
         if not name or not path or name in paths:
             raise UsageError(f"--policies {entry!r}: expected NAME=FOLDER_OR_ID, with a name of its own")
-        paths[name] = path
+        paths[name] = policy_folder(path)
     return paths
 
 
@@ -285,6 +288,31 @@ def load_held_out(config: Config, tokenizer) -> tuple[dict[str, list[Prompt]], d
     return prompts, references
 
 
+def models_used(config: Config, paths: dict[str, str], reward_model_path: str) -> list[str]:
+    """The policies' folders, and the reward model's where there is one."""
+    return [*paths.values(), *([reward_model_path] if needs_reward_model(config) else [])]
+
+
+def rows_to_judge_by(config: Config, prompts: dict[str, list[Prompt]]) -> dict[str, list[dict]]:
+    """The rows on which no model should have been trained: those of the prompts, by split, and those of the judges."""
+    rows = {split: [prompt.row for prompt in some] for split, some in prompts.items()}
+    return rows | ({"judge": load_rows(config, "judge")} if config.trains_from_scratch else {})
+
+
+def try_evaluation(
+    config: Config, policies: dict[str, PolicyModel], fixed: Fixed, prompts: dict[str, list[Prompt]], results: Path
+) -> None:
+    """What a dry run shows of an evaluation: a few prompts with each policy's response, and what would be left."""
+    few = next(iter(prompts.values()))[:3]
+    tables = {name: evaluate_policy(policy, fixed, few, config) for name, policy in policies.items()}
+    print(sample_pairs(compare(tables)))
+    counts = " and ".join(f"{len(some)} {split} prompts" for split, some in prompts.items())
+    print(f"dry run: {', '.join(policies)} would be compared on {counts}, in {results}")
+    judge = str(stage_folder(config, "judge"))
+    if config.trains_from_scratch and not usable_stage(config, judge, "sft", part="judge"):
+        print(f"dry run: {judge} would be a language model, the judge of fluency, trained on rows of its own")
+
+
 def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     """The `evaluate` task: every policy on the same held-out prompts, by every judge, written into results/."""
     device = prepare_device(config)
@@ -296,9 +324,15 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     reference = next(iter(policies.values()))
     terms = load_reward_terms(config, reward_model_path, device, reference.separator)
     fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)
+    notes = other_start(run_above(Path(config.output_dir)))
+    notes += overlaps(models_used(config, paths, reward_model_path), rows_to_judge_by(config, prompts))
+    print("".join(note + "\n" for note in notes), end="")
+    results = run_above(Path(config.output_dir)) / "results"
+    check_writable(results)
+    if config.dry_run:
+        return try_evaluation(config, policies, fixed, prompts, results)
     text_judge = load_text_judge(config) if config.trains_from_scratch else None
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
-    results = Path(config.output_dir) / "results"
     results.mkdir(exist_ok=True)  # before the work, as it may fail
     tables = {}
     for split in prompts:
@@ -307,7 +341,7 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
             tables[split][name] = evaluate_policy(policy, fixed, prompts[split], config)
             if references:
                 add_rouge(tables[split][name], references[split])
-    comparison = {"policies": paths, "splits": {}}
+    comparison = {"policies": paths, "notes": notes, "splits": {}}
     for split in prompts:
         comparison["splits"][split] = compare(tables[split], text_judge, fluency_judge, tokenizer.pad_token_id)
     write_results(results, comparison, tables, Path(config.dataset_path).stem or "reviews")

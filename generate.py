@@ -12,7 +12,7 @@ import torch
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
-from config import Config, UsageError
+from config import Config, RunError, UsageError
 from dataset import decode_responses, pad
 from model import PolicyModel, TokenOutputs, eval_mode, position_ids, score_in_passes
 from ppo import response_mask
@@ -54,7 +54,7 @@ def sample(
         inputs = first_inputs(policy.language_model, query_ids, query_mask)
         for t in range(max_new_tokens):
             output = policy.language_model(**inputs, use_cache=True)
-            logits = output.logits[:, -1].float()
+            logits = policy.drawable(output.logits[:, -1].float())
             if t < min_new_tokens:
                 logits[:, eos_ids] = float("-inf")
             ids[rows, t], logprobs[rows, t] = draw(logits, uniforms[rows, t], **options)
@@ -127,7 +127,8 @@ def draw(
     the fewest whose probabilities reach top_p.
     """
     if temperature == 0:
-        return logits.argmax(-1), torch.zeros_like(logits[:, 0])
+        highest, tokens = logits.max(-1)
+        return tokens, 0 * highest  # NaN where the logits are
     if temperature != 1:
         logits = logits / temperature
     if top_k:
@@ -190,6 +191,8 @@ def respond(
         on_tokens=on_tokens,
         **sampling_options(config),
     )
+    if not sampled.logprobs.isfinite().all():
+        raise RunError(not_finite(policy))
     texts = decode_responses(
         tokenizer,
         query_ids=query_ids,
@@ -207,6 +210,16 @@ def respond(
         # pads, be they an EOS themselves, stand behind one only
         has_eos=torch.isin(sampled.response_ids, torch.tensor(eos_ids, device=device)).any(1),
         texts=texts,
+    )
+
+
+def not_finite(policy: PolicyModel) -> str:
+    """What is told when a model's probabilities are no numbers: which of its weights is none, if one is."""
+    for name, weight in policy.named_parameters():
+        if not weight.isfinite().all():
+            return f"the model's probabilities are no numbers, as its weight {name} holds NaN or infinity"
+    return (
+        "the model's probabilities are no numbers: its logits overflow; try a higher --temperature or another --dtype"
     )
 
 

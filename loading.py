@@ -19,10 +19,10 @@ from tokenizers import processors
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
-from checkpoint import read_object, whole_folder, write_manifest
+from checkpoint import read_object, whole_folder, write_manifest, write_settings
 from config import Config, RunError, UsageError, first_line
 from model import PolicyModel, frozen_copy
-from probe import largest_difference, read_in_three_ways, special_ends
+from probe import difference, is_exact, read_in_three_ways, special_ends
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -34,6 +34,9 @@ NO_ERRORS = {  # of `cached_file`: None for what is not there
     "_raise_exceptions_for_gated_repo": False,
     "_raise_exceptions_for_connection_errors": False,
 }
+
+
+OLD_CONSTANTS = ("masked_bias", "position_ids", "inv_freq", "causal_mask", "version")  # once saved beside the weights
 
 
 @functools.cache
@@ -66,14 +69,70 @@ def one_sentence(problem: str) -> Iterator[None]:
 
 
 def load(from_pretrained: Callable, flag: str, path: str, **settings):
-    """`from_pretrained(path)`, its many ways to fail told in one sentence that names the flag."""
+    """`from_pretrained(path)`, its many ways to fail told in one sentence that names the flag.
+
+    Of a model only its numbers are taken, never code: without `trust_remote_code` False, transformers would ask whether
+    to run it.
+    """
     if Path(path).exists():
         problem = "a folder without a usable model"
     else:
         reason = hub_error() or "no reachable Hub model"
         problem = f"no folder, and {reason}"
     with one_sentence(f"--{flag} {path} is {problem}"):
-        return from_pretrained(path, **settings)
+        try:
+            return from_pretrained(path, trust_remote_code=False, **settings)
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise UsageError(
+                f"--{flag} {path} can only be loaded by running code that comes with it, which is never done here; "
+                "expected a model of a family that transformers has itself"
+            ) from None
+
+
+def load_weights(
+    factory: type, flag: str, path: str, is_new: bool = False, expected: str = "a whole model", **settings
+) -> PreTrainedModel:
+    """The model at `path`, with every weight from its files: transformers fills in random numbers for what is not
+    there, and leaves out what has no place, as with a configuration of another depth.
+
+    Raises UsageError for weights that are missing or of another shape, and for those that a part of the model has no
+    place for. Files may have parts that the model lacks, as other heads have. With `is_new` the model may have parts
+    that its files lack altogether, such as a head to be trained.
+    """
+    settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model, found = load(factory.from_pretrained, flag, path, **settings)
+
+    def part(key: str) -> str:
+        return key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
+
+    missing, weights = set(found["missing_keys"]), model.state_dict().keys()
+    if is_new:
+        begun = {part(key) for key in weights - missing}
+        missing = {key for key in missing if part(key) in begun}
+    if missing:
+        kind = type(model).__name__
+        raise UsageError(f"--{flag} {path} lacks {listed(missing)} of a {kind}; expected {expected}")
+    for name, stored, asked in sorted(found["mismatched_keys"]):
+        raise UsageError(f"--{flag} {path}: {name} has shape {tuple(stored)}, by its config.json {tuple(asked)}")
+    constants_of_model = {name for name, _ in model.named_buffers()}
+    parts = {part(key) for key in weights}
+    homeless = {
+        key
+        for key in set(found["unexpected_keys"]) - constants_of_model
+        if part(key) in parts and not key.endswith(OLD_CONSTANTS)
+    }
+    if homeless:
+        raise UsageError(f"--{flag} {path} holds {listed(homeless)}, for which there is no place by its config.json")
+    return model
+
+
+def listed(names: set[str], most: int = 3) -> str:
+    """The first few of the names, in order, and how many more there are."""
+    first = sorted(names)[:most]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(first) + more
 
 
 def base_of(path: str) -> str:
@@ -198,14 +257,31 @@ def thin_gradient(language_model: PreTrainedModel) -> None:
             module.sparse = language_model.device.type == "cpu"  # where it was measured
 
 
-def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False) -> dict:
-    """The settings that load weights in 8 or 4 bits. Raises UsageError if bitsandbytes is not installed."""
+def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False, outliers_from: float = 0.0) -> dict:
+    """The settings that load weights in 8 or 4 bits. Raises UsageError if bitsandbytes is not installed.
+
+    Columns of activations with a number of at least `outliers_from` anywhere in a batch are multiplied in 16 bits, in
+    all its rows: a token's probability would hang on the texts beside it. 0: no column is.
+    """
     if not (in_8bit or in_4bit):
         return {}
     if not importlib.util.find_spec("bitsandbytes"):
         raise UsageError("loading in 8 or 4 bits needs bitsandbytes: pip install bitsandbytes")
-    settings = transformers.BitsAndBytesConfig(load_in_8bit=in_8bit, load_in_4bit=in_4bit, bnb_4bit_quant_type="nf4")
+    settings = transformers.BitsAndBytesConfig(
+        load_in_8bit=in_8bit,
+        load_in_4bit=in_4bit,
+        bnb_4bit_quant_type="nf4",
+        llm_int8_threshold=outliers_from,
+    )
     return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def keep_in_train_mode(module: torch.nn.Module) -> None:
+    """Have `train` and `eval` pass the module by: one of 8 bits computes something else in eval mode, on a CPU with
+    activations of 8 bits as well, so that an update would not score as sampling does. It has nothing that is random.
+    """
+    module.training = True
+    module.train = lambda mode=True: module
 
 
 def load_language_model(
@@ -217,11 +293,13 @@ def load_language_model(
     factory = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     settings["config"] = config
     settings["dtype"] = getattr(torch, dtype)
-    model = load(factory.from_pretrained, "base_model_name", path, **settings)
+    model = load_weights(factory, "base_model_name", path, **settings)
     if not (in_8bit or in_4bit):
         return model.to(device)
-    for module in model.modules():  # else bitsandbytes repacks 4-bit weights for AVX-512, and the gradient is lost
-        module.support_avx512bf16_for_cpu = False
+    for module in model.modules():
+        if in_8bit and type(module).__name__ == "Linear8bitLt":
+            keep_in_train_mode(module)
+        module.support_avx512bf16_for_cpu = False  # else 4-bit weights are repacked, and the gradient is lost
     return model
 
 
@@ -294,7 +372,7 @@ def load_critic(kind: str, run: str | None, base_model: str, device: torch.devic
         raise UsageError(
             f"--critic encoder is for encoder-decoders; {path} has no encoder: --critic separate or shared"
         )
-    critic = load(factory.from_pretrained, "base_model_name", path, config=critic_config, dtype=torch.float32)
+    critic = load_weights(factory, "base_model_name", path, config=critic_config, dtype=torch.float32)
     return critic.to(device)
 
 
@@ -376,11 +454,11 @@ def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
         readings = read_in_three_ways(language_model.eval())
     if readings is None:
         raise UsageError(f"{problem} gives no key/value cache (past_key_values), without which it cannot be sampled")
-    is_exact = language_model.dtype == torch.float32 and not hasattr(config, "quantization_config")
-    tolerance = 0.01 if is_exact else 1.0  # nats
-    if largest_difference(readings.whole, readings.counted) > tolerance:
+    exact = is_exact(language_model)
+    reduce, tolerance = (torch.max, 0.01) if exact else (torch.mean, 0.5)  # nats; a fault makes 2 of the mean
+    if difference(readings.whole, readings.counted, reduce) > tolerance:
         raise UsageError(f"{problem} does not count its positions from 0, by which prompts are padded on the left here")
-    if largest_difference(readings.whole[1:, 3:], readings.last) > tolerance:
+    if difference(readings.whole[1:, 3:], readings.last, reduce) > tolerance:
         raise UsageError(f"{problem}: its cache gives other numbers when a row has left it; it cannot be sampled")
 
 
@@ -415,17 +493,30 @@ def merged(language_model: PreTrainedModel) -> PreTrainedModel:
     return copied.merge_and_unload()
 
 
+def from_anywhere(path: str | None) -> str | None:
+    """A Hub id as it is; a folder's name such that it can be found from another working directory, too."""
+    return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+
+
 def save_policy(
-    policy: PolicyModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False, replaces: str = ""
+    policy: PolicyModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    merge: bool = False,
+    replaces: str = "",
+    settings: Config | None = None,
 ) -> None:
     """The language model, or its adapter alone, and the tokenizer in the formats of transformers and peft, loadable
     without this project; value head and critic beside them; and a manifest that says what is there.
 
-    With `merge`, an adapter is folded into a copy of the whole model. `replaces` as in `whole_folder`.
+    With `merge`, an adapter is folded into a copy of the whole model. `replaces` as in `whole_folder`. With `settings`,
+    they are written too, and the folder is a run to the tasks that use one.
     """
     language_model = policy.language_model
     if merge and hasattr(language_model, "merge_and_unload"):
         language_model = merged(language_model)
+    for settings in getattr(language_model, "peft_config", {}).values():
+        settings.base_model_name_or_path = from_anywhere(settings.base_model_name_or_path)
     with whole_folder(folder, replaces) as scratch:
         language_model.save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
@@ -435,6 +526,8 @@ def save_policy(
             policy.critic.save_pretrained(scratch / "critic")
         head = {name: tensor.contiguous().cpu() for name, tensor in policy.value_head.state_dict().items()}
         save_file(head, scratch / "value_head.safetensors")
+        if settings:
+            write_settings(scratch, settings)
         factory = "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM"
         loader = f"transformers.{factory}.from_pretrained({{}})"
         write_manifest(scratch, loader, base_of(str(scratch)), critic=policy.critic_kind)

@@ -20,8 +20,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but some microseconds of it halve sampling's time with a small model
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept, one a shape, some with 9 MB of room
 
-from checkpoint import new_ppo_folder, new_stage_folder, notice, run_settings, stage_folder, starting_model
-from checkpoint import trained_stage as trained
+from checkpoint import new_ppo_folder, new_stage_folder, notice, run_above, run_settings, stage_folder, starting_model
 from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
 
 OUT_OF_MEMORY = (
@@ -32,6 +31,8 @@ OUT_OF_MEMORY = (
 
 def run(config: Config) -> None:
     """Run one task. Each task's modules are imported in its branch, so that --help does not wait for torch."""
+    if config.dry_run:
+        sys.dont_write_bytecode = True  # a reward function is not compiled beside itself
     base_model, reward_model = starting_model(config), config.reward_model_path or str(stage_folder(config, "reward"))
     if config.task not in USES_A_RUN:
         return run_training(config, base_model, reward_model)
@@ -45,12 +46,13 @@ def run(config: Config) -> None:
 
     if config.task == "plot":
         begin()
-        return plot(Path(config.output_dir), notice(config), config.policies)
+        return plot(Path(config.output_dir), notice(config), config.policies, config.dry_run)
     from evaluation import evaluate
 
     begin()
     evaluate(config, base_model, reward_model)
-    show_comparison(Path(config.output_dir), notice(config))
+    if not config.dry_run:
+        show_comparison(run_above(Path(config.output_dir)), notice(config))
 
 
 def begin() -> None:
@@ -70,6 +72,7 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     from classifier import run_reward
     from preflight import check_before_training
     from prompts import with_prompt_column
+    from provenance import overlaps_of_named, usable_stage
     from reward import needs_reward_model
     from run import run_ppo
     from sft import run_sft
@@ -77,16 +80,27 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     begin()
     config = with_prompt_column(config)
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
-    trains_reward = config.task == "reward" or (wants_reward and not trained(config, reward_model, "reward"))
+    trains_reward = config.task == "reward" or (wants_reward and not usable_stage(config, reward_model, "reward"))
     check_before_training(config, trains_reward)
+    print("".join(note + "\n" for note in overlaps_of_named(config)), end="")
     wants_model = base_model == str(stage_folder(config, "sft"))
-    if config.task == "sft" or (wants_model and not trained(config, base_model, "sft")):
+    trains_model = config.task == "sft" or (wants_model and not usable_stage(config, base_model, "sft"))
+    if trains_model:
         torch.manual_seed(config.seed)  # for every stage, so that its result does not hang on those before it
         run_sft(config)
-    if trains_reward:
+    missing = [base_model] if trains_model and config.dry_run else []
+    if trains_reward and missing:
+        print(f"dry run: {reward_model} would be a reward model of {base_model}; its data alone can be checked now")
+    elif trains_reward:
         torch.manual_seed(config.seed)
         run_reward(config, base_model)
-    if config.task == "train":
+    missing += [reward_model] if trains_reward and config.dry_run else []
+    if config.task == "train" and missing:
+        print(
+            f"dry run: {folder} would be the run; nothing was trained or written, and without {' and '.join(missing)} "
+            "the start-up invariants, the room for the longest prompt and a rollout's rewards are not checked"
+        )
+    elif config.task == "train":
         torch.manual_seed(config.seed)
         run_ppo(config, base_model, reward_model, folder)
 

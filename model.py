@@ -17,6 +17,8 @@ from torch.autograd.function import once_differentiable
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedModel
 
+from probe import undrawable_ids
+
 PASS_TOKENS = 128  # one more pass reads all weights again: about the cost of so many tokens, as measured on a CPU
 
 
@@ -53,6 +55,7 @@ class PolicyModel(nn.Module):
         self.language_model = language_model
         self.critic = critic
         self.critic_kind = critic_kind
+        self.undrawable = undrawable_ids(language_model)  # their probability is 0, in sampling and in scoring
         self.value_head = nn.Linear(self.state_width(), 1).to(self.device)
         for parameter in self.value_head.parameters():
             nn.init.zeros_(parameter)
@@ -102,7 +105,7 @@ class PolicyModel(nn.Module):
         logits, states = self.read(
             query_ids=query_ids, query_mask=query_mask, response_ids=response_ids, response_mask=response_mask
         )
-        logits = logits.float()
+        logits = self.drawable(logits.float())
         if temperature != 1:  # a pass over a whole vocabulary of numbers
             logits = logits / temperature
         return TokenOutputs(
@@ -110,6 +113,12 @@ class PolicyModel(nn.Module):
             values=self.value_head(states.float())[..., 0].expand(response_ids.shape),
             entropy=thin_entropy(logits) if with_entropy else None,
         )
+
+    def drawable(self, logits: torch.Tensor) -> torch.Tensor:
+        """The logits, with -inf for what cannot be drawn."""
+        if not self.undrawable:
+            return logits
+        return logits.index_fill(-1, torch.tensor(self.undrawable, device=logits.device), float("-inf"))
 
     forward = score  # what a wrapper such as DistributedDataParallel calls
 

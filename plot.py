@@ -289,7 +289,15 @@ def show_comparison(folder: Path, notice: str = "") -> None:
     print(f"comparison: {plot_comparison(folder, notice)}")
 
 
-def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = ()) -> None:
+def say_figures(folder: Path, runs: dict[str, Path]) -> None:
+    """What a dry run says of the `plot` task: which runs' curves could be drawn, and where."""
+    for run in runs.values() or [folder]:
+        stats = read_json(run / "training_stats.json", mean_columns)
+        print(f"dry run: the curves of {run}, {len(stats['step'])} points each, would be drawn into {folder / 'plots'}")
+    check_writable(folder / "plots")
+
+
+def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = (), dry_run: bool = False) -> None:
     """The `plot` task: a run's curves and comparison again, or the curves of several: NAME=FOLDER, or FOLDER alone."""
     runs = {}
     for entry in policies:
@@ -297,6 +305,8 @@ def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = ()) -> None
         runs[name] = Path(run)
     if len(set(runs.values())) < len(policies):
         raise UsageError(f"--policies {' '.join(policies)}: expected NAME=FOLDER of each run, each of them once")
+    if dry_run:
+        return say_figures(folder, runs)
     print(plot_training(folder, notice, runs))
     if not runs and (folder / "results/comparison.json").exists():
         show_comparison(folder, notice)

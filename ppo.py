@@ -253,7 +253,7 @@ def value_losses(
     mask: TensorType["batch", "time", bool],
     clip_range_value: float,
 ) -> tuple[TensorType["batch", "time", is_float], TensorType["batch", "time", bool]]:
-    """½ max((V - R)², (V_old + clip(V - V_old, ±ε_v) - R)²), and where the clipped error was the larger one.
+    """½ max((V - R)², (clip(V, V_old ± ε_v) - R)²), and where the clipped error was the larger one.
 
     Departs from PPO, eq. 9, which has the plain squared error: the clip is that of OpenAI's code (baselines, and
     lm-human-preferences for language models). 0 beyond the mask.
@@ -261,7 +261,7 @@ def value_losses(
     values = torch.where(mask, values, 0.0)
     old_values = torch.where(mask, old_values, 0.0)
     returns = torch.where(mask, returns, 0.0)
-    near_old = old_values + (values - old_values).clamp(-clip_range_value, clip_range_value)
+    near_old = values.clamp(old_values - clip_range_value, old_values + clip_range_value)
     unclipped = (values - returns) ** 2
     clipped = (near_old - returns) ** 2
     return torch.maximum(unclipped, clipped) / 2, clipped > unclipped

@@ -71,11 +71,35 @@ def read_in_three_ways(language_model: PreTrainedModel) -> Readings | None:
     return Readings(whole=whole, counted=counted, last=last)
 
 
-def largest_difference(logits: torch.Tensor, others: torch.Tensor) -> float:
-    """Between log-probabilities, in nats; infinite for NaN."""
+def is_exact(language_model: PreTrainedModel) -> bool:
+    """Whether it computes in float32, on weights of as many bits."""
+    return language_model.dtype == torch.float32 and not hasattr(language_model.config, "quantization_config")
+
+
+@torch.no_grad()
+def undrawable_ids(language_model: PreTrainedModel) -> list[int]:
+    """The pad token, if an encoder-decoder numbers the tokens behind one in its own text otherwise with a cache than
+    without, as M2M100 does: sampling and scoring would differ there, by less than coarse numbers do.
+    """
+    config = language_model.config
+    if not config.is_encoder_decoder or not is_exact(language_model):
+        return []
+    pad_id, start_id = config.pad_token_id, config.decoder_start_token_id
+    if pad_id is None or start_id is None:
+        return []
+    ids = torch.tensor([[start_id, pad_id, 1 if pad_id != 1 else 2]], device=language_model.device)
+    encoded = language_model.get_encoder()(input_ids=ids[:, -1:])
+    whole = language_model(decoder_input_ids=ids, encoder_outputs=encoded, use_cache=False).logits
+    cache = language_model(decoder_input_ids=ids[:, :2], encoder_outputs=encoded, use_cache=True).past_key_values
+    last = language_model(decoder_input_ids=ids[:, 2:], encoder_outputs=encoded, past_key_values=cache).logits
+    return [pad_id] if difference(whole[:, -1:], last) > 0.001 else []
+
+
+def difference(logits: torch.Tensor, others: torch.Tensor, reduce=torch.max) -> float:
+    """Between log-probabilities of every token there is, the largest or another of them, in nats; infinite for NaN."""
     lowest = torch.finfo(torch.float32).min / 2  # for logits of -inf, which are alike
     logprobs, other_logprobs = (one.float().clamp(min=lowest).log_softmax(-1) for one in (logits, others))
-    gap = (logprobs - other_logprobs).abs().max().item()
+    gap = reduce((logprobs - other_logprobs).abs()).item()
     return math.inf if math.isnan(gap) else gap
 
 

@@ -15,6 +15,8 @@ from train import Rollout
 
 WINDOW = 128  # responses, and two rollouts, at least: alarms compare the latest so many with the first
 
+FAR = 10.0  # nats a response from the reference, that a reward should have risen for
+
 # What a higher reward must not be bought with. Statistic: its name and its bounds in words, and whether it keeps them.
 LIMITS = {
     "response_length": ("mean length in tokens", "50 to 200 % of", lambda start, now: 0.5 * start <= now <= 2 * start),
@@ -72,19 +74,37 @@ def log_rows(update: int, rollout: Rollout) -> list[dict]:
 
 
 def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
-    """What is wrong with the latest rollouts, in words, by statistic: empty as long as the reward has not risen.
+    """What is wrong with the latest rollouts, in words, by statistic.
 
-    `history` holds the rows of training_stats.json. A rise is more than two standard errors of the difference.
+    `history` holds the rows of training_stats.json. A rise of the reward is more than two standard errors of the
+    difference, a fall more than four.
     """
     n = max(2, math.ceil(WINDOW / batch_size))
     if len(history) < 2 * n:
         return {}
     first, latest = history[:n], history[-n:]
-    start = {name: fmean(row[name] for row in first) for name in ("reward", *LIMITS)}
-    now = {name: fmean(row[name] for row in latest) for name in ("reward", *LIMITS)}
+    names = ("reward", "kl_k1", "explained_variance", "value_loss", *LIMITS)
+    start, now = ({name: fmean(row[name] for row in rows) for name in names} for rows in (first, latest))
     error = math.sqrt(squared_error(first, batch_size) + squared_error(latest, batch_size))
-    if now["reward"] - start["reward"] <= 2 * error:
-        return {}
+    rise = now["reward"] - start["reward"]
+    raised = bought_dearly(start, now) if rise > 2 * error else {}
+    if rise <= 2 * error and now["kl_k1"] > FAR:
+        raised["kl"] = (
+            f"the policy is {now['kl_k1']:.3g} nats a response from the reference, and the reward has not risen: "
+            f"it was {start['reward']:.3g} and is {now['reward']:.3g}"
+        )
+    if rise < -4 * error:
+        raised["reward"] = f"the reward fell from {start['reward']:.3g} to {now['reward']:.3g}"
+    if now["explained_variance"] < -10 and now["value_loss"] > 10 * start["value_loss"]:
+        raised["value_loss"] = (
+            f"the value loss went from {start['value_loss']:.3g} to {now['value_loss']:.3g}, "
+            "more than ten times what a constant would have"
+        )
+    return raised
+
+
+def bought_dearly(start: dict[str, float], now: dict[str, float]) -> dict[str, str]:
+    """Which of the LIMITS the latest rollouts break, whose reward has risen."""
     raised = {}
     for name, (words, bounds, keeps) in LIMITS.items():
         if not keeps(start[name], now[name]):

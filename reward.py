@@ -32,7 +32,7 @@ from transformers import (
 
 from config import Config, RunError, UsageError, first_line, nearest
 from dataset import pad
-from loading import check_is_whole, load, load_tokenizer, prepare_config, quantized
+from loading import check_is_whole, load, load_tokenizer, load_weights, prepare_config, quantized
 from probe import context_length, special_ends
 from prompts import text_ids
 
@@ -55,6 +55,8 @@ def term_weights(config: Config) -> dict[str, float]:
         for part in config.reward_weights.split(","):
             if part:
                 name, number = part.split("=")
+                if name.strip() in weights:
+                    raise UsageError(f"--reward_weights {config.reward_weights!r} gives {name.strip()} two weights")
                 weights[name.strip()] = finite(number)
     except ValueError:
         raise UsageError(f"--reward_weights is {config.reward_weights!r}, expected name=number,...") from None
@@ -325,24 +327,14 @@ def prepare_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 def load_classifier(
     config: Config, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> PreTrainedModel:
-    """The classifier at `path`, frozen, in float32. Raises UsageError for a model without a head."""
+    """The classifier at `path`, frozen, in float32. Raises UsageError for a model without a head, or another weight."""
     model_config = prepare_config(load(AutoConfig.from_pretrained, "reward_model_path", path))
     prepare_padding(model_config, tokenizer)
-    classifier, found = load(
-        AutoModelForSequenceClassification.from_pretrained,
-        "reward_model_path",
-        path,
-        config=model_config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        **quantized(device, config.reward_in_8bit),
+    settings = {"config": model_config, "dtype": torch.float32} | quantized(
+        device, config.reward_in_8bit, outliers_from=6.0
     )
-    if found["missing_keys"]:
-        missing = min(found["missing_keys"])
-        raise UsageError(
-            f"--reward_model_path {path} is no classifier: it has no {missing}; "
-            "expected a model saved for sequence classification, or --reward_fn"
-        )
+    settings["expected"] = "a model saved for sequence classification, or --reward_fn"
+    classifier = load_weights(AutoModelForSequenceClassification, "reward_model_path", path, **settings)
     if not config.reward_in_8bit:
         classifier = classifier.to(device)
     return classifier.requires_grad_(False).eval()

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 import report
-from checkpoint import claim_folder, move_into, notice
+from checkpoint import best_of, claim_folder, move_into, notice
 from config import Config, RunError, UsageError, first_line, template_fields
 from device import prepare_device
 from evaluation import compare, evaluate_policy
@@ -36,11 +36,13 @@ from preflight import (
     check_invariants,
     count_parameters,
     gap_of_policies,
+    is_within,
     memory_estimate,
     show_samples,
     tolerance,
 )
 from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
+from provenance import Source, columns_read, write_record
 from reward import load_reward_terms
 from train import Best, Fixed, State, collect_rollout, learning_rate, new_state, train
 
@@ -60,16 +62,17 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     check_context(config, policy, prompts.train + prompts.validation + prompts.held_out)
     say_what_will_run(config, policy, base_model, len(prompts.train))
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
-    check_invariants(policy, fixed, first, config)
+    gap = check_invariants(policy, fixed, first, config)
     print(
-        "start-up invariants hold: sampling = scoring, ratio = 1, KL to the reference = 0, more padding = the same, "
-        f"no dropout, to {tolerance(config)} nats a token"
+        f"start-up invariants hold: sampling = scoring (to {gap.mean:.1g} nats a token, {gap.most:.1g} at most), "
+        "ratio = 1, KL to the reference = 0, more padding = the same, no dropout"
     )
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         with one_sentence("--merge cannot fold this adapter in"):
             merged(policy.language_model)
     if config.dry_run:
-        return show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
+        show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
+        return print(f"dry run: {folder} would be the run; nothing was trained or written")
     state = new_state(policy, config)
     run_updates(state, fixed, prompts, config, folder)
     if state.best:
@@ -96,6 +99,13 @@ def load_models(config: Config, base_model: str, reward_model_path: str) -> tupl
     return policy, fixed, Prompts(train=training, validation=validation, held_out=held_out)
 
 
+def source_of(prompts: Prompts, policy: PolicyModel, config: Config) -> Source:
+    """What the run is made from."""
+    rows = [prompt.row for prompt in prompts.train]
+    held_out = [prompt.row for prompt in prompts.held_out]
+    return Source(columns_read(config, rows[0]), rows, held_out, start=policy.language_model.name_or_path)
+
+
 def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_prompts: int) -> None:
     """Print what trains, on what, in which batches, and what memory it is likely to need."""
     precision = torch.get_float32_matmul_precision()
@@ -115,6 +125,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
                 raise RunError(f"the loss is {stats['loss']} at update {number}; try a lower --learning_rate")
             if number == 0:
                 claim_folder(folder, config)
+                write_record(folder, source_of(prompts, state.policy, config))
             row = {"step": number, **report.rollout_stats(rollout), **stats}
             row["learning_rate"] = learning_rate(config, number)
             log.append(row)
@@ -125,11 +136,13 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
             announced |= raised.keys()
             timings.append(report.timing(number, started, rollout))
             if is_time_to_evaluate(config, state.next_update):
-                row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, folder / "checkpoints/best")
+                row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
             report.write_logs(folder, log, timings, report.log_rows(number, rollout))
             bar.set_postfix(report.bar_numbers(row), refresh=False)
             bar.update()
             started = time.perf_counter()
+    for alarm in log[-1]["alarms"]:
+        print(f"alarm at the end: {alarm}")
 
 
 def is_time_to_evaluate(config: Config, n_updates: int) -> bool:
@@ -144,7 +157,7 @@ def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config,
     table = evaluate_policy(state.policy, fixed, prompts, config)
     reward = fmean(row["reward"] for row in table)
     if state.best is None or not reward <= state.best.reward:  # so that NaN is not kept
-        save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json")
+        save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json", settings=config)
         trained = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
         state.best = Best(reward=reward, update=state.next_update - 1, weights=trained)
     return reward
@@ -171,9 +184,11 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
         gap = gap_of_policies(saved, policy, fixed, prompts[: config.mini_batch_size], config)
     except (MemoryError, RuntimeError, UsageError) as error:  # the policy is there, whole, and the run has not failed
         return print(f"the policy in {folder} could not be loaded again and compared: {first_line(error)}")
-    if gap <= tolerance(config):
+    if is_within(gap, tolerance(config)):
         return
-    told = f"warning: the policy in {folder} is not the trained one: log-probabilities differ by up to {gap:.3g} nats"
+    told = (
+        f"warning: the policy in {folder} is not the trained one: log-probabilities differ by up to {gap.most:.2g} nats"
+    )
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         save_policy(policy, fixed.tokenizer, folder / "adapter")
         told += f"; the adapter, not merged, is in {folder / 'adapter'}"

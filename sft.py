@@ -22,6 +22,7 @@ from device import prepare_device
 from loading import check_is_whole, load_language_model, load_tokenizer, prepare_config, thin_gradient
 from probe import context_length
 from prompts import bare_ids, limit_length, make_prompts, text_ids
+from provenance import Source, columns_read, write_record
 from randomness import permutation
 
 EOS = "<|endoftext|>"
@@ -68,6 +69,18 @@ def fit(
         bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
     model.eval()
     return recent
+
+
+def try_out(model: PreTrainedModel, batches: Iterator[dict], name: str, loss_of: Callable = own_loss) -> float:
+    """The loss of the first batch, with its gradient: what `fit` begins with, but for the step itself.
+
+    Raises RunError where it is no number.
+    """
+    loss = loss_of(model.train(), next(batches))
+    loss.backward()
+    if not math.isfinite(loss.item()):
+        raise RunError(f"the loss of the {name} is {loss.item()} before any step")
+    return loss.item()
 
 
 def length_grouped(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -247,10 +260,8 @@ def new_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Pr
     return GPT2LMHeadModel(prepare_config(model_config))
 
 
-def train_language_model(
-    config: Config, rows: list[dict], tokenizer: PreTrainedTokenizerBase, name: str
-) -> PreTrainedModel:
-    """A language model trained on rows: --base_model_name fine-tuned, or a small GPT-2 from scratch."""
+def start_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """What is to be trained on texts: --base_model_name, or a small GPT-2 of random weights."""
     device = prepare_device(config)
     if config.trains_from_scratch:
         model = new_language_model(config, tokenizer).to(device)
@@ -258,29 +269,56 @@ def train_language_model(
         check_is_whole(config.base_model_name, "base_model_name")
         model = load_language_model(config.base_model_name, "float32", device)
     thin_gradient(model)
-    examples = language_examples(rows, config, tokenizer, model)
+    return model
+
+
+def training_batches(
+    model: PreTrainedModel, examples: list[Example], config: Config, pad_id: int
+) -> tuple[Iterator[dict[str, torch.Tensor]], int]:
+    """What a language model is trained on, batch by batch, and in how many steps."""
     batches = endless_batches(
         examples,
         batch_size=config.sft_batch_size,
         seed=config.seed,
-        pad_id=tokenizer.pad_token_id,
+        pad_id=pad_id,
         is_encoder_decoder=model.config.is_encoder_decoder,
-        device=device,
+        device=model.device,
     )
-    steps = n_steps(config.sft_steps, config.sft_epochs, len(examples), config.sft_batch_size)
+    return batches, n_steps(config.sft_steps, config.sft_epochs, len(examples), config.sft_batch_size)
+
+
+def train_language_model(
+    config: Config, rows: list[dict], tokenizer: PreTrainedTokenizerBase, name: str
+) -> PreTrainedModel:
+    """A language model trained on rows: --base_model_name fine-tuned, or a small GPT-2 from scratch."""
+    model = start_language_model(config, tokenizer)
+    examples = language_examples(rows, config, tokenizer, model)
+    batches, steps = training_batches(model, examples, config, tokenizer.pad_token_id)
     fit(model, batches, steps, config.sft_learning_rate, name)
     return model
 
 
-def save_stage(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+def save_stage(
+    folder: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: Config,
+    source: Source,
+    **figures: float,
+) -> None:
+    """Model, tokenizer, settings, and what it was made from with its figures on held-out rows: all or nothing."""
     with whole_folder(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         write_whole(scratch / "run_config.json", to_json(config))
+        write_record(scratch, source, **figures)
 
 
 def run_sft(config: Config) -> Path:
-    """The `sft` stage: train the language model, print its held-out perplexity, and save it whole."""
+    """The `sft` stage: train the language model, print its held-out perplexity, and save it whole.
+
+    A dry run makes all of it but the steps, and leaves nothing.
+    """
     folder = stage_folder(config, "sft")
     rows = load_rows(config, "train")
     held_out = load_rows(config, "validation", 1000)
@@ -289,11 +327,21 @@ def run_sft(config: Config) -> Path:
         tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)
     else:
         tokenizer = load_tokenizer(config.base_model_name)
-    model = train_language_model(config, rows, tokenizer, "language model")
+    model = start_language_model(config, tokenizer)
+    examples = language_examples(rows, config, tokenizer, model)
     held_out_examples = language_examples(held_out, config, tokenizer, model)
+    batches, steps = training_batches(model, examples, config, tokenizer.pad_token_id)
+    size = f"{model.num_parameters():,} parameters"
+    if config.dry_run:
+        loss = try_out(model, batches, "language model")
+        told = f"{size}, on {len(examples):,} examples in {steps:,} steps; the first loss is {loss:.3f}"
+        print(f"dry run: {folder} would be a language model of {told}")
+        return folder
+    fit(model, batches, steps, config.sft_learning_rate, "language model")
     result = perplexity(model, held_out_examples, tokenizer.pad_token_id)
-    save_stage(folder, model, tokenizer, config)
-    print(
-        f"language model: held-out perplexity {result:.2f} a token, {model.num_parameters():,} parameters, in {folder}"
+    source = Source(
+        columns_read(config, rows[0], config.completion_column), rows, held_out, start=config.base_model_name
     )
+    save_stage(folder, model, tokenizer, config, source, perplexity=result)
+    print(f"language model: held-out perplexity {result:.2f} a token, {size}, in {folder}")
     return folder

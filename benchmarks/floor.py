@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-SQUARE = 2048  # rows and columns of the large products
+SQUARE = {"cpu": 2048, "cuda": 8192}  # rows and columns of the large products
 
 
 class Size(NamedTuple):
@@ -68,23 +68,28 @@ def flops(products: Counter) -> int:
     return sum(2 * matrices * m * k * n * times for (matrices, m, k, n), times in products.items())
 
 
-def product_seconds(product: tuple[int, int, int, int], dtype: torch.dtype) -> float:
+def product_seconds(product: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> float:
     """The best time of a matrix product, of four runs or more in 20 ms, or of as many as start within two seconds."""
     matrices, m, k, n = product
-    left, right = (torch.randn(matrices, *shape).to(dtype).squeeze(0) for shape in ((m, k), (k, n)))
+    left, right = (torch.randn(matrices, *shape, device=device).to(dtype).squeeze(0) for shape in ((m, k), (k, n)))
+    runs, wait = (20, torch.cuda.synchronize) if device.type == "cuda" else (1, lambda: None)  # a wait takes a while
     times = []
     while sum(times) < (2 if len(times) < 4 else 0.02):
+        wait()
         started = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - started)
+        for _ in range(runs):
+            left @ right
+        wait()
+        times.append((time.perf_counter() - started) / runs)
     return min(times)
 
 
-def measure_floor(size: Size, dtype: torch.dtype) -> dict[str, float]:
+def measure_floor(size: Size, dtype: torch.dtype, device: torch.device) -> dict[str, float]:
     """A step's work, the rates here of large squares and of the step's own shapes one by one, and its time at each."""
-    square = 2 * SQUARE**3 / product_seconds((1, SQUARE, SQUARE, SQUARE), dtype)
+    side = SQUARE[device.type]
+    square = 2 * side**3 / product_seconds((1, side, side, side), dtype, device)
     products = sum(matrix_products(size).values(), Counter())
-    own = sum(product_seconds(product, dtype) * times for product, times in products.items())
+    own = sum(product_seconds(product, dtype, device) * times for product, times in products.items())
     work = flops(products)
     rates = {"gflops_squares": square / 1e9, "gflops_own_shapes": work / own / 1e9}
     return {"gflop": work / 1e9, **rates, "floor_s": work / square, "floor_own_shapes_s": own}

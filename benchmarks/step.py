@@ -5,7 +5,8 @@
 Every prompt has query-len tokens and every response response-len, with no end of sequence, so that another program can
 be given the same work. One line of JSON goes to standard output; with --stages a table of a step's parts to standard
 error. Times are medians over quiet steps, in which other processes took less than 0.15 cores, or over all if none was.
-`over_floor` is a step's time over `floor_s`, which floor.py explains. CPU and Linux only.
+`over_floor` is a step's time over `floor_s`, which floor.py explains. Linux only. On a GPU each timed part ends when
+the device has done its work, so that parts do not overlap.
 """
 
 import argparse
@@ -46,6 +47,8 @@ SIZES = {
     "a": Size(128, 4, 4, 1024, batch=64, minibatch=64, query_len=8, response_len=24, ppo_epochs=4),
     "b": Size(768, 6, 12, 50257, batch=16, minibatch=16, query_len=16, response_len=48, ppo_epochs=4),
     "c": Size(768, 12, 12, 50257, batch=16, minibatch=4, query_len=8, response_len=24, ppo_epochs=4),
+    "d": Size(768, 12, 12, 50257, batch=64, minibatch=16, query_len=128, response_len=384, ppo_epochs=4),  # for a GPU
+    "e": Size(2048, 24, 16, 50257, batch=64, minibatch=8, query_len=128, response_len=384, ppo_epochs=4),  # likewise
 }
 PARTS = {  # what is timed, where train.py looks it up: "rollout" holds the two after it, "update" the last four
     "rollout": (train, "collect_rollout"),
@@ -69,6 +72,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--max-steps", type=positive, help="go on until --steps of them were quiet, at most this many")
     option("--time-limit", type=float, default=math.inf, help="start no further step after these seconds")
     option("--wait-quiet", type=float, default=0, help="wait at most these seconds for idle cores before each step")
+    option("--device", default="cpu", help="cpu or cuda")
     option("--threads", type=positive, default=2)
     option("--matmul-precision", default="highest", choices=("auto", "highest", "high", "medium"), help="of float32")
     option("--mixed-precision", default="no", choices=("no", "bf16"), help="bf16: autocast, as in a run's own option")
@@ -95,7 +99,7 @@ def settings(args: argparse.Namespace) -> Config:
     rows = {"batch_size": args.batch, "mini_batch_size": args.minibatch, "ppo_epochs": args.ppo_epochs}
     lengths = {"max_prompt_length": args.query_len, "max_new_tokens": args.response_len}
     others = {"learning_rate": args.lr, "kl_coef": args.kl_coef, "mixed_precision": args.mixed_precision}
-    others |= {"device": "cpu", "matmul_precision": args.matmul_precision, "seed": args.seed}
+    others |= {"device": args.device, "matmul_precision": args.matmul_precision, "seed": args.seed}
     others |= {"n_updates": 10**6}  # so many that the learning rate stays
     return Config(**model, **rows, **lengths, **others)
 
@@ -110,7 +114,7 @@ def new_models(size: Size, config: Config) -> tuple[PolicyModel, train.Fixed]:
     gpt2_config = GPT2Config(**shape, n_positions=max(1024, size.query_len + size.response_len))
     with tempfile.TemporaryDirectory() as folder:
         GPT2LMHeadModel(prepare_config(gpt2_config)).save_pretrained(folder)
-        policy = new_policy(config, folder, torch.device("cpu"))
+        policy = new_policy(config, folder, torch.device(config.device))
         reference = load_reference(config, folder, policy)
 
     def low_ids(prompts: list[str], responses: list[str], rows: list[dict]) -> torch.Tensor:
@@ -121,14 +125,17 @@ def new_models(size: Size, config: Config) -> tuple[PolicyModel, train.Fixed]:
 
 
 @contextmanager
-def stopwatch(reference: torch.nn.Module) -> Iterator[Counter]:
+def stopwatch(reference: PolicyModel) -> Iterator[Counter]:
     """Seconds spent in each of the parts, for as long as the block runs."""
     spent = Counter()
+    wait = torch.cuda.synchronize if reference.device.type == "cuda" else lambda: None
 
     def timed(part: str, function):
         def call(*args, **kwargs):
+            wait()
             started = time.perf_counter()
             result = function(*args, **kwargs)
+            wait()
             spent["reference" if args[0] is reference else part] += time.perf_counter() - started
             return result
 
@@ -148,7 +155,7 @@ def cut_responses(collect_rollout: Callable, seed: int) -> Callable:
         rollout = collect_rollout(*args)
         rows, longest = rollout.mask.shape
         lengths = torch.from_numpy(rng.integers(1, longest + 1, (rows, 1)))
-        return replace(rollout, mask=torch.arange(longest) < lengths)
+        return replace(rollout, mask=(torch.arange(longest) < lengths).to(rollout.mask.device))
 
     return collect
 
@@ -231,6 +238,14 @@ def weights_mb(model: torch.nn.Module) -> float:
     return sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
 
 
+def device_figures(device: torch.device) -> dict:
+    """Of a GPU: its name, and the most memory that tensors had there, and that torch held for them."""
+    if device.type != "cuda":
+        return {}
+    peaks = {"peak_gpu_mb": torch.cuda.max_memory_allocated(), "held_gpu_mb": torch.cuda.max_memory_reserved()}
+    return {"gpu": torch.cuda.get_device_name(device)} | {name: held / 2**20 for name, held in peaks.items()}
+
+
 def print_parts(laps: list[dict], size: Size, square: float) -> None:
     """Each part's seconds and share of the step; of matrix products also GFLOP, and the ratio to their floor."""
     work, total = matrix_products(size), median(lap["total"] for lap in laps)
@@ -254,8 +269,8 @@ def run(args: argparse.Namespace) -> dict:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     size, config = Size(*(getattr(args, name) for name in Size._fields)), settings(args)
-    prepare_device(config)
-    floor = measure_floor(size, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32)
+    device = prepare_device(config)
+    floor = measure_floor(size, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32, device)
     policy, fixed = new_models(size, config)
     steps = new_steps(policy, fixed, config, args.ragged)
     laps = timed_steps(steps, args)
@@ -281,6 +296,7 @@ def run(args: argparse.Namespace) -> dict:
         **floor,
         "over_floor": times["total_s"] / floor["floor_s"],
         "peak_rss_mb": peak,
+        **device_figures(device),
         "static_mb": static_mb(policy, fixed, interpreter),
     }
 

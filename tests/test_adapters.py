@@ -288,6 +288,22 @@ def test_a_policy_in_few_bits_is_trained_through_its_adapter(bits, apart, family
     assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
 
 
+@pytest.mark.parametrize("bits", ["load_in_8bit", "load_in_4bit"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_in_few_bits_an_update_scores_as_sampling_does(bits, family, tmp_path):
+    """In eval mode bitsandbytes rounds activations to 8 bits as well; and a token does not hang on its neighbours."""
+    BUILDERS[family](**WHOLE_BLOCKS[family]).save_pretrained(tmp_path / "base")
+    policy = new_policy(Config(lora_r=4, **{bits: True}), str(tmp_path / "base"), CPU)
+    mask = mask_of(policy)
+    in_eval = logprobs(policy.eval())
+    assert_close(logprobs(policy.train())[mask], in_eval[mask], atol=1e-5)
+    names = ("query_ids", "query_mask", "response_ids", "response_mask")
+    for row in range(len(mask)):
+        alone = {name: tensor[row : row + 1] for name, tensor in zip(names, encode(policy), strict=True)}
+        with torch.no_grad():
+            assert_close(policy.eval()(**alone).logprobs[0][mask[row]], in_eval[row][mask[row]], atol=1e-5)
+
+
 def test_4_bits_are_those_of_normally_distributed_weights():
     """NF4, whose levels are a normal distribution's quantiles, rounds such weights less than FP4 does."""
     bitsandbytes = pytest.importorskip("bitsandbytes")

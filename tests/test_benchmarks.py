@@ -65,7 +65,7 @@ def as_many_threads_as_before():
 
 
 def test_the_report_has_the_agreed_keys_and_its_numbers_agree(monkeypatch, capsys):
-    monkeypatch.setattr(floor, "SQUARE", 64)
+    monkeypatch.setitem(floor.SQUARE, "cpu", 64)
     report = step.run(step.parse([*FLAGS, "--steps=1", "--threads=1", "--stages"]))
     assert set(KEYS.split()) <= report.keys()
     assert report["config"] == {**TINY._asdict(), "steps": 1, "lr": 1.41e-5, "seed": 0}

@@ -5,15 +5,18 @@ import math
 import os
 import re
 import shlex
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from helpers import assert_all_moved, read_log, read_stats
-from micro import PPO, SETTINGS, flags, listing, run_main
+from micro import PPO, SETTINGS, assert_refused, flags, listing, run_main
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import generate
+import train
 from config import PRESETS
 
 pytest_plugins = ["micro"]
@@ -59,6 +62,7 @@ STATISTICS = {
 
 def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
     model = {"config.json", "model.safetensors", "run_config.json", "tokenizer.json", "tokenizer_config.json"}
+    model |= {"stage.json", "rows.txt"}
     folders = {name: set(os.listdir(chain.root / "saved_models/tiny" / name)) for name in ("sft", "reward", "ppo")}
     assert set(os.listdir(chain.root)) == {"saved_models"}
     assert set(os.listdir(chain.root / "saved_models/tiny")) == set(folders)
@@ -177,6 +181,88 @@ def test_the_printed_command_generates(chain, workplace, capsys):
     assert f"\n{prompt}" in capsys.readouterr().out
 
 
+def test_each_stage_keeps_what_it_says_of_its_model(chain):
+    """To the digits that are printed."""
+    record = {}
+    for stage in ("sft", "reward"):
+        record[stage] = json.loads((chain.root / "saved_models/tiny" / stage / "stage.json").read_text())["held_out"]
+    assert f"held-out perplexity {record['sft']['perplexity']:.2f} a token" in chain.output
+    whole, halves = record["reward"]["accuracy"], record["reward"]["accuracy_on_first_halves"]
+    assert f"held-out accuracy {whole:.1%} on whole texts, {halves:.1%} on their first halves" in chain.output
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The best so far
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def interrupted_at_its_third_update(monkeypatch, *arguments) -> None:
+    """A run that has looked at its policy twice, and saved it."""
+    real = iter([train.update, train.update, Mock(side_effect=KeyboardInterrupt)])
+    with monkeypatch.context() as patch:
+        patch.setattr("train.update", lambda *given: next(real)(*given))
+        assert run_main("--task", "train", *flags(n_updates=4, eval_every=1), *arguments) == 130
+
+
+def figures_of(comparison: Path) -> dict:
+    return json.loads(comparison.read_text())["splits"]["test"]["figures"]
+
+
+def test_the_best_so_far_is_a_run(workplace, no_bars, monkeypatch, capsys):
+    """To generate and to evaluate, by its own folder or by the run's, while that has no policy of its own."""
+    interrupted_at_its_third_update(monkeypatch, "--output_dir", "mine")
+    assert not Path("mine/model.safetensors").exists()
+    answers = []
+    for folder in ("mine", "mine/checkpoints/best", "mine/checkpoints"):
+        capsys.readouterr()
+        assert run_main("--task", "generate", "--output_dir", folder, "--prompt", "The film", "--temperature", "0") == 0
+        using, answer = capsys.readouterr().out.split("\n", 1)
+        assert using == "using mine/checkpoints/best"
+        answers.append(answer)
+    assert answers[0].startswith("The film") and len(set(answers)) == 1
+    best = listing(workplace / "mine/checkpoints/best")
+    assert run_main("--task", "evaluate", "--output_dir", "mine/checkpoints/best") == 0
+    comparison = workplace / "mine/results/comparison.json"
+    assert listing(workplace / "mine/checkpoints/best") == best  # a better one would take the results with it
+    own = figures_of(comparison)
+    assert own["before"]["kl"] == 0 < own["after"]["kl"] and own["after"]["value_std"] > 0
+    assert run_main("--task", "evaluate", "--policies", "a=saved_models/tiny/sft", "--policies", "b=mine") == 0
+    assert figures_of(workplace / PPO / "results/comparison.json")["b"] == own["after"]
+
+
+def test_the_best_so_far_gives_way_to_the_run_that_is_over(workplace, monkeypatch, capsys):
+    """Without a flag, it is used only where no run is over; and a path to it says where the policy is then."""
+    interrupted_at_its_third_update(monkeypatch)
+    best = "saved_models/tiny/ppo-2/checkpoints/best"
+    asked = ["--task", "generate", "--prompt", "The film"]
+    for expected in (str(PPO), best):
+        capsys.readouterr()
+        assert run_main(*asked) == 0
+        assert capsys.readouterr().out.startswith(f"using {expected}\n")
+        if expected == str(PPO):
+            (workplace / PPO).rename("elsewhere")
+    (workplace / best).parent.rename("gone")
+    (workplace / "saved_models/tiny/ppo-2/value_head.safetensors").touch()
+    words = f"--output_dir {best} holds no policy any more: that run is over, and has it in saved_models/tiny/ppo-2"
+    assert_refused(capsys, workplace, [*asked, "--output_dir", best], words)
+
+
+def test_the_best_adapter_so_far_is_a_run(workplace, no_bars, monkeypatch, capsys):
+    """Its base is a path from where the run was started."""
+    Path("base").symlink_to("saved_models/tiny/sft")
+    adapter = ["--base_model_name", "base", "--lora_r", "2", "--learning_rate", "0.01", "--output_dir", "mine"]
+    adapter += ["--reward_model_path", "saved_models/tiny/reward", "--max_prompt_length", "12"]
+    interrupted_at_its_third_update(monkeypatch, *adapter)
+    best = workplace / "mine/checkpoints/best"
+    assert json.loads((best / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    capsys.readouterr()
+    assert run_main("--task", "generate", "--output_dir", "mine", "--prompt", "The film") == 0
+    assert capsys.readouterr().out.startswith("using mine/checkpoints/best\nThe film")
+    assert run_main("--task", "evaluate", "--output_dir", "mine/checkpoints/best") == 0
+    own = figures_of(workplace / "mine/results/comparison.json")
+    assert own["before"]["kl"] == 0 < own["after"]["kl"] and own["after"]["value_std"] > 0
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Another run beside it
 # ----------------------------------------------------------------------------------------------------------------
@@ -192,6 +278,7 @@ def test_a_second_run_stands_beside_the_first_and_equals_it(workplace, capsys):
         assert (second / name).read_bytes() == (workplace / PPO / name).read_bytes()
     output = capsys.readouterr().out
     assert "language model:" not in output and "reward model:" not in output
+    assert output.count(" is there and used as it is: trained on 200 rows with --seed 0, ") == 2
 
 
 def test_another_seed_gives_another_run(workplace):
@@ -199,16 +286,6 @@ def test_another_seed_gives_another_run(workplace):
     second = workplace / "saved_models/tiny/ppo-2"
     for name in ("model.safetensors", "value_head.safetensors", "training_stats.json"):
         assert (second / name).read_bytes() != (workplace / PPO / name).read_bytes()
-
-
-def test_a_dry_run_samples_and_leaves_nothing(workplace, capsys):
-    before = listing(workplace)
-    assert run_main("--task", "train", "--dry_run", *flags()) == 0
-    assert listing(workplace) == before
-    output = capsys.readouterr().out
-    assert "invariants hold" in output
-    assert len(re.findall(r"^prompt '", output, re.MULTILINE)) == 3
-    assert len(re.findall(r"reward_model -?\d+\.\d{3}$", output, re.MULTILINE)) == 3
 
 
 def test_an_explicit_folder_is_used_for_the_run_and_found_by_generate(workplace, capsys):

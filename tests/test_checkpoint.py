@@ -1,11 +1,15 @@
 """Files and folders appear whole or not at all, and every stage finds its place."""
 
 import csv
+import json
 import os
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from micro import micro_config
+from safetensors.torch import save_file
 
 from checkpoint import (
     check_writable,
@@ -17,12 +21,13 @@ from checkpoint import (
     notice,
     run_of,
     stage_folder,
+    starting_model,
     trained_stage,
     whole_folder,
     write_table,
     write_whole,
 )
-from config import RunError, UsageError, to_json
+from config import Config, RunError, UsageError, to_json
 from model import PolicyModel
 from sft import new_language_model
 
@@ -31,6 +36,18 @@ pytest_plugins = ["micro"]
 
 def names(folder) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(("named", "told"), [({}, "MODEL"), ({"base_model_name_or_path": "gpt2"}, "gpt2")])
+def test_an_adapter_to_go_on_with_needs_its_base_model_named(named, told, tmp_path):
+    """Else the demonstration's model would be announced, trained, and then refused."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(named))
+    config = Config(task="train", peft_model_path=str(tmp_path))
+    with pytest.raises(UsageError, match=rf"--peft_model_path .* is an adapter: .*, --base_model_name {told}$"):
+        starting_model(config)
+    assert starting_model(replace(config, base_model_name="gpt2")) == "gpt2"
+    with pytest.raises(UsageError, match=r"--peft_model_path none is an adapter: .*, --base_model_name MODEL$"):
+        starting_model(replace(config, peft_model_path="none"))
 
 
 def test_a_table_is_written_with_all_its_columns_or_those_asked_for(tmp_path):
@@ -52,6 +69,21 @@ def test_whole_folder_appears_with_its_files_when_the_block_ends(tmp_path):
         assert not target.exists()
     assert names(tmp_path) == {"deep", "deep/model", "deep/model/weights"}
     assert (target / "weights").read_text() == "all of them"
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_saved_files_have_the_mode_that_the_umask_gives(umask, mode, tmp_path):
+    """safetensors alone would have weights that nobody else can read: another user is told that there is no file."""
+    before = os.umask(umask)
+    try:
+        with whole_folder(tmp_path / "model") as scratch:
+            (scratch / "critic").mkdir()
+            save_file({"a": torch.zeros(1)}, scratch / "critic/model.safetensors")
+            write_whole(scratch / "a.json", "{}")
+    finally:
+        assert os.umask(before) == umask
+    for file in ("critic/model.safetensors", "a.json"):
+        assert (tmp_path / "model" / file).stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
@@ -205,6 +237,17 @@ def test_a_stage_counts_as_trained_only_with_the_settings_of_this_run(tmp_path):
         f"{folder} was trained with --n_layer {trained.n_layer} --sft_steps {trained.sft_steps}, and this run asks for "
         "--n_layer 2 --sft_steps 9; give the flags that it has, or a --run_name of its own to this run"
     )
+
+
+def test_what_answers_are_cut_to_shapes_a_language_model_of_answers_alone(tmp_path):
+    for column, is_shaped in (("", False), ("answer", True)):
+        (tmp_path / "run_config.json").write_text(to_json(micro_config(completion_column=column)))
+        changed = micro_config(completion_column=column, max_new_tokens=9)
+        if is_shaped:
+            with pytest.raises(UsageError, match="was trained with --max_new_tokens 12, and this run asks for "):
+                trained_stage(changed, str(tmp_path), "sft")
+        else:
+            assert trained_stage(changed, str(tmp_path), "sft")
 
 
 def test_the_notice_counts_the_parameters_of_a_model_with_all_its_tokens(tokenizer):

@@ -10,6 +10,7 @@ from micro import micro_config, review_texts
 from tiny_models import letter_tokenizer
 
 import classifier
+import dataset
 from classifier import (
     bradley_terry_loss,
     class_batches,
@@ -21,6 +22,7 @@ from classifier import (
     pair_texts,
     predictions,
     run_reward,
+    told_accuracy,
 )
 from config import UsageError
 from probe import special_ends
@@ -145,13 +147,14 @@ def test_held_out_accuracy_is_measured_on_whole_texts_and_on_first_halves(digits
     (probability, right), figures = held_out_predictions(micro_config(), ContainsSeven(), digits, rows)
     assert probability.tolist() == pytest.approx([0.7310586] * 120, abs=1e-6)
     assert right.tolist() == [True] * 120
-    assert figures == "100.0% on whole texts, 50.0% on their first halves"
+    assert figures == {"accuracy": 1.0, "accuracy_on_first_halves": 0.5}
 
 
 def test_the_first_half_of_an_odd_number_of_words_has_the_middle_one(digits):
     rows = [{"text": text, "label": 1} for text in ("1 7 1", "7", "1 1 7")]
     _, figures = held_out_predictions(micro_config(), ContainsSeven(), digits, rows)
-    assert figures == "100.0% on whole texts, 66.7% on their first halves"
+    assert figures == {"accuracy": 1.0, "accuracy_on_first_halves": pytest.approx(2 / 3)}
+    assert told_accuracy(n_rows=3, **figures) == "100.0% on whole texts, 66.7% on their first halves"
 
 
 def test_labels_that_are_true_and_false_are_refused():
@@ -208,7 +211,8 @@ def test_predictions_of_pairs_by_hand(digits):
     (probability, right), figures = held_out_predictions(micro_config(**PAIRED), CountsSevens(), digits, rows)
     assert right.tolist() == [True, False, False]
     assert probability.tolist() == pytest.approx([0.880797, 0.731059, 0.5], abs=1e-6)
-    assert figures == "33.3% of 3 pairs"
+    assert figures == {"accuracy": pytest.approx(1 / 3)}
+    assert told_accuracy(n_rows=3, **figures) == "33.3% of 3 pairs"
 
 
 def test_pairs_share_their_prompt(tokenizer):
@@ -255,6 +259,11 @@ def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):
     tokenizer = classifier.load_tokenizer(str(folder))
     (_, right), _ = held_out_predictions(config, model, tokenizer, rows[:20])
     assert right.float().mean() > 0.9
+    tokenizer.model_max_length = 48
+    _, figures = held_out_predictions(config, model, tokenizer, dataset.load_rows(config, "validation"))
+    record = json.loads((folder / "stage.json").read_text())
+    assert record["held_out"]["rows"] == 20 and record["held_out"]["accuracy"] == figures["accuracy"]
+    assert record["trained_on"]["columns"] == ["text", "chosen", "rejected"]
 
 
 def test_the_tokenizer_is_saved_as_it_was(chain):

@@ -121,6 +121,33 @@ def test_the_longest_name_of_a_file_is_taken():
     assert parse("--output_dir", f"runs/{longest}/{longest}").output_dir.endswith(longest)
 
 
+@pytest.mark.parametrize("word", ["no", "'no'", "No", "off"])
+def test_a_file_says_no_as_a_flag_does(word, tmp_path):
+    """YAML alone would make it false."""
+    (tmp_path / "a.yaml").write_text(f"mixed_precision: no\nreward_label: {word}\nmerge: yes\nchat: off\nlora_r: 2")
+    parsed = parse("--config", tmp_path / "a.yaml")
+    assert (parsed.mixed_precision, parsed.reward_label) == ("no", word.strip("'"))
+    assert (parsed.merge, parsed.chat) == (True, False)
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_file_may_be_named(monkeypatch, tmp_path):
+    """A shell spells it out where it stands first in a word, not in a file of settings or behind NAME=."""
+    monkeypatch.setenv("HOME", "/home/me")
+    names = {
+        "dataset_path": "~/data.jsonl",
+        "base_model_name": "~/m",
+        "reward_fn": "~/reward.py:good",
+        "prompt": ["~/a"],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(names))
+    parsed = parse("--config", tmp_path / "a.json", "--output_dir=~/run", "--prompt_template", "~/{text}")
+    assert (parsed.output_dir, parsed.base_model_name) == ("/home/me/run", "/home/me/m")
+    assert (parsed.dataset_path, parsed.reward_fn) == ("/home/me/data.jsonl", "/home/me/reward.py:good")
+    assert (parsed.prompt, parsed.prompt_template) == (("~/a",), "~/{text}")
+    policies = parse("--policies", "~/a", "--policies", "b=~/c=d").policies
+    assert policies == ("/home/me/a", "b=/home/me/c=d")
+
+
 @pytest.mark.parametrize("text", ["base_model_name: [a, b]", "seed: true", "gamma: null", "whiten_scores: 2"])
 def test_a_value_of_another_type_in_a_file_is_refused(text, tmp_path):
     (tmp_path / "a.yaml").write_text(text)
@@ -329,7 +356,7 @@ class Bench:
         )
         rows = []
         for number, text in enumerate(review_texts()):
-            rows.append({"text": text, "other": text[::-1], "label": number % 2, "stars": 1})
+            rows.append({"text": text, "other": text[::-1], "worse": text[::2], "label": number % 2, "stars": 1})
         (folder / "data").mkdir()
         for name, part in (("train", rows[:150]), ("test", rows[150:])):
             lines = "".join(json.dumps(row) + "\n" for row in part)
@@ -413,7 +440,7 @@ def quick_measures(request, monkeypatch):
     if "bench" in request.fixturenames:
         monkeypatch.setattr(sft, "perplexity", lambda *_: 1.0)
         nothing = classifier.Predictions(certainty=torch.ones(2), is_right=torch.ones(2, dtype=torch.bool))
-        monkeypatch.setattr(classifier, "held_out_predictions", lambda *_: (nothing, ""))
+        monkeypatch.setattr(classifier, "held_out_predictions", lambda *_: (nothing, {"accuracy": 1.0}))
         monkeypatch.setattr(report, "write_logs", lambda *_: None)
 
 
@@ -451,7 +478,7 @@ EFFECTS = {
     "sft_epochs": (0.5, SFT, {}),
     "completion_column": ("other", SFT, DATA),
     "chosen_column": ("other", REWARD, DATA | {"rejected_column": "text"}),
-    "rejected_column": ("other", REWARD, DATA | {"rejected_column": "text", "chosen_column": "text"}),
+    "rejected_column": ("other", REWARD, DATA | {"rejected_column": "worse", "chosen_column": "text"}),
     "seed": (1, WEIGHTS, {}),
     "base_model_name": ("REWARD", lambda bench, config: bench.base(config), {}),
     "dataset_path": ("DATA", PROMPTS, {}),
@@ -740,6 +767,65 @@ def test_a_flag_that_the_task_does_not_read_is_named(capsys):
     assert capsys.readouterr().out == "note: --task sft does not read --learning_rate\n"
     config.parse_args(["--task", "train", "--learning_rate", "1e-3"])
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("--reward_model_path r --reward_fn f.py:f", "--reward_model_path has no effect: no reward model is asked"),
+        ("--reward_label 1 --reward_output logit --reward_weights length=1", "--reward_label, --reward_output have no"),
+        ("--length_range 1,2", "--length_range has no effect: the length has no weight"),
+        ("--merge", "--merge has no effect: there is no adapter"),
+        ("--lora_alpha 3", "--lora_alpha has no effect: there is no new adapter"),
+        ("--base_model_name b --peft_model_path p --lora_r 3", "--lora_r has no effect: the adapter of"),
+        ("--kl_horizon 9", "--kl_horizon has no effect: --kl_coef is fixed"),
+        ("--epochs 1 --n_updates 3", "--n_updates has no effect: --epochs says"),
+        (
+            "--base_model_name b --n_layer 3 --vocab_size 999",
+            "--vocab_size, --n_layer have no effect: no model is made",
+        ),
+        ("--dataset_path d --n_reviews 100", "--n_reviews has no effect: the data are those of"),
+        ("--rejected_column worse", "--rejected_column has no effect: there are no pairs"),
+        ("--chosen_column better --label_column stars", "--label_column has no effect: the reward model is trained on"),
+    ],
+)
+def test_a_flag_without_effect_is_said_and_no_other(given, said, capsys):
+    config.parse_args(["--task", "train", *given.split()])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: {said}")
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--reward_model_path r --reward_fn f.py:f --reward_weights reward_fn=1,reward_model=1",
+        "--length_range 1,2 --reward_weights length=1,reward_model=1",
+        "--merge --lora_r 2 --lora_alpha 3",
+        "--kl_horizon 9 --kl_target 3",
+        "--n_layer 3 --n_reviews 100 --n_updates 3 --label_column stars",
+        "--chosen_column better --rejected_column worse",
+    ],
+)
+def test_a_flag_with_effect_is_not_remarked_on(given, capsys):
+    config.parse_args(["--task", "train", *given.split()])
+    assert capsys.readouterr().out == ""
+
+
+def test_the_settings_that_may_be_idle_are_settings():
+    named = [name for names in config.WITHOUT_EFFECT for name in names.split()]
+    assert set(named) | set(config.PATHS.split()) <= set(FIELDS) and len(named) == len(set(named))
+
+
+@pytest.mark.parametrize("temperature", ["1e-40", "0.0009"])
+def test_a_temperature_that_leaves_float32_is_refused(temperature):
+    for task in ("train", "generate"):
+        with pytest.raises(UsageError, match=r"--temperature is .*, expected 0\.001 or more, or 0 for greedy choice"):
+            Config(task=task, temperature=float(temperature))
+
+
+def test_pairs_of_one_column_are_refused():
+    with pytest.raises(UsageError, match="--chosen_column and --rejected_column are both answer: expected two columns"):
+        parse("--chosen_column", "answer", "--rejected_column", "answer")
 
 
 def test_the_table_of_readers_names_every_group_and_fields_there_are():

@@ -1,6 +1,8 @@
 """The sampler: greedy against transformers' own, sampled against the softmax, and what becomes of rows that end."""
 
 import math
+import re
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import ppo
-from config import Config
+from config import Config, RunError
 from dataset import pad
 from generate import Sample, draw, respond, sample
 from model import PolicyModel, frozen_copy
@@ -483,6 +485,28 @@ def test_respond_pads_samples_and_decodes(family):
     assert len(steps) == drawn.mask.shape[1]
     for text, ids in zip(drawn.texts, drawn.response_ids.tolist(), strict=True):
         assert text == "".join("..abcdefghi"[i] for i in ids if i > EOS)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_probabilities_that_are_no_numbers_are_told_with_the_weight_that_is_none(family, temperature):
+    policy = tiny_policy(family)
+    config = Config(task="generate", max_new_tokens=3, temperature=temperature)
+    answer = partial(respond, policy, letter_tokenizer(), QUERIES, uniforms(0, "sampling", 0, (4, 3)), config)
+    answer()
+    name, weight = list(policy.named_parameters())[-3]  # the value head's two come last
+    with torch.no_grad():
+        weight[0] = math.nan
+    with pytest.raises(RunError, match=rf"are no numbers, as its weight {re.escape(name)} holds NaN or infinity"):
+        answer()
+
+
+def test_logits_that_overflow_are_told():
+    policy = tiny_policy("gpt2")
+    with torch.no_grad():
+        policy.language_model.transformer.ln_f.weight.fill_(3e38)
+    with pytest.raises(RunError, match=r"are no numbers: its logits overflow; try a higher --temperature or another"):
+        respond(policy, letter_tokenizer(), QUERIES, uniforms(0, "sampling", 0, (4, 3)), Config(max_new_tokens=3))
 
 
 def test_a_rollout_trains_on_the_sampled_ids_not_on_their_text_tokenised_again():

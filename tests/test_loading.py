@@ -12,10 +12,12 @@ import pytest
 import torch
 import transformers
 from helpers import assert_close
+from safetensors.torch import load_file, save_file
 from tiny_models import EOS, FAMILIES, GPT2_SIZE, PAD, VOCAB, letter_tokenizer, tiny_gpt2, tiny_policy, tiny_t5
 from transformers import (
     AutoConfig,
     BertConfig,
+    BertForSequenceClassification,
     EncoderDecoderConfig,
     GPT2Config,
     GPTNeoXConfig,
@@ -26,6 +28,7 @@ from transformers import (
 )
 
 import loading
+from classifier import new_classifier
 from config import Config, UsageError
 from loading import (
     load,
@@ -226,13 +229,170 @@ def test_weights_of_another_size_are_named(tmp_path):
 def test_a_lack_of_memory_is_no_mistake_of_the_folders(error, tmp_path):
     """It passes as it is, for the sentence that names what needs less; a folder's name is not taken for it."""
 
-    def raise_it(path):
+    def raise_it(path, trust_remote_code):
         raise error
 
     with pytest.raises(type(error), match=str(error) or None):
         load(raise_it, "base_model_name", str(tmp_path))
     with pytest.raises(UsageError, match="--base_model_name out of memory is no folder"):
         load_tokenizer("out of memory")
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Weights that are not all there, and code that comes with them
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def change_weights(folder: Path, file: str = "model.safetensors", **changes: torch.Tensor | None) -> None:
+    """Take the weights whose names contain a key of `changes` away, and put its tensor, if any, in their place."""
+    weights = load_file(folder / file)
+    for name, tensor in changes.items():
+        weights = {key: value for key, value in weights.items() if name not in key}
+        weights |= {} if tensor is None else {name: tensor}
+    save_file(weights, folder / file, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.fixture(params=["gpt2", "t5"])
+def family_folder(request, tmp_path) -> Path:
+    save_policy(tiny_policy(request.param), letter_tokenizer(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+LAYER_OF = {"gpt2": ("transformer.h.1.", "n_layer"), "t5": ("decoder.block.1.", "num_decoder_layers")}
+
+
+def family_of(folder: Path) -> str:
+    return json.loads((folder / "config.json").read_text())["model_type"]
+
+
+@pytest.mark.parametrize("loads", [load_policy, new_policy])
+def test_a_layer_without_weights_is_refused(family_folder, loads):
+    """transformers would make it of random numbers."""
+    layer, _ = LAYER_OF[family_of(family_folder)]
+    change_weights(family_folder, **{layer: None})
+    with pytest.raises(UsageError) as caught:
+        loads(Config(), str(family_folder), CPU)
+    assert_one_sentence(caught.value, f"--base_model_name {family_folder} lacks {layer}", "more of a ", "a whole model")
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+def test_a_configuration_of_another_depth_is_refused(family_folder, n_layers):
+    layer, name = LAYER_OF[family_of(family_folder)]
+    change_config(family_folder, **{name: n_layers})
+    with pytest.raises(UsageError) as caught:
+        load_policy(Config(), str(family_folder), CPU)
+    if n_layers == 1:
+        assert_one_sentence(caught.value, f"holds {layer}", "for which there is no place by its config.json")
+    else:
+        assert_one_sentence(caught.value, f"lacks {layer.replace('1', '2')}")
+
+
+def test_weights_of_another_shape_are_refused_by_name(family_folder):
+    name = {"gpt2": "transformer.wpe.weight", "t5": "decoder.final_layer_norm.weight"}[family_of(family_folder)]
+    change_weights(family_folder, **{name: torch.zeros(7)})
+    with pytest.raises(UsageError) as caught:
+        load_policy(Config(), str(family_folder), CPU)
+    assert_one_sentence(caught.value, f"{name} has shape (7,), by its config.json (")
+
+
+def test_other_heads_and_old_constants_in_the_files_are_nothing_to_refuse(family_folder):
+    """A head of TRL, and what older versions of transformers saved beside the weights."""
+    before = load_policy(Config(), str(family_folder), CPU).state_dict()
+    layer, _ = LAYER_OF[family_of(family_folder)]
+    change_weights(
+        family_folder, **{"v_head.summary.weight": torch.ones(1, 8), f"{layer}attn.masked_bias": torch.ones(1)}
+    )
+    after = load_policy(Config(), str(family_folder), CPU).state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["separate", "encoder"])
+def test_a_critic_without_one_of_its_weights_is_refused(kind, tmp_path):
+    base = tiny_policy("t5" if kind == "encoder" else "gpt2")
+    save_policy(base, letter_tokenizer(), tmp_path / "base")
+    run = tmp_path / "run"
+    save_policy(new_policy(Config(critic=kind, lam=1.0), str(tmp_path / "base"), CPU), letter_tokenizer(), run)
+    lost = "block.1.layer.0.SelfAttention.q.weight" if kind == "encoder" else "h.1.attn.c_attn.weight"
+    change_weights(run / "critic", **{lost: None})
+    with pytest.raises(UsageError) as caught:
+        load_policy(Config(), str(run), CPU)
+    assert_one_sentence(caught.value, f"{run}/critic lacks ", lost)
+
+
+def test_an_adapter_without_one_of_its_weights_is_refused(tmp_path):
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path / "base")
+    save_policy(new_policy(Config(lora_r=2), str(tmp_path / "base"), CPU), letter_tokenizer(), tmp_path / "adapter")
+    change_weights(tmp_path / "adapter", "adapter_model.safetensors", **{"h.1.attn.c_attn.lora_B": None})
+    with pytest.raises(UsageError, match=r"--peft_model_path .*: it has weights for other layers"):
+        load_policy(Config(), str(tmp_path / "adapter"), CPU)
+
+
+def test_a_new_head_is_put_on_a_whole_trunk_alone(tmp_path):
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
+    assert new_classifier(str(tmp_path), {0: "bad", 1: "good"}, PAD).score.weight.shape == (2, 32)
+    change_weights(tmp_path, **{"transformer.h.1.ln_1.bias": None})
+    with pytest.raises(UsageError, match=r"lacks transformer\.h\.1\.ln_1\.bias of a GPT2ForSequenceClassification"):
+        new_classifier(str(tmp_path), {0: "bad", 1: "good"}, PAD)
+
+
+def test_an_adapter_of_a_folder_can_be_loaded_from_another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), Path("models/base"))
+    policy = new_policy(Config(lora_r=2), "models/base", CPU)
+    save_policy(policy, letter_tokenizer(), Path("run"))
+    monkeypatch.chdir("elsewhere")
+    again = load_policy(Config(), "../run", CPU)
+    assert again.state_dict().keys() == policy.state_dict().keys()
+    assert load_tokenizer("../run").eos_token_id == EOS
+    assert loading.from_anywhere("gpt2") == "gpt2" and loading.from_anywhere(None) is None  # a Hub id stays one
+
+
+@pytest.mark.parametrize("change", ["a weight of the trunk", "a layer more"])
+def test_a_reward_model_without_all_its_weights_is_refused(change, tmp_path):
+    classifier = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=VOCAB,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=64,
+        )
+    )
+    classifier.save_pretrained(tmp_path)
+    letter_tokenizer().save_pretrained(tmp_path)
+    if change == "a layer more":
+        change_config(tmp_path, num_hidden_layers=3)
+        lost = "bert.encoder.layer.2."
+    else:
+        lost = "bert.encoder.layer.1.output.dense.bias"
+        change_weights(tmp_path, **{lost: None})
+    with pytest.raises(UsageError) as caught:
+        load_reward_model(Config(reward_model_path=str(tmp_path)), str(tmp_path), CPU)
+    assert_one_sentence(caught.value, f"--reward_model_path {tmp_path} lacks {lost}", "of a BertForSequenceClassif")
+
+
+@pytest.mark.parametrize("model_type", ["mine", "gpt2"])
+def test_code_that_comes_with_a_model_is_neither_run_nor_asked_about(model_type, tmp_path, monkeypatch):
+    """Where transformers has the family itself, its own code is taken; else the model is refused."""
+    save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
+    (tmp_path / "mine.py").write_text("open('ran', 'w')\nfrom transformers import *\nclass C(GPT2Config): pass\n")
+    change_config(tmp_path, model_type=model_type, auto_map={"AutoConfig": "mine.C", "AutoModelForCausalLM": "mine.C"})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    if model_type == "gpt2":
+        assert type(load_language_model(str(tmp_path), "float32", CPU)).__module__.startswith("transformers.models")
+    else:
+        with pytest.raises(UsageError) as caught:
+            load_language_model(str(tmp_path), "float32", CPU)
+        assert_one_sentence(caught.value, f"--base_model_name {tmp_path} can only be loaded by running code that comes")
+    assert not (tmp_path / "ran").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(
     def scripted(policy, *others):
         *_, prompts, _ = others
         asked.append([prompt.text for prompt in prompts])
-        weights.append({name: weight.detach().clone() for name, weight in policy.state_dict().items()})
+        weights.append({name: weight.detach().cpu().clone() for name, weight in policy.state_dict().items()})
         rows, reward = evaluate_policy(policy, *others), next(script, None)
         return rows if reward is None else [row | {"reward": reward} for row in rows]
 

@@ -703,6 +703,14 @@ def test_value_clip_does_not_bind_at_its_very_edge(new, target):
     assert_equal(binding, [[False]])
 
 
+def test_a_clip_that_cannot_bind_is_not_counted():
+    """V_old + (V - V_old) is not always V in float32: of values nearer than the range to the old, 3 in 100 would be."""
+    values, old_values, returns = 0.3 * torch.randn(3, 200, 200, generator=torch.Generator().manual_seed(0))
+    mask = (values - old_values).abs() < 0.199
+    _, clipped = ppo.value_losses(values, old_values, returns, mask, clip_range_value=0.2)
+    assert mask.sum() > 10_000 and not clipped.any()
+
+
 def test_value_losses_equal_brute_force():
     generator = torch.Generator().manual_seed(10)
     mask = prefix_mask([9, 6, 1])

@@ -108,10 +108,10 @@ def test_mistakes_are_refused_in_one_sentence_before_anything_is_made(mistake, e
         ("clip_range: 0", "--clip_range is 0.0, expected a value in (0, 1)"),
         ("clip_range: wide", "--clip_range is 'wide', expected float"),
         ("whiten_scores: perhaps", "--whiten_scores is 'perhaps', expected bool"),
-        ("seed: [1, 2]", "--seed is [1, 2], expected int"),
+        ("seed: [1, 2]", "--seed is ['1', '2'], expected int"),
         ("- clip_range", "holds a list"),
         ("clip_range: [0.1", "run.yaml cannot be read: while parsing"),
-        ("3: 4", "unknown field 3"),
+        ("3: 4", "unknown field '3'"),
     ],
 )
 def test_a_bad_config_file_is_refused(text, words, empty, capsys):

@@ -100,6 +100,9 @@ def log_row(**changes) -> dict[str, float]:
         "distinct_bigrams": 0.5,
         "ended": 0.75,
         "ref_perplexity": 8.0,
+        "kl_k1": 2.0,
+        "explained_variance": 0.5,
+        "value_loss": 0.1,
     }
     return healthy | changes
 
@@ -149,10 +152,34 @@ def test_everything_may_go_wrong_at_once():
     assert set(raised(*[log_row(reward=0.9, **COLLAPSED)] * 2)) == set(COLLAPSED) == set(LIMITS)
 
 
-@pytest.mark.parametrize("reward", [0.5, 0.45, -1.0])
-def test_there_is_no_alarm_while_the_reward_is_not_higher(reward):
-    """A collapse that nothing rewards shows in the reward itself."""
-    assert raised(*[log_row(reward=reward, **COLLAPSED)] * 2) == {}
+@pytest.mark.parametrize("reward", [0.5, 0.47, -1.0])
+def test_a_collapse_that_nothing_rewards_shows_in_the_reward_itself(reward):
+    expected = {} if reward > 0 else {"reward": "the reward fell from 0.5 to -1"}
+    assert raised(*[log_row(reward=reward, **COLLAPSED)] * 2) == expected
+
+
+@pytest.mark.parametrize(("fall", "expected"), [(0.227, set()), (0.228, {"reward"})])
+def test_a_fall_that_chance_hardly_explains_is_told(fall, expected):
+    """Four standard errors of `test_a_rise_that_chance_explains_is_none`: .2272."""
+    start = [row | {"variance": 0.25} for row in BEGINNING]
+    assert set(alarms([*start, *[log_row(reward=0.5 - fall, variance=0.15)] * 2], 64)) == expected
+
+
+def test_far_from_the_reference_for_nothing_is_told():
+    assert raised(*[log_row(reward=0.5, kl_k1=9.9)] * 2) == {}
+    assert raised(*[log_row(reward=0.9, kl_k1=44.0)] * 2) == {}  # for a reward that rose
+    assert raised(*[log_row(reward=0.5, kl_k1=44.0)] * 2) == {
+        "kl": "the policy is 44 nats a response from the reference, and the reward has not risen: it was 0.5 and is 0.5"
+    }
+
+
+def test_values_that_run_away_are_told_whatever_the_reward():
+    """A critic that is worse than a constant is usual at first, and a loss near 0 can grow."""
+    assert raised(*[log_row(reward=0.9, explained_variance=-11.0, value_loss=0.9)] * 2) == {}
+    assert raised(*[log_row(reward=0.9, explained_variance=-9.0, value_loss=1e15)] * 2) == {}
+    assert raised(*[log_row(reward=0.9, explained_variance=-1e9, value_loss=1e15)] * 2) == {
+        "value_loss": "the value loss went from 0.1 to 1e+15, more than ten times what a constant would have"
+    }
 
 
 def test_a_rise_that_chance_explains_is_none():
@@ -215,7 +242,7 @@ def test_a_collapse_provoked_on_purpose_raises_the_alarm(tiny_run):
     latest = [(a + b) / 2 for a, b in itertools.pairwise(lengths)]
     halved = next(step for step in range(3, 24) if latest[step - 1] < latest[0] / 2)
     assert first == halved
-    assert output.count("while the mean length in tokens went from") == 1
+    assert output.count("while the mean length in tokens went from") == 2
     assert f"alarm at update {first}: the reward rose from" in output
     assert rows[-1]["alarms"] != []
 

@@ -542,7 +542,8 @@ def test_a_label_that_is_none_is_refused_and_before_anything_is_trained(label, c
 def test_a_language_model_is_no_classifier(tmp_path):
     """Its head would be random numbers."""
     save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
-    with pytest.raises(UsageError, match=rf"--reward_model_path {tmp_path} is no classifier: it has no score\.weight"):
+    lack = rf"--reward_model_path {tmp_path} lacks score\.weight of a GPT2ForSequenceClassification; expected a"
+    with pytest.raises(UsageError, match=lack):
         load_reward_model(settings(reward_label="0"), str(tmp_path), CPU)
 
 

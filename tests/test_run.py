@@ -123,6 +123,9 @@ def test_an_alarm_is_logged_at_every_update_and_printed_at_its_first(tmp_path, m
             "distinct_bigrams",
             "ended",
             "ref_perplexity",
+            "kl_k1",
+            "explained_variance",
+            "value_loss",
         } <= history[-1].keys()
         return script[len(history) - 1]
 
@@ -131,7 +134,7 @@ def test_an_alarm_is_logged_at_every_update_and_printed_at_its_first(tmp_path, m
     assert [row["alarms"] for row in rows] == [[], ["too short"], [], ["shorter", "cut"], ["cut off"]]
     assert seen == [list(range(n)) for n in (1, 2, 3, 4, 5)]
     said = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert said == ["alarm at update 1: too short", "alarm at update 3: cut"]
+    assert said == ["alarm at update 1: too short", "alarm at update 3: cut", "alarm at the end: cut off"]
 
 
 def few_letters(prompts, responses, rows) -> torch.Tensor:
@@ -149,7 +152,7 @@ def test_a_policy_that_falls_silent_for_its_reward_is_told_on(tmp_path, monkeypa
     alarmed = [row["step"] for row in rows if any("mean length in tokens" in text for text in row["alarms"])]
     assert alarmed == [step for step in range(3, 8) if latest[step - 1] < latest[0] / 2] != []
     said = capsys.readouterr().out
-    assert said.count("the mean length in tokens went from") == 1
+    assert said.count("the mean length in tokens went from") == 2  # then, and at the end
     assert f"alarm at update {alarmed[0]}: the reward rose from" in said
 
 

@@ -65,7 +65,7 @@ UNFIT = {
     "label of three": (["--reward_model_path", "three", "--reward_label", "LABEL_3"], "'LABEL_3'", "2 (LABEL_2)"),
     "no classifier": (
         ["--reward_model_path", "wide", "--reward_label", "0"],
-        "--reward_model_path wide is no classifier",
+        "--reward_model_path wide lacks score.weight of a GPT2ForSequenceClassification",
     ),
     "short classifier": (["--reward_model_path", "short"], "--reward_model_path short", "300 tokens", "embeds 293"),
     "adapter": (
