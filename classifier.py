@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 from torchtyping import TensorType, is_float
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import stage_folder
+from checkpoint import notice, stage_folder
 from config import Config, UsageError
 from dataset import column, load_rows, pad
 from device import prepare_device
@@ -233,7 +233,8 @@ def run_reward(config: Config, base_model: str) -> Path:
     results, figures = held_out_predictions(config, model, reader, held_out, can_be_padded)
     source = Source(columns_read(config, rows[0], *label_columns(config)), rows, held_out, start=base_model)
     save_stage(folder, model, tokenizer, config, source, **figures)
-    figure = plot_reliability(folder, probabilities=results.certainty.tolist(), right=results.is_right.tolist())
+    certainties, is_right = results.certainty.tolist(), results.is_right.tolist()
+    figure = plot_reliability(folder, certainties, is_right, n_labels=max(2, len(names)), notice=notice(config))
     accuracy = told_accuracy(n_rows=len(held_out), **figures)
     print(f"reward model: held-out accuracy {accuracy}, in {folder} (reliability: {figure})")
     return folder

@@ -6,8 +6,10 @@ that had no part in the training: a bag-of-words classifier and a language model
 
 import itertools
 import json
-import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -17,11 +19,13 @@ from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
 from device import prepare_device
 from generate import respond, score_responses
+from intervals import bootstrap_interval, paired_share_interval, wilson_interval
 from loading import load_language_model, load_policy, load_tokenizer
 from model import PolicyModel
 from plot import sample_pairs
-from ppo import kl_estimate, masked_mean
+from ppo import kl_estimate
 from preflight import check_context
+from progress import progress
 from prompts import Prompt, load_prompts
 from provenance import Source, columns_read, other_start, overlaps, usable_stage
 from randomness import uniforms
@@ -31,21 +35,35 @@ from sft import save_stage, train_language_model
 from train import Fixed
 
 FILES = {"validation": "val", "test": "test"}  # the splits of --eval_split both, and how their files' names begin
+SHARES = ("ended", "positive")  # columns that say yes or no of a response
+PERPLEXITIES = {"reference_perplexity": "reference_logprob", "perplexity": "judge_logprob"}  # of these columns
 
 
 @torch.no_grad()
-def evaluate_policy(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> list[dict]:
+def evaluate_policy(
+    policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, name: str = "evaluation"
+) -> list[dict]:
     """One row a prompt: response, raw reward and its terms, length, whether it ended, KL (k1), value, likelihood.
 
     KL to the reference, and log-likelihood under it (`reference_logprob`), in nats a response at the sampling
-    temperature. The random numbers are a function of config.seed alone: two policies draw alike.
+    temperature. The random numbers are a function of config.seed alone: two policies draw alike. `name` is what the
+    progress bar says.
     """
     random_numbers = uniforms(config.seed, "evaluation", 0, (len(prompts), config.max_new_tokens))
     table = []
-    for start in range(0, len(prompts), config.batch_size):
-        batch = slice(start, start + config.batch_size)
-        table += evaluate_batch(policy, fixed, prompts[batch], random_numbers[batch], config)
+    with progress(len(prompts), name, "prompt") as advance:
+        for start in range(0, len(prompts), config.batch_size):
+            batch = slice(start, start + config.batch_size)
+            rows = evaluate_batch(policy, fixed, prompts[batch], random_numbers[batch], config)
+            table += rows
+            advance(bar_numbers(table), len(rows))
     return table
+
+
+def bar_numbers(rows: list[dict]) -> dict[str, str]:
+    """The few numbers that matter, over the rows so far, for the progress bar."""
+    reward, kl, length, ended = (fmean(row[name] for row in rows) for name in ("reward", "kl", "length", "ended"))
+    return {"reward": f"{reward:.2f}", "kl": f"{kl:.2f}", "length": f"{length:.0f}", "eos": f"{ended:.0%}"}
 
 
 def evaluate_batch(
@@ -97,22 +115,72 @@ def own_numbers(row: dict) -> list[str]:
     return [name for name in row if name.startswith(("reward", "rouge", "value", "length"))]
 
 
-def bootstrap_interval(differences: list[float], seed: int = 0, draws: int = 2000) -> tuple[float, float]:
-    """The 95 % percentile interval of the mean of paired differences, by resampling them with replacement."""
-    values = np.asarray(differences)
-    picks = np.random.default_rng(seed).integers(0, len(values), (draws, len(values)))
-    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
-    return float(low), float(high)
+def mean_of(values: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    return values[picks].mean(-1)
+
+
+def perplexity_of(logprobs: np.ndarray, lengths: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """exp of the mean negative log-likelihood a token, over all tokens of the picked responses together."""
+    return np.exp(-logprobs[picks].sum(-1) / lengths[picks].sum(-1))
+
+
+def difference_of(before: Callable, after: Callable, picks: np.ndarray) -> np.ndarray:
+    return after(picks) - before(picks)
+
+
+def statistics_of(rows: list[dict]) -> dict[str, Callable]:
+    """The figures that can be said of any of a policy's rows: from rows' indices (..., picked) to the figure (...)."""
+
+    def numbers(name: str) -> np.ndarray:
+        return np.array([row[name] for row in rows], dtype=float)
+
+    names = [*own_numbers(rows[0]), "kl", *(name for name in SHARES if name in rows[0])]
+    statistics = {name: partial(mean_of, numbers(name)) for name in names}
+    different = np.array([unique_share(words_of(row["response"])) for row in rows])
+    statistics |= {"unique_token_ratio": partial(mean_of, different), "repetition": partial(mean_of, 1 - different)}
+    for name, column_name in PERPLEXITIES.items():
+        if column_name in rows[0]:
+            statistics[name] = partial(perplexity_of, numbers(column_name), numbers("length"))
+    return statistics
+
+
+def intervals_of(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of each figure of a policy that has one, over prompts: Wilson's of a share, else by bootstrap.
+
+    Figures of all responses together, such as the number of different words, have none: they grow with the sample.
+    """
+    found = {name: bootstrap_interval(statistic, len(rows)) for name, statistic in statistics_of(rows).items()}
+    for name in SHARES:
+        if name in rows[0]:
+            found[name] = wilson_interval(sum(row[name] for row in rows), len(rows))
+    return found
 
 
 def paired_differences(first: list[dict], other: list[dict]) -> dict[str, dict[str, float]]:
-    """For each number of a response: the mean of other minus first on the same prompts, and its 95 % interval."""
+    """For each figure that has an interval: other's minus first's on the same prompts, and its 95 % interval: Agresti
+    and Min's of a share, else by bootstrap.
+    """
+    n = len(first)
+    before, after = statistics_of(first), statistics_of(other)
     paired = {}
-    for name in own_numbers(first[0]):
-        differences = [b[name] - a[name] for a, b in zip(first, other, strict=True)]
-        low, high = bootstrap_interval(differences)
-        paired[name] = {"difference": float(np.mean(differences)), "low": low, "high": high}
+    for name in after:
+        difference = partial(difference_of, before[name], after[name])
+        if name in SHARES:
+            changes = [b[name] - a[name] for a, b in zip(first, other, strict=True)]
+            low, high = paired_share_interval(gained=changes.count(1), lost=changes.count(-1), n=n)
+        else:
+            low, high = bootstrap_interval(difference, n)
+        paired[name] = {"difference": float(difference(np.arange(n))), "low": low, "high": high}
     return paired
+
+
+def words_of(text: str) -> list[str]:
+    return text.lower().split()
+
+
+def unique_share(words: list[str]) -> float:
+    """Different words / words, in (0, 1]; 1 without a word."""
+    return len(set(words)) / len(words) if words else 1.0
 
 
 def diversity(responses: list[str]) -> dict[str, float]:
@@ -122,10 +190,10 @@ def diversity(responses: list[str]) -> dict[str, float]:
     `repetition`, 1 minus it; without a word 1 and 0. Over all responses together: `vocabulary`, the number of different
     words, and distinct-1 and -2 in [0, 1], different words or pairs of neighbours / their number; without a pair 1.
     """
-    texts = [response.lower().split() for response in responses]
+    texts = [words_of(response) for response in responses]
     words = [word for text in texts for word in text]
     pairs = [pair for text in texts for pair in itertools.pairwise(text)]
-    unique = float(np.mean([len(set(text)) / len(text) if text else 1.0 for text in texts]))
+    unique = float(np.mean([unique_share(text) for text in texts]))
     return {
         "unique_token_ratio": unique,
         "repetition": 1 - unique,
@@ -136,9 +204,9 @@ def diversity(responses: list[str]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def perplexity_under(judge: PolicyModel, rows: list[dict], pad_id: int) -> float:
-    """exp of the mean negative log-likelihood a token of the responses, given their prompts, under another model."""
-    log_likelihood = n_tokens = 0.0
+def likelihoods_under(judge: PolicyModel, rows: list[dict], pad_id: int) -> list[float]:
+    """Each response's log-likelihood given its prompt, in nats, under another model."""
+    likelihoods = []
     for start in range(0, len(rows), 64):
         batch = rows[start : start + 64]
         query_ids, query_mask = pad([row["query_ids"] for row in batch], pad_id, "left")
@@ -150,9 +218,8 @@ def perplexity_under(judge: PolicyModel, rows: list[dict], pad_id: int) -> float
             response_ids=response_ids.to(judge.device),
             response_mask=mask,
         )
-        log_likelihood += masked_mean(outputs.logprobs, mask, count=1).item()
-        n_tokens += mask.sum().item()
-    return math.exp(-log_likelihood / n_tokens)
+        likelihoods += torch.where(mask, outputs.logprobs, 0.0).sum(1).tolist()
+    return likelihoods
 
 
 def bag_of_words_judge(texts: list[str], labels: list[int]):
@@ -200,30 +267,41 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
     return PolicyModel(load_language_model(str(folder), "float32", prepare_device(config))).eval()
 
 
-def summarise(rows: list[dict], text_judge, fluency_judge: PolicyModel | None, pad_id: int) -> dict:
+def add_judgements(rows: list[dict], text_judge, fluency_judge: PolicyModel | None, pad_id: int) -> None:
+    """Add what the independent judges that there are say of each row: whether it is positive, how likely it is."""
+    if text_judge:
+        for row, positive in zip(rows, text_judge.predict([row["text"] for row in rows]), strict=True):
+            row["positive"] = bool(positive)
+    if fluency_judge:
+        for row, likelihood in zip(rows, likelihoods_under(fluency_judge, rows, pad_id), strict=True):
+            row["judge_logprob"] = likelihood
+
+
+def summarise(rows: list[dict]) -> dict[str, float]:
     """A policy's figures: means under the plain name; of `own_numbers` also `_std` (population), `_min` and `_max`."""
+    statistics = statistics_of(rows)
     summary = {}
     for name in own_numbers(rows[0]):
         values = [row[name] for row in rows]
         for suffix, figure in (("", np.mean), ("_std", np.std), ("_min", np.min), ("_max", np.max)):
             summary[name + suffix] = float(figure(values))
     summary |= diversity([row["response"] for row in rows])
-    summary |= {name: float(np.mean([row[name] for row in rows])) for name in ("ended", "kl")}
-    nats = -sum(row["reference_logprob"] for row in rows) / sum(row["length"] for row in rows)
-    summary["reference_perplexity"] = math.exp(nats)
-    if text_judge:
-        summary["positive"] = float(text_judge.predict([row["text"] for row in rows]).mean())
-    if fluency_judge:
-        summary["perplexity"] = perplexity_under(fluency_judge, rows, pad_id)
+    everyone = np.arange(len(rows))
+    for name in ("ended", "kl", "reference_perplexity", "positive", "perplexity"):
+        if name in statistics:
+            summary[name] = float(statistics[name](everyone))
     return summary
 
 
-def compare(tables: dict[str, list[dict]], text_judge=None, fluency_judge=None, pad_id: int = 0) -> dict:
-    """A split's part of comparison.json: each policy's figures, differences from the first one, five samples."""
+def compare(tables: dict[str, list[dict]]) -> dict:
+    """A split's part of comparison.json: each policy's figures and their intervals, its differences from the first
+    one, five samples.
+    """
     first, *others = tables
     return {
         "n_prompts": len(tables[first]),
-        "figures": {name: summarise(rows, text_judge, fluency_judge, pad_id) for name, rows in tables.items()},
+        "figures": {name: summarise(rows) for name, rows in tables.items()},
+        "intervals": {name: intervals_of(rows) for name, rows in tables.items()},
         "differences": {name: paired_differences(tables[first], tables[name]) for name in others},
         "samples": side_by_side(tables)[:5],
     }
@@ -338,23 +416,32 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     for split in prompts:
         tables[split] = {}
         for name, policy in policies.items():
-            tables[split][name] = evaluate_policy(policy, fixed, prompts[split], config)
+            rows = evaluate_policy(policy, fixed, prompts[split], config, name=f"{name}, {split} prompts")
+            add_judgements(rows, text_judge, fluency_judge, tokenizer.pad_token_id)
             if references:
-                add_rouge(tables[split][name], references[split])
-    comparison = {"policies": paths, "notes": notes, "splits": {}}
-    for split in prompts:
-        comparison["splits"][split] = compare(tables[split], text_judge, fluency_judge, tokenizer.pad_token_id)
+                add_rouge(rows, references[split])
+            tables[split][name] = rows
+    comparison = {"policies": paths, "notes": notes}
+    comparison["splits"] = {split: compare(own) for split, own in tables.items()}
     write_results(results, comparison, tables, Path(config.dataset_path).stem or "reviews")
 
 
 def write_results(folder: Path, comparison: dict, tables: dict[str, dict[str, list[dict]]], data: str) -> None:
-    """The comparison, a table a split, and the samples of all of them, sorted by how much the reward changed."""
+    """The comparison, a table a split, and the samples of all of them, sorted by how much the reward changed.
+
+    All in place of an earlier evaluation's, whose tables of other splits may be of other policies or settings.
+    """
     samples = []
+    earlier = {path for start in FILES.values() for path in folder.glob(f"{start}_results_*.csv")}
     for split, policies in tables.items():
         rows = side_by_side(policies)
-        write_table(folder / f"{FILES[split]}_results_{data}.csv", rows)
+        table = folder / f"{FILES[split]}_results_{data}.csv"
+        write_table(table, rows)
+        earlier.discard(table)
         samples += rows
     write_whole(folder / "comparison.json", json.dumps(comparison, indent=2))
     names = comparison["policies"]
     columns = ["query", *(f"response_{name}" for name in names), *(f"reward_{name}" for name in names), "reward_diff"]
     write_table(folder / "samples.csv", sorted(samples, key=lambda row: -row["reward_diff"]), columns)
+    for path in earlier:
+        path.unlink(missing_ok=True)

@@ -515,8 +515,8 @@ def save_policy(
     language_model = policy.language_model
     if merge and hasattr(language_model, "merge_and_unload"):
         language_model = merged(language_model)
-    for settings in getattr(language_model, "peft_config", {}).values():
-        settings.base_model_name_or_path = from_anywhere(settings.base_model_name_or_path)
+    for adapter in getattr(language_model, "peft_config", {}).values():
+        adapter.base_model_name_or_path = from_anywhere(adapter.base_model_name_or_path)
     with whole_folder(folder, replaces) as scratch:
         language_model.save_pretrained(scratch)
         (scratch / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in

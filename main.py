@@ -22,6 +22,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept,
 
 from checkpoint import new_ppo_folder, new_stage_folder, notice, run_above, run_settings, stage_folder, starting_model
 from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
+from progress import tell
 
 OUT_OF_MEMORY = (
     "out of memory; less is needed with a smaller --mini_batch_size (and a larger --gradient_accumulation_steps), "
@@ -36,7 +37,7 @@ def run(config: Config) -> None:
     base_model, reward_model = starting_model(config), config.reward_model_path or str(stage_folder(config, "reward"))
     if config.task not in USES_A_RUN:
         return run_training(config, base_model, reward_model)
-    print(f"using {config.output_dir}")
+    tell(f"using {config.output_dir}")
     if config.task == "generate":
         from ask import generate
 

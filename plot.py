@@ -9,6 +9,7 @@ from statistics import fmean
 
 from checkpoint import check_writable, run_of, write_whole
 from config import UsageError
+from intervals import wilson_interval
 
 PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
     "reward": ["reward"],
@@ -19,10 +20,40 @@ PANELS = {  # quantity and unit: the columns of training_stats.json that are dra
     "clipped (share of tokens)": ["clip_fraction", "value_clip_fraction"],
     "response length (tokens)": ["response_length"],
 }
-UNITS = {"kl": "(nats)", "length": "(tokens)", "vocabulary": "(words)", "ended": "(share)", "positive": "(share)"}
-COLOURS = ("#332288", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#000000", "#d55e00", "#999999")  # of runs, policies
-MARKERS = "osD^vPX*"  # of runs
-DASHES = ("-", ":")  # of the columns in one panel
+UNITS = {
+    "kl": "(nats a response)",
+    "length": "(tokens)",
+    "vocabulary": "(different words)",
+    "distinct_words": "(share of words)",
+    "distinct_bigrams": "(share of pairs)",
+    "repetition": "(share of words)",
+    "ended": "(share of responses)",
+    "positive": "(share of responses)",
+    "perplexity": "(a token)",
+    "reference_perplexity": "(a token)",
+    "rouge1": "(F1)",
+    "rouge2": "(F1)",
+    "rougeL": "(F1)",
+}
+COLOURS = ("#332288", "#e69f00", "#117733", "#56b4e9", "#999999", "#000000")  # of runs; far apart to any eye
+DASHES = ("-", "--", ":", "-.")  # of the columns in one panel, and of runs when the colours have all been used
+MARKERS = "osD^"  # beside the dashes
+MOST_RUNS = len(COLOURS) * len(DASHES)  # that can be told apart
+MOST_POINTS = 50  # of a curve
+BAND = {"linewidth": 7, "alpha": 0.3, "solid_capstyle": "butt"}  # of a paired difference
+PLACES = ("task", "output_dir", "final_dir", "run_name", "policies")  # settings that say where a run is, not what
+
+FRONTIER_CAPTION = "Reward against KL: the way there, faint, and as a point the mean of the last fifth of the updates."
+MEANS_OF_UPDATES_CAPTION = f" Of more than {MOST_POINTS} updates, the means of neighbouring ones are drawn."
+MEANS_CAPTION = (
+    "Lines: 95 % intervals over prompts, of a share by Wilson, else by bootstrap. Figures of all responses together "
+    "(vocabulary, distinct words and pairs) have none."
+)
+DIFFERENCES_CAPTION = (
+    " Bands: those of the difference prompt by prompt, drawn from the dotted line on; where one crosses it, no "
+    "difference has been shown."
+)
+RELIABILITY_CAPTION = "Each point is a bin's rows at their mean certainty; 95 % intervals by Wilson."
 
 # What training may do to a text and no more: a rising reward with broken text is a failure.
 BOUNDS = {
@@ -70,12 +101,14 @@ def differences_from_first(name: str, first: str, differences: dict[str, dict]) 
 
 
 def comparison_table(comparison: dict) -> str:
-    """A line a figure, a column a policy; least and greatest values are left to the file. Beside two, the bound on the
-    second and whether it holds; beside more, each one's paired difference from the first, with its 95 % interval.
+    """A line a figure, a column a policy; least and greatest values are left to the file, and those of the value head,
+    which is untrained before PPO. Beside two, the bound on the second and whether it holds; beside more, each one's
+    paired difference from the first, with its 95 % interval.
     """
     figures = comparison["figures"]
     first = next(iter(figures))
-    names = [name for name in figures[first] if not name.endswith(("_min", "_max"))]
+    left_out = {"value", "value_std"}
+    names = [name for name in figures[first] if name not in left_out and not name.endswith(("_min", "_max"))]
     width = max(10, *(len(policy) + 2 for policy in figures))
     heading = " " * 24 + "".join(f"{policy:>{width}}" for policy in figures)
     if len(figures) == 2:
@@ -129,28 +162,27 @@ def sample_pairs(comparison: dict, count: int = 3) -> str:
     return "\n".join(lines)
 
 
-def new_figure(n_panels: int) -> list:
-    """The panels of a figure, three a row."""
+def new_figure(n_panels: int, height: float = 2.4) -> list:
+    """The panels of a figure, three a row, of a height in inches."""
     from matplotlib.figure import Figure  # a quarter of a second and 20 MB, for the end of a run
 
     rows = math.ceil(n_panels / 3)
     columns = min(n_panels, 3)
-    figure = Figure((0.8 + 3 * columns, 1 + 2.4 * rows), layout="constrained")
+    figure = Figure((0.8 + 3 * columns, 1 + height * rows), layout="constrained")
     return [figure.add_subplot(rows, columns, place) for place in range(1, n_panels + 1)]
 
 
-def save_figure(panel, path: Path, title: str, notice: str = "") -> Path:
-    """Write a panel's figure with the panel's labels, a title and the notice's gist.
+def save_figure(figure, path: Path, title: str, caption: str = "", notice: str = "") -> Path:
+    """Write a figure with a title, and under it a caption and the notice's gist.
 
     Raises UsageError for a folder that cannot be written, RunError if the disk is full.
     """
-    figure = panel.figure
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-    figure.suptitle(textwrap.fill(title, int(12 * figure.get_figwidth())), fontsize=10)
+    width = figure.get_figwidth()
+    figure.suptitle(textwrap.fill(title, int(12 * width)), fontsize=10)
     first_line = notice.partition("\n")[0]
     gist = first_line.rpartition(".")[0]  # the sentence that the next line goes on with is left out
-    figure.supxlabel(gist, wrap=True, fontsize=7)
+    notes = [textwrap.fill(note, int(16 * width)) for note in (caption, gist) if note]
+    figure.supxlabel("\n".join(notes), fontsize=7)
     check_writable(path.parent)
     path.parent.mkdir(exist_ok=True)
     image = io.BytesIO()
@@ -159,7 +191,12 @@ def save_figure(panel, path: Path, title: str, notice: str = "") -> Path:
     return path
 
 
-def mean_columns(rows: list[dict], most: int = 50) -> dict[str, list[float]]:
+# ----------------------------------------------------------------------------------------------------------------
+# Training curves
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def mean_columns(rows: list[dict], most: int = MOST_POINTS) -> dict[str, list[float]]:
     """The columns to be drawn, each value the mean of as many neighbouring updates as leave at most so many points."""
     names = ["step"]
     for columns in PANELS.values():
@@ -171,30 +208,73 @@ def mean_columns(rows: list[dict], most: int = 50) -> dict[str, list[float]]:
 
 
 def training_panels(stats: dict[str, dict[str, list[float]]]) -> dict[str, list[str]]:
-    """The columns in each panel by its label: behind the reward, each of its terms that is not all of it everywhere."""
+    """The columns in each panel by its label: behind the reward, each of its terms that is not all of it everywhere.
+
+    With several runs, whose lines differ in their dashes, a column has a panel of its own.
+    """
     panels = {"reward": ["reward"]}
     for own in stats.values():
         for name, values in own.items():
             if name.startswith("reward_") and values != own["reward"]:
                 panels[name] = [name]
-    return panels | PANELS
+    for label, columns in PANELS.items():
+        if len(stats) == 1 or len(columns) == 1:
+            panels[label] = columns
+        else:
+            unit = label[label.index("(") :]
+            panels |= {f"{name} {unit}": [name] for name in columns}
+    return panels
 
 
-def draw_curves(axis, columns: list[str], own: dict[str, list[float]], colour: str, marker: str) -> None:
-    """A run's curves in one panel. Of a term that the run has not, there is a line without points."""
+def draw_curves(axis, columns: list[str], own: dict[str, list[float]], number: int) -> None:
+    """A run's curves in one panel: a column a dash; of a single update, points; of a term that it has not, nothing."""
+    turn, colour = divmod(number, len(COLOURS))
     missing = [math.nan] * len(own["step"])
-    for column, dash in zip(columns, DASHES, strict=False):
+    marker = MARKERS[turn] if len(own["step"]) == 1 else ""
+    for column, dash in zip(columns, DASHES[turn:], strict=False):
         values = own.get(column, missing)
-        axis.plot(own["step"], values, dash, color=colour, marker=marker, markersize=4, markevery=5, linewidth=1)
+        axis.plot(own["step"], values, color=COLOURS[colour], linestyle=dash, marker=marker, linewidth=1.2)
 
 
-def draw_frontier(axis, own: dict[str, list[float]], name: str, colour: str, marker: str) -> None:
+def draw_frontier(axis, own: dict[str, list[float]], number: int) -> None:
     """A run's way through KL and reward, and the point where it ends: where it is on average in its last fifth."""
+    turn, colour = divmod(number, len(COLOURS))
     n_last = math.ceil(len(own["step"]) / 5)
     kl = fmean(own["kl_k1"][-n_last:])
     reward = fmean(own["reward"][-n_last:])
-    axis.plot(own["kl_k1"], own["reward"], color=colour, alpha=0.3)
-    axis.plot(kl, reward, marker, color=colour, label=name)
+    axis.plot(own["kl_k1"], own["reward"], DASHES[turn], color=COLOURS[colour], linewidth=0.8, alpha=0.4)
+    axis.plot(kl, reward, MARKERS[turn], color=COLOURS[colour])
+
+
+def differing_settings(runs: dict[str, Path], most: int = 6) -> dict[str, str]:
+    """Each run's values of the settings that are not the same for all of them, in words; of many the first few."""
+    settings = {name: read_json(run / "run_config.json", lambda content: content | {}) for name, run in runs.items()}
+    everything = dict.fromkeys(key for own in settings.values() for key in own if key not in PLACES)
+    first = next(iter(settings.values()))
+    differing = [key for key in everything if any(own.get(key) != first.get(key) for own in settings.values())]
+    words = {}
+    for name, own in settings.items():
+        parts = [f"{key} {'none' if own.get(key) in ('', None) else own[key]}" for key in differing[:most]]
+        if len(differing) > most:
+            parts.append(f"and {len(differing) - most} more")
+        words[name] = ", ".join(parts)
+    return words
+
+
+def add_legend_of_runs(figure, runs: dict[str, Path]) -> None:
+    """A line and a point a run, its name, and its values of the settings in which the runs differ."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for number, (name, words) in enumerate(differing_settings(runs).items()):
+        turn, colour = divmod(number, len(COLOURS))
+        label = textwrap.fill(f"{name}: {words}" if words else name, 36)
+        look = {"color": COLOURS[colour], "linestyle": DASHES[turn], "marker": MARKERS[turn], "markersize": 4}
+        handles.append(Line2D([], [], label=label, **look))
+    n_lines = sum(handle.get_label().count("\n") + 1 for handle in handles)
+    columns = math.ceil(n_lines / 40)
+    figure.set_figwidth(figure.get_figwidth() + 2.7 * columns)
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8, handlelength=3, ncols=columns)
 
 
 def plot_training(folder: Path, notice: str = "", runs: dict[str, Path] | None = None) -> Path:
@@ -204,72 +284,115 @@ def plot_training(folder: Path, notice: str = "", runs: dict[str, Path] | None =
     stats = {name: read_json(run / "training_stats.json", mean_columns) for name, run in runs.items()}
     panels = training_panels(stats)
     *axes, frontier = new_figure(len(panels) + 1)
-    for number, (name, own) in enumerate(stats.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        marker = MARKERS[number % len(MARKERS)]
+    for number, own in enumerate(stats.values()):
         for axis, columns in zip(axes, panels.values(), strict=True):
-            draw_curves(axis, columns, own, colour, marker)
-        draw_frontier(frontier, own, name, colour, marker)
+            draw_curves(axis, columns, own, number)
+        draw_frontier(frontier, own, number)
     for axis, (label, columns) in zip(axes, panels.items(), strict=True):
         axis.set(xlabel="update", ylabel=label)
         axis.locator_params(axis="x", integer=True)
         if len(columns) > 1:
-            axis.legend(axis.lines[: len(columns)], columns)
+            axis.legend(axis.lines[: len(columns)], columns, fontsize=8, handlelength=2.5)
     frontier.set(xlabel="KL (nats a response)", ylabel="reward")
-    folders = ", ".join(str(run) for run in runs.values())
-    return save_figure(frontier, path, f"PPO: {folders}", notice)
+    if len(runs) > 1:
+        add_legend_of_runs(frontier.figure, runs)
+    title = f"PPO: {len(runs)} runs" if len(runs) > 1 else f"PPO: {next(iter(runs.values()))}"
+    is_averaged = any(own["step"][0] > 0 for own in stats.values())
+    caption = FRONTIER_CAPTION + MEANS_OF_UPDATES_CAPTION if is_averaged else FRONTIER_CAPTION
+    return save_figure(frontier.figure, path, title, caption, notice)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Comparisons
+# ----------------------------------------------------------------------------------------------------------------
+
+
+def splits_of(content: dict) -> dict[str, dict]:
+    """The splits of a comparison.json. Raises LookupError if there is none, or a part of one is missing."""
+    splits = content["splits"]
+    names = ("n_prompts", "figures", "intervals", "differences", "samples")
+    if not splits:
+        raise LookupError("splits")
+    return {split: {name: part[name] for name in names} for split, part in splits.items()}
 
 
 def drawn_figures(policies: dict[str, dict[str, float]]) -> list[str]:
-    """The figures that have a panel: no spread, and no reward term that is all of the reward of every policy."""
+    """The figures that have a panel: a quantity once, and of policies alone.
+
+    That is no spread, no reward term that is all of the reward of every policy, no value, as the head of a policy
+    before PPO is untrained, and not `unique_token_ratio`, which is 1 - `repetition`.
+    """
     names = []
     for name in next(iter(policies.values())):
         is_spread = name.endswith(("_std", "_min", "_max"))
         is_the_reward = name.startswith("reward_") and all(own[name] == own["reward"] for own in policies.values())
-        if not is_spread and not is_the_reward:
+        if not is_spread and not is_the_reward and name not in ("value", "unique_token_ratio"):
             names.append(name)
     return names
 
 
-def half_interval(figures: dict[str, float], name: str, n: int) -> float:
-    """1.96 standard errors of a mean over n prompts, or of a share that is not 0 or 1; NaN for anything else."""
-    mean = figures[name]
-    if f"{name}_std" in figures:
-        deviation = figures[f"{name}_std"]
-    elif UNITS.get(name) == "(share)" and 0 < mean < 1:
-        deviation = math.sqrt(mean * (1 - mean))
-    else:
-        return math.nan
-    return 1.96 * deviation / math.sqrt(n - 1)
+def draw_quantity(axis, name: str, splits: dict[str, dict]) -> None:
+    """One figure's panel: a row a policy, in which each split has a point with its interval, and behind it the interval
+    of the difference from the first policy, about the first one's mean.
+    """
+    for number, part in enumerate(splits.values()):
+        first, *others = part["figures"]
+        mean = part["figures"][first][name]
+        colour = COLOURS[number]
+        if others:
+            axis.axvline(mean, color=colour, linestyle=":", linewidth=1)
+        for place, (policy, own) in enumerate(part["figures"].items()):
+            row = place + 0.4 * (number - (len(splits) - 1) / 2)
+            paired = part["differences"].get(policy, {}).get(name)
+            if paired:
+                ends = [mean + paired["low"], mean + paired["high"]]
+                if "share" in UNITS.get(name, ""):  # of which there is none below 0 or above 1
+                    ends = [min(max(end, 0), 1) for end in ends]
+                axis.plot(ends, [row, row], color=colour, **BAND)
+            if name in part["intervals"][policy]:
+                axis.plot(part["intervals"][policy][name], [row, row], color=colour, linewidth=1.2)
+            axis.plot(own[name], row, MARKERS[number], color=colour, markersize=4)
+    axis.set(xlabel=f"{name} {UNITS.get(name, '')}".strip(), ylim=(len(part["figures"]) - 0.5, -0.5))
+    axis.locator_params(axis="x", nbins=5)
 
 
-def draw_bars(axis, name: str, splits: dict[str, dict]) -> None:
-    """One figure's panel: the splits side by side, and in each a bar a policy with its interval."""
-    policies = next(iter(splits.values()))["figures"]
-    width = 0.8 / len(policies)
-    for number, policy in enumerate(policies):
-        places = []
-        heights = []
-        errors = []
-        for place, part in enumerate(splits.values()):
-            own = part["figures"][policy]
-            places.append(place + (number + 0.5) * width - 0.4)
-            heights.append(own[name])
-            errors.append(half_interval(own, name, part["n_prompts"]))
-        colour = COLOURS[number % len(COLOURS)]
-        axis.bar(places, heights, width, yerr=errors, ecolor="gray", capsize=3, color=colour, label=policy)
-    unit = UNITS.get(name, "")
-    axis.set(ylabel=f"{name} {unit}", xticks=range(len(splits)), xticklabels=splits)
+def add_legend_of_comparison(figure, splits: dict[str, dict]) -> None:
+    """What the marks are, of those that there are."""
+    from matplotlib.lines import Line2D
+
+    handles = []
+    for number, (split, part) in enumerate(splits.items()):
+        label = f"{split}: mean of\n{part['n_prompts']} prompts and\nits 95 % interval"
+        handles.append(Line2D([], [], color=COLOURS[number], marker=MARKERS[number], markersize=4, label=label))
+    first, *others = next(iter(splits.values()))["figures"]
+    if others:
+        colour = COLOURS[0] if len(splits) == 1 else "gray"
+        first = textwrap.fill(first, 24)
+        label = f"95 % interval of the\ndifference from\n{first}"
+        handles.append(Line2D([], [], color=colour, label=label, **BAND))
+        handles.append(Line2D([], [], color=colour, label=first, linestyle=":", linewidth=1))
+    if len(handles) > 1:
+        figure.set_figwidth(figure.get_figwidth() + 2)
+        figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=8, labelspacing=1)
 
 
 def plot_comparison(folder: Path, notice: str = "") -> Path:
-    """Draw results/comparison.json into plots/comparison.png: a panel a figure, a bar a policy and split."""
-    splits = read_json(folder / "results/comparison.json", lambda content: content["splits"])
-    names = drawn_figures(next(iter(splits.values()))["figures"])
-    axes = new_figure(len(names))
-    for axis, name in zip(axes, names, strict=True):
-        draw_bars(axis, name, splits)
-    return save_figure(axes[-1], folder / "plots/comparison.png", f"evaluation, 95 % intervals: {folder}", notice)
+    """Draw results/comparison.json into plots/comparison.png: a panel a figure, a row a policy, a colour a split."""
+    splits = read_json(folder / "results/comparison.json", splits_of)
+    figures = next(iter(splits.values()))["figures"]
+    names = drawn_figures(figures)
+    labels = [textwrap.fill(policy, 24) for policy in figures]
+    n_lines = max(label.count("\n") + 1 for label in labels)
+    row_height = max(0.08 + 0.12 * len(splits), 0.16 * n_lines)
+    axes = new_figure(len(names), height=0.8 + row_height * len(figures))
+    for place, (axis, name) in enumerate(zip(axes, names, strict=True)):
+        draw_quantity(axis, name, splits)
+        axis.set_yticks(range(len(figures)), labels if place % 3 == 0 else [""] * len(figures), fontsize=9)
+    add_legend_of_comparison(axes[0].figure, splits)
+    counts = " and ".join(f"{part['n_prompts']} {split}" for split, part in splits.items())
+    title = f"{folder}: means over {counts} prompts"
+    caption = MEANS_CAPTION + DIFFERENCES_CAPTION if len(figures) > 1 else MEANS_CAPTION
+    return save_figure(axes[0].figure, folder / "plots/comparison.png", title, caption, notice)
 
 
 def show_comparison(folder: Path, notice: str = "") -> None:
@@ -277,11 +400,9 @@ def show_comparison(folder: Path, notice: str = "") -> None:
 
     def text_of(content: dict) -> str:
         parts = []
-        for split, comparison in content["splits"].items():
+        for split, comparison in splits_of(content).items():
             parts.append(f"{folder} on {comparison['n_prompts']} {split} prompts")
             parts += [comparison_table(comparison), reward_difference(comparison), sample_pairs(comparison)]
-        if not parts:
-            raise LookupError("splits")
         return "\n".join(parts)
 
     print(read_json(folder / "results/comparison.json", text_of))
@@ -305,6 +426,8 @@ def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = (), dry_run
         runs[name] = Path(run)
     if len(set(runs.values())) < len(policies):
         raise UsageError(f"--policies {' '.join(policies)}: expected NAME=FOLDER of each run, each of them once")
+    if len(runs) > MOST_RUNS:
+        raise UsageError(f"--policies names {len(runs)} runs, expected at most {MOST_RUNS}: no more can be told apart")
     if dry_run:
         return say_figures(folder, runs)
     print(plot_training(folder, notice, runs))
@@ -312,13 +435,52 @@ def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = (), dry_run
         show_comparison(folder, notice)
 
 
-def plot_reliability(folder: Path, probabilities: list[float], right: list[bool], bins: int = 10) -> Path:
-    """Draw how often a classifier is right against how certain it is: on the diagonal if its certainty is honest."""
-    from sklearn.calibration import calibration_curve  # here, as it takes a second to import
+def reliability_bins(probabilities: list[float], right: list[bool], lowest: float, bins: int = 10) -> list[dict]:
+    """Of each bin of equal width between `lowest` and 1 that has rows: its edges, rows, their mean certainty, the share
+    that is right, and that one's 95 % interval.
+    """
+    width = (1 - lowest) / bins
+    rows_of = [[] for _ in range(bins)]
+    for probability, is_right in zip(probabilities, right, strict=True):
+        number = int((probability - lowest) / width)
+        rows_of[min(max(number, 0), bins - 1)].append((probability, is_right))
+    found = []
+    for number, rows in enumerate(rows_of):
+        if rows:
+            n_right = sum(is_right for _, is_right in rows)
+            low, high = wilson_interval(n_right, len(rows))
+            certainty = fmean(probability for probability, _ in rows)
+            edge = lowest + number * width
+            own = {"left": edge, "width": width, "count": len(rows), "certainty": certainty}
+            found.append(own | {"share": n_right / len(rows), "low": low, "high": high})
+    return found
 
-    shares, certainties = calibration_curve(y_true=right, y_prob=probabilities, n_bins=bins)
-    [axis] = new_figure(1)
-    axis.plot([0, 1], [0, 1], color="gray", linewidth=0.8)
-    axis.plot(certainties, shares, "o")
-    axis.set(xlabel="certainty", ylabel="share that is right")
-    return save_figure(axis, folder / "plots/reliability.png", f"{folder}: {len(right)} held-out rows")
+
+def plot_reliability(
+    folder: Path, probabilities: list[float], right: list[bool], n_labels: int = 2, notice: str = ""
+) -> Path:
+    """Draw how often a classifier is right against how certain it is: on the diagonal if its certainty is honest.
+
+    Of n_labels, the likeliest has a probability of 1 / n_labels at least.
+    """
+    from matplotlib.figure import Figure
+
+    lowest = 1 / n_labels
+    bins = reliability_bins(probabilities, right, lowest)
+    figure = Figure((5, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    upper.plot([lowest, 1], [lowest, 1], color="gray", linestyle="--", linewidth=0.8, label="as right as certain")
+    for number, own in enumerate(bins):
+        label = "" if number else "share that is right, 95 % interval"
+        ends = [[own["share"] - own["low"]], [own["high"] - own["share"]]]
+        upper.errorbar(own["certainty"], own["share"], ends, fmt="o", color=COLOURS[0], capsize=3, label=label)
+        lower.bar(own["left"], own["count"], own["width"], align="edge", color=COLOURS[0], edgecolor="white")
+        centre = own["left"] + own["width"] / 2
+        lower.annotate(own["count"], (centre, own["count"]), ha="center", va="bottom", fontsize=7)
+    upper.set(ylabel="share that is right")
+    upper.legend(frameon=False, fontsize=8)
+    lower.set(xlabel="certainty: probability of the likeliest label", ylabel="rows", xlim=(lowest, 1))
+    lower.margins(y=0.2)
+    n_right, certainty = sum(right), fmean(probabilities)
+    title = f"{folder}: {n_right} of {len(right)} held-out rows right; mean certainty {certainty:.1%}"
+    return save_figure(figure, folder / "plots/reliability.png", title, RELIABILITY_CAPTION, notice)

@@ -1,4 +1,4 @@
-"""What a run says of itself while it goes on: its log rows, its progress bar, its alarms."""
+"""What a run says of itself while it goes on: its log rows, the numbers on its progress bar, its alarms."""
 
 import csv
 import json

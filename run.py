@@ -13,7 +13,6 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 import report
 from checkpoint import best_of, claim_folder, move_into, notice
@@ -41,6 +40,7 @@ from preflight import (
     show_samples,
     tolerance,
 )
+from progress import progress, say
 from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
 from provenance import Source, columns_read, write_record
 from reward import load_reward_terms
@@ -118,7 +118,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
     """Train, and log every update as it ends, into a folder that is claimed with the first of them."""
     log, timings, announced = [], [], set()
     started = time.perf_counter()
-    with tqdm(total=config.n_updates, desc="PPO", unit="update") as bar:
+    with progress(config.n_updates, "PPO", "update") as advance:
         for rollout, stats in train(state, fixed, prompts.train, config):
             number = state.next_update - 1
             if not math.isfinite(stats["loss"]):
@@ -132,14 +132,13 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
             raised = report.alarms(log, config.batch_size)
             row["alarms"] = list(raised.values())
             for name in [name for name in raised if name not in announced]:
-                bar.write(f"alarm at update {number}: {raised[name]}")
+                say(f"alarm at update {number}: {raised[name]}")
             announced |= raised.keys()
             timings.append(report.timing(number, started, rollout))
             if is_time_to_evaluate(config, state.next_update):
                 row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
             report.write_logs(folder, log, timings, report.log_rows(number, rollout))
-            bar.set_postfix(report.bar_numbers(row), refresh=False)
-            bar.update()
+            advance(report.bar_numbers(row))
             started = time.perf_counter()
     for alarm in log[-1]["alarms"]:
         print(f"alarm at the end: {alarm}")
@@ -198,8 +197,11 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
 def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path) -> None:
     """Print what PPO has changed, on held-out prompts, and where to go on from there."""
     policies = {"before": fixed.reference, "after": policy}
-    comparison = compare({name: evaluate_policy(each, fixed, prompts, config) for name, each in policies.items()})
     kind = "test" if config.eval_every else "validation"
+    tables = {}
+    for name, each in policies.items():
+        tables[name] = evaluate_policy(each, fixed, prompts, config, name=f"{name}, {kind} prompts")
+    comparison = compare(tables)
     print(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     print(f"policy, tokenizer, logs: {folder}")  # first: where there is no room for a figure, that ends the run
     print(f"training curves: {plot_training(folder, notice(config))}")

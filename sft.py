@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from checkpoint import stage_folder, whole_folder, write_whole
@@ -21,6 +20,7 @@ from dataset import column, load_rows, pad
 from device import prepare_device
 from loading import check_is_whole, load_language_model, load_tokenizer, prepare_config, thin_gradient
 from probe import context_length
+from progress import progress
 from prompts import bare_ids, limit_length, make_prompts, text_ids
 from provenance import Source, columns_read, write_record
 from randomness import permutation
@@ -55,18 +55,18 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     model.train()
     recent = 0.0
-    bar = tqdm(range(steps), desc=name, unit="step")
-    for step in bar:
-        loss = loss_of(model, next(batches))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        recent = loss.item() if step == 0 else 0.95 * recent + 0.05 * loss.item()
-        if not math.isfinite(recent):
-            raise RunError(f"the loss of the {name} is {recent} at step {step}; try a lower learning rate")
-        bar.set_postfix(loss=f"{recent:.3f}", refresh=False)
+    with progress(steps, name, "step") as advance:
+        for step in range(steps):
+            loss = loss_of(model, next(batches))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            recent = loss.item() if step == 0 else 0.95 * recent + 0.05 * loss.item()
+            if not math.isfinite(recent):
+                raise RunError(f"the loss of the {name} is {recent} at step {step}; try a lower learning rate")
+            advance({"loss": f"{recent:.3f}"})
     model.eval()
     return recent
 

@@ -74,10 +74,13 @@ def run_main(*arguments) -> int:
 
 
 def assert_refused(capsys, folder: Path, arguments: list, *words: str) -> None:
-    """The command ends with code 2 and one sentence on standard error that has the words; the folder is as before."""
+    """The command ends with code 2 and one sentence on standard error that has the words, below the line that names the
+    run, if it uses one; the folder is as before.
+    """
     before = listing(folder)
     code = run_main(*arguments)
-    errors = capsys.readouterr().err
+    said = capsys.readouterr().err
+    errors = said.partition("\n")[2] if said.startswith("using ") else said
     assert code == 2, (code, errors)
     assert errors.startswith("error: ") and errors.endswith("\n") and len(errors.splitlines()) == 1, errors
     for word in words:
@@ -152,7 +155,7 @@ def no_figures(monkeypatch):
 
 @pytest.fixture
 def no_bars(monkeypatch):
-    """Bars take as long: they are drawn in one test of the evaluate task, and in test_plot.py."""
+    """A comparison takes as long to draw: one test of the evaluate task does, and test_plot.py."""
     monkeypatch.setattr("plot.plot_comparison", lambda folder, notice="": folder / "plots/comparison.png")
 
 

@@ -283,5 +283,5 @@ def test_a_stop_string_ends_what_is_printed_written_and_rewarded(workplace, caps
     assert [row["reward"] for row in cut] == [len(text) for text in expected]
     capsys.readouterr()
     assert main.main([*command, *stop]) == 0
-    printed = capsys.readouterr().out.split("\n", 1)[1]
+    printed = capsys.readouterr().out
     assert printed == "".join(f"The film{text}\n" for text in expected)

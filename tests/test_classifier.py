@@ -11,6 +11,7 @@ from tiny_models import letter_tokenizer
 
 import classifier
 import dataset
+from checkpoint import notice
 from classifier import (
     bradley_terry_loss,
     class_batches,
@@ -264,6 +265,20 @@ def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):
     record = json.loads((folder / "stage.json").read_text())
     assert record["held_out"]["rows"] == 20 and record["held_out"]["accuracy"] == figures["accuracy"]
     assert record["trained_on"]["columns"] == ["text", "chosen", "rejected"]
+
+
+@pytest.mark.parametrize(("chosen", "n_labels"), [("chosen", 2), ("", 3)])
+def test_the_reliability_axis_begins_where_the_labels_let_it(chosen, n_labels, chain, tmp_path, monkeypatch):
+    """Pairs have two outcomes, though the model has one output; here are three classes."""
+    answers = {"chosen": " Yes.", "rejected": " No."}
+    rows = [{"text": text[:20], "label": n % 3} | answers for n, text in enumerate(review_texts(60))]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    drawn = []
+    monkeypatch.setattr(classifier, "plot_reliability", lambda *_, **options: drawn.append(options))
+    data = {"dataset_path": str(tmp_path / "rows.json"), "chosen_column": chosen}
+    config = micro_config(task="reward", reward_steps=1, output_dir=str(tmp_path / "reward"), **data)
+    run_reward(config, str(chain.root / "saved_models/tiny/sft"))
+    assert drawn == [{"n_labels": n_labels, "notice": notice(config)}]
 
 
 def test_the_tokenizer_is_saved_as_it_was(chain):

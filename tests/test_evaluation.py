@@ -2,28 +2,34 @@
 
 import copy
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from helpers import read_table
 from micro import micro_config, review_texts
 
+import evaluation
 from config import UsageError
 from evaluation import (
+    add_judgements,
     add_rouge,
     bag_of_words_judge,
-    bootstrap_interval,
     compare,
     diversity,
     evaluate_policy,
+    intervals_of,
+    likelihoods_under,
     load_text_judge,
     paired_differences,
-    perplexity_under,
     policy_paths,
     side_by_side,
     summarise,
+    write_results,
 )
+from intervals import paired_share_interval, wilson_interval
 from model import PolicyModel
 from prompts import Prompt
 from reviews import movie_reviews
@@ -44,42 +50,6 @@ def new_policy(tokenizer, seed: int = 0) -> PolicyModel:
 # ----------------------------------------------------------------------------------------------------------------
 # Figures
 # ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("differences", "interval"),
-    [
-        ([2.0, 2.0, 2.0], (2.0, 2.0)),
-        ([0.0, 1.0], (0.0, 1.0)),  # means 0, 1/2 and 1 with probability 1/4, 1/2, 1/4
-        ([0.0, 0.0, 3.0], (0.0, 3.0)),  # 3 k / 3, k ~ Binomial(3, 1/3): P(k = 3) = .037
-        ([0.0] * 9 + [1.0], (0.0, 0.3)),  # k / 10, k ~ Binomial(10, 1/10): P(k > 2) = .070, P(k > 3) = .013
-        ([-1.0] + [0.0] * 9, (-0.3, 0.0)),
-    ],
-)
-def test_the_bootstrap_interval_of_a_few_values_is_known(differences, interval):
-    """Worked by hand from the distribution of a resample's mean."""
-    assert bootstrap_interval(differences) == pytest.approx(interval, abs=1e-9)
-
-
-def test_the_bootstrap_interval_of_many_values_is_the_normal_one():
-    values = np.random.default_rng(1).normal(0.3, 2.0, 4000)
-    half = 1.96 * values.std() / math.sqrt(len(values))
-    low, high = bootstrap_interval(list(values))
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.1 * half)
-
-
-def test_the_bootstrap_interval_covers_the_truth_nineteen_times_in_twenty():
-    rng = np.random.default_rng(0)
-    intervals = [bootstrap_interval(list(rng.normal(0.5, 1.0, 40)), seed) for seed in range(200)]
-    assert 0.90 <= np.mean([low <= 0.5 <= high for low, high in intervals]) <= 0.98
-
-
-def test_the_bootstrap_interval_repeats_and_moves_with_the_values():
-    values = [0.1, 0.5, -0.2, 0.7, 0.3]
-    low, high = bootstrap_interval(values)
-    assert (low, high) == bootstrap_interval(values) and low < np.mean(values) < high
-    assert bootstrap_interval([value + 1 for value in values]) == pytest.approx((low + 1, high + 1), abs=1e-9)
-    assert bootstrap_interval([-value for value in values]) == pytest.approx((-high, -low), abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -137,17 +107,7 @@ def test_rouge_by_hand(reference, response, scores):
     assert rows[0]["rouge1"] == 0
 
 
-def test_paired_differences_are_those_of_the_same_prompts():
-    """Other minus first, of the numbers that describe a response by itself."""
-    first = [{"query": "A", "reward": 1.0, "length": 2, "kl": 0.0}, {"query": "B", "reward": 3.0, "length": 4, "kl": 0}]
-    other = [{"query": "A", "reward": 0.5, "length": 2, "kl": 1.0}, {"query": "B", "reward": 2.5, "length": 5, "kl": 1}]
-    paired = paired_differences(first, other)
-    assert set(paired) == {"reward", "length"}
-    assert paired["reward"] == pytest.approx({"difference": -0.5, "low": -0.5, "high": -0.5}, abs=1e-9)
-    assert paired["length"] == pytest.approx({"difference": 0.5, "low": 0.0, "high": 1.0}, abs=1e-9)
-
-
-def test_perplexity_under_another_model_equals_brute_force(tokenizer):
+def test_the_likelihood_under_another_model_equals_brute_force(tokenizer):
     """One token at a time, without padding; over more rows than a batch, of unequal lengths."""
     judge, seed = new_policy(tokenizer), torch.Generator().manual_seed(0)
 
@@ -155,14 +115,15 @@ def test_perplexity_under_another_model_equals_brute_force(tokenizer):
         return torch.randint(2, len(tokenizer), (n,), generator=seed).tolist()
 
     rows = [{"query_ids": ids(1 + n % 3), "response_ids": ids(1 + n % 4)} for n in range(70)]
-    total, count = 0.0, 0
+    expected = []
     for row in rows:
+        total = 0.0
         for t, token in enumerate(row["response_ids"]):
             before = torch.tensor([row["query_ids"] + row["response_ids"][:t]])
             with torch.no_grad():
-                total -= judge.language_model(before).logits[0, -1].log_softmax(-1)[token].item()
-            count += 1
-    assert perplexity_under(judge, rows, tokenizer.pad_token_id) == pytest.approx(math.exp(total / count), rel=1e-5)
+                total += judge.language_model(before).logits[0, -1].log_softmax(-1)[token].item()
+        expected.append(total)
+    assert likelihoods_under(judge, rows, tokenizer.pad_token_id) == pytest.approx(expected, rel=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -304,6 +265,8 @@ def test_the_summary_of_a_policy_by_hand():
         return np.array([1, 0])
 
     judge = SimpleNamespace(predict=predict)
+    before = summarise(table)
+    add_judgements(table, judge, None, 0)
     figures = {
         **{"reward": 1.5, "reward_std": 0.5, "reward_min": 1, "reward_max": 2},
         **{"reward_fn": 4, "reward_fn_std": 2, "reward_fn_min": 2, "reward_fn_max": 6},
@@ -312,14 +275,91 @@ def test_the_summary_of_a_policy_by_hand():
         **{"unique_token_ratio": 0.75, "repetition": 0.25, "vocabulary": 2},
         **{"distinct_words": 1 / 3, "distinct_bigrams": 0.5, "ended": 0.5, "kl": 0.2, "reference_perplexity": 4},
     }
-    assert summarise(table, judge, None, 0) == pytest.approx(figures | {"positive": 0.5}, abs=1e-9)
+    assert summarise(table) == pytest.approx(figures | {"positive": 0.5}, abs=1e-9)
     assert read == ["A b c b c", "D b c"]
-    assert summarise(table, None, None, 0) == pytest.approx(figures, abs=1e-9)
+    assert before == pytest.approx(figures, abs=1e-9)
 
 
-def test_the_summary_asks_the_fluency_judge(monkeypatch):
-    monkeypatch.setattr("evaluation.perplexity_under", lambda judge, rows, pad_id: judge.answer + pad_id)
-    assert summarise([row("A", " b c", 1.0, 4)], None, SimpleNamespace(answer=6.0), 1)["perplexity"] == 7.0
+def test_the_summary_has_the_perplexity_to_the_fluency_judge(monkeypatch):
+    """Of all tokens together: exp((4 log 2 + 8 log 4) / 12)."""
+    monkeypatch.setattr("evaluation.likelihoods_under", lambda judge, rows, pad_id: [judge * 4, judge * 16])
+    table = [row("A", " b c", 1.0, 4), row("B", " b c", 1.0, 8)]
+    add_judgements(table, None, -math.log(2), 1)
+    assert summarise(table)["perplexity"] == pytest.approx(2 ** (20 / 12))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Intervals and paired differences
+# ----------------------------------------------------------------------------------------------------------------
+
+WITHOUT = {"vocabulary", "distinct_words", "distinct_bigrams"}  # figures of all responses together
+
+
+def many_rows(n: int = 200, shift: float = 0.0) -> list[dict]:
+    """Rows with all that an evaluation measures, the same random numbers for any shift of what they measure."""
+    rng = np.random.default_rng(0)
+    table = []
+    for i in range(n):
+        reward, length, chance = rng.normal(shift), int(rng.integers(2, 20)), rng.random()
+        logprobs = {"reference_logprob": -length * (1 + chance + shift), "judge_logprob": -length * (2 + chance)}
+        judged = {"positive": chance < 0.3 + shift, "ended": chance < 0.8, "kl": chance + shift}
+        table.append(row(str(i), " a b" if chance < 0.5 else " a a", reward, length, **logprobs, **judged))
+    return table
+
+
+def test_every_mean_has_an_interval_and_a_paired_difference():
+    """Figures of all responses together have none."""
+    first, other = many_rows(), many_rows(shift=0.1)
+    figures = {name for name in summarise(first) if not name.endswith(("_std", "_min", "_max"))}
+    assert set(intervals_of(first)) == set(paired_differences(first, other)) == figures - WITHOUT
+
+
+def test_intervals_are_about_their_figures_and_of_the_known_width():
+    """1.96 standard errors of a mean; Wilson's of a share; of a perplexity by the delta method, as lengths differ."""
+    table = many_rows()
+    figures, found = summarise(table), intervals_of(table)
+    for name in ("reward", "length"):
+        half = 1.96 * figures[f"{name}_std"] / math.sqrt(200)
+        assert found[name] == pytest.approx((figures[name] - half, figures[name] + half), abs=0.15 * half)
+    assert found["ended"] == wilson_interval(sum(row["ended"] for row in table), 200)
+    lengths = np.array([row["length"] for row in table])
+    nats = -np.array([row["judge_logprob"] for row in table])
+    perplexity = math.exp(nats.sum() / lengths.sum())
+    errors = (nats - lengths * nats.sum() / lengths.sum()) / lengths.mean()
+    half = 1.96 * perplexity * errors.std() / math.sqrt(200)
+    assert figures["perplexity"] == pytest.approx(perplexity)
+    assert found["perplexity"] == pytest.approx((perplexity - half, perplexity + half), abs=0.15 * half)
+
+
+def test_paired_differences_are_those_of_the_same_prompts():
+    """Other minus first: where every row moves alike, the difference is certain, whatever the spread."""
+    first, other = many_rows(), many_rows(shift=0.5)
+    paired = paired_differences(first, other)
+    assert paired["reward"] == pytest.approx({"difference": 0.5, "low": 0.5, "high": 0.5}, abs=1e-9)
+    assert paired["kl"] == pytest.approx({"difference": 0.5, "low": 0.5, "high": 0.5}, abs=1e-9)
+    two = [row("A", " b", 1.0, 2), row("B", " b", 3.0, 4)]
+    longer = [row("A", " b", 0.5, 2), row("B", " b", 2.5, 5)]
+    assert paired_differences(two, longer)["length"] == pytest.approx(
+        {"difference": 0.5, "low": 0, "high": 1}, abs=1e-9
+    )
+
+
+def test_a_paired_difference_of_shares_counts_the_rows_that_changed():
+    first, other = many_rows(), many_rows(shift=0.5)
+    gained = sum(b["positive"] and not a["positive"] for a, b in zip(first, other, strict=True))
+    paired = paired_differences(first, other)["positive"]
+    assert paired["difference"] == pytest.approx(gained / 200) and 80 < gained < 120
+    assert (paired["low"], paired["high"]) == paired_share_interval(gained=gained, lost=0, n=200)
+    back = paired_differences(other, first)["positive"]
+    assert (back["low"], back["high"]) == paired_share_interval(gained=0, lost=gained, n=200)
+
+
+def test_a_paired_difference_of_perplexities_draws_a_prompt_for_both():
+    """Every token is exp(.1) times less likely: a factor on each resample's perplexity, and so of its difference."""
+    first, other = many_rows(), many_rows(shift=0.1)
+    paired, low_and_high = paired_differences(first, other)["reference_perplexity"], intervals_of(first)
+    expected = np.array(low_and_high["reference_perplexity"]) * (math.exp(0.1) - 1)
+    assert (paired["low"], paired["high"]) == pytest.approx(tuple(expected), rel=1e-9)
 
 
 def test_policies_stand_side_by_side_and_the_difference_is_last_minus_first():
@@ -346,7 +386,8 @@ def test_a_comparison_holds_every_policy_its_difference_from_the_first_and_sampl
         for name, reward in (("base", 1.0), ("sft", 3.0), ("ppo", 0.5))
     }
     comparison = compare(tables)
-    assert (set(comparison), comparison["n_prompts"]) == ({"n_prompts", "figures", "differences", "samples"}, 7)
+    assert set(comparison) == {"n_prompts", "figures", "intervals", "differences", "samples"}
+    assert comparison["n_prompts"] == 7 and comparison["intervals"]["ppo"] == intervals_of(tables["ppo"])
     assert [own["reward"] for own in comparison["figures"].values()] == pytest.approx([4.0, 6.0, 3.5])
     shifts = {name: paired["reward_fn"]["difference"] for name, paired in comparison["differences"].items()}
     assert shifts == pytest.approx({"sft": 2.0, "ppo": -0.5})
@@ -365,3 +406,40 @@ def test_policies_are_named_by_flags_or_are_the_runs_start_and_end():
 def test_policies_without_a_name_or_a_folder_or_with_the_same_name_are_refused(entries):
     with pytest.raises(UsageError, match=f"--policies {entries[-1]!r}: expected NAME=FOLDER_OR_ID"):
         policy_paths(micro_config(policies=entries), "start")
+
+
+def test_an_evaluation_takes_the_place_of_an_earlier_one(tmp_path):
+    """Of its other split and its other data, too; what is not an evaluation's stays."""
+    tables = {name: [row("A", f" {name}", 1.0, 3), row("B", " b", 2.0, 3)] for name in ("before", "after")}
+    comparison = {"policies": {"before": "a", "after": "b"}}
+    write_results(tmp_path, comparison, {"validation": tables, "test": tables}, "reviews")
+    (tmp_path / "notes.csv").write_text("mine")
+    both = {"comparison.json", "samples.csv", "notes.csv", "val_results_reviews.csv", "test_results_reviews.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == both
+    write_results(tmp_path, comparison, {"test": tables}, "imdb")
+    left = {"comparison.json", "samples.csv", "notes.csv", "test_results_imdb.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert len(read_table(tmp_path / "samples.csv")) == 2
+
+
+def test_an_evaluation_says_how_far_it_is_with_the_numbers_that_matter(tokenizer, monkeypatch):
+    """10 prompts in batches of 4: the means over all rows so far."""
+    told = []
+
+    @contextmanager
+    def progress(total: int, name: str, unit: str):
+        told.append((total, name, unit))
+        yield lambda numbers, count: told.append((numbers, count))
+
+    monkeypatch.setattr(evaluation, "progress", progress)
+    table = evaluated(new_policy(tokenizer), new_policy(tokenizer, seed=1), tokenizer, batch_size=4)
+    start, *batches = told
+    assert start == (10, "evaluation", "prompt") and [count for _, count in batches] == [4, 4, 2]
+    for done, (numbers, _) in zip((4, 8, 10), batches, strict=True):
+        means = {name: np.mean([row[name] for row in table[:done]]) for name in ("reward", "kl", "length", "ended")}
+        assert numbers == {
+            "reward": f"{means['reward']:.2f}",
+            "kl": f"{means['kl']:.2f}",
+            "length": f"{means['length']:.0f}",
+            "eos": f"{means['ended']:.0%}",
+        }

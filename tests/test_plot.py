@@ -1,4 +1,4 @@
-"""Figures hold what the files hold; tables, and bars of a comparison: the bounds that training should keep to."""
+"""Figures hold what the files hold; tables of a comparison: the bounds that training should keep to."""
 
 import json
 import math
@@ -9,12 +9,14 @@ import pytest
 from matplotlib.figure import Figure
 
 from config import Config, RunError, UsageError, to_json
+from intervals import wilson_interval
 from main import main
 from plot import (
     BOUNDS,
+    MOST_RUNS,
     PANELS,
     comparison_table,
-    half_interval,
+    differing_settings,
     mean_columns,
     plot,
     plot_comparison,
@@ -79,10 +81,25 @@ def test_every_statistic_is_drawn_over_the_updates(run, figures):
             [(t, NAMES.index(name) + t / 10) for t in range(3)] for name in names
         ]
         assert len({line.get_linestyle() for line in axis.lines}) == len(names)
+        assert {line.get_marker() for line in axis.lines} == {""}
         assert (texts(axis.get_legend()) if axis.get_legend() else []) == (names if len(names) > 1 else [])
         assert all(tick == int(tick) for tick in axis.get_xticks())
     assert (frontier.get_xlabel(), frontier.get_ylabel()) == ("KL (nats a response)", "reward")
-    assert figure.get_supxlabel() == "A demonstration" and str(run) in figure.get_suptitle().replace("\n", "")
+    assert figure.legends == []
+    assert figure.get_supxlabel().endswith("\nA demonstration") and str(run) in figure.get_suptitle().replace("\n", "")
+
+
+def test_a_figure_says_where_its_curves_are_means(tmp_path, figures):
+    for n_updates in (50, 51):
+        plot_training(write_run(tmp_path / "run", statistics(n_updates)))
+    told = ["means of neighbouring" in figure.get_supxlabel().replace("\n", " ") for figure in figures]
+    assert told == [False, True]
+
+
+def test_a_run_of_one_update_is_seen(tmp_path, figures):
+    plot_training(write_run(tmp_path / "run", statistics(1)))
+    *panels, _ = figures[0].axes
+    assert all(line.get_marker() == "o" for axis in panels for line in axis.lines)
 
 
 def test_a_term_has_a_panel_unless_it_is_the_reward(tmp_path, figures):
@@ -102,32 +119,82 @@ def test_a_term_has_a_panel_unless_it_is_the_reward(tmp_path, figures):
 # ----------------------------------------------------------------------------------------------------------------
 
 
+def look_of(line) -> tuple[str, str]:
+    return line.get_color(), line.get_linestyle()
+
+
 def test_several_runs_are_drawn_over_each_other(tmp_path, figures):
-    """Each has one colour and marker in all panels; the second alone has a term of its own."""
+    """Each has one colour in all panels, of which each column has its own; the second alone has a term of its own."""
     shifts = {"low": 0.0, "middle": 3.0, "high": -2.0}
     runs = {name: write_run(tmp_path / name, statistics(3, shift)) for name, shift in shifts.items()}
     write_run(runs["middle"], statistics(3, 3.0, length=lambda t: -t))
     assert plot_training(runs["high"], "", runs) == runs["high"] / "plots/runs.png"
     (figure,) = figures
     *panels, frontier = figure.axes
-    groups = {"reward": ["reward"], "reward_length": []} | PANELS
-    assert [axis.get_ylabel() for axis in panels] == list(groups)
-    for axis, names in zip(panels, groups.values(), strict=True):
-        if names:
-            assert [points(line) for line in axis.lines] == [
-                [(t, pytest.approx(NAMES.index(name) + t / 10 + shift)) for t in range(3)]
-                for shift in shifts.values()
-                for name in names
-            ]
-    length = [line.get_ydata().tolist() for line in panels[1].lines]
+    reward, term, *others = panels
+    assert [axis.get_ylabel() for axis in panels] == [
+        "reward",
+        "reward_length",
+        "kl_k1 (nats a response)",
+        "kl_k3 (nats a response)",
+        "entropy (nats a token)",
+        "policy loss",
+        "value loss",
+        "clip_fraction (share of tokens)",
+        "value_clip_fraction (share of tokens)",
+        "response length (tokens)",
+    ]
+    for axis, name in zip([reward, *others], NAMES, strict=True):
+        assert [points(line) for line in axis.lines] == [
+            [(t, pytest.approx(NAMES.index(name) + t / 10 + shift)) for t in range(3)] for shift in shifts.values()
+        ]
+    length = [line.get_ydata().tolist() for line in term.lines]
     assert length[1] == [0, -1, -2] and all(math.isnan(value) for values in (length[0], length[2]) for value in values)
-    for look in ("get_color", "get_marker"):
-        looks = [[getattr(line, look)() for line in axis.lines] for axis in panels]
-        assert len(set(looks[0])) == 3
-        assert all(own == [x for x in looks[0] for _ in range(len(own) // 3)] for own in looks)
-        assert [getattr(line, look)() for line in frontier.lines[1::2]] == looks[0]
-    assert [texts(legend) for legend in figure.legends] == [list(runs)] and frontier.get_legend() is None
+    looks = [[look_of(line) for line in axis.lines] for axis in panels]
+    assert len({colour for colour, _ in looks[0]}) == 3 and all(own == looks[0] for own in looks)
+    assert [look_of(way) for way in frontier.lines[::2]] == looks[0]
+    (legend,) = figure.legends
+    assert [look_of(line) for line in legend.get_lines()] == looks[0] and texts(legend) == list(runs)
     assert [(runs[name] / "plots").exists() for name in runs] == [False, False, True]
+
+
+def test_as_many_runs_as_are_drawn_are_told_apart(tmp_path, figures):
+    """By colour and dashes, in a panel and in the legend; by colour and marker where they end. One more is refused."""
+    runs = {str(k): write_run(tmp_path / str(k), statistics(2, k)) for k in range(MOST_RUNS + 1)}
+    assert MOST_RUNS > 12
+    with pytest.raises(UsageError, match=f"names {MOST_RUNS + 1} runs, expected at most {MOST_RUNS}: no more can be"):
+        plot(tmp_path, "", tuple(str(run) for run in runs.values()))
+    del runs[str(MOST_RUNS)]
+    plot_training(tmp_path, "", runs)
+    (figure,) = figures
+    looks = [look_of(line) for line in figure.axes[0].lines]
+    assert len(set(looks)) == MOST_RUNS
+    (legend,) = figure.legends
+    assert [look_of(line) for line in legend.get_lines()] == looks
+    ends = [(line.get_color(), line.get_marker()) for line in figure.axes[-1].lines[1::2]]
+    assert len(set(ends)) == MOST_RUNS
+    assert ends == [(line.get_color(), line.get_marker()) for line in legend.get_lines()]
+
+
+def test_the_legend_names_the_settings_that_differ(tmp_path, figures):
+    """Those of what was done, not where it was put; of many the first six."""
+    settings = {"a": {"kl_coef": 0.1, "reward_fn": ""}, "b": {"kl_coef": 0.0, "reward_fn": "f.py:f"}}
+    runs = {name: write_run(tmp_path / name, statistics(2)) for name in settings}
+    for name, own in settings.items():
+        (runs[name] / "run_config.json").write_text(to_json(Config(output_dir=name, run_name=name, **own)))
+    words = {"a": "reward_fn none, kl_coef 0.1", "b": "reward_fn f.py:f, kl_coef 0.0"}
+    assert differing_settings(runs) == words
+    plot_training(runs["a"], "", runs)
+    (legend,) = figures[0].legends
+    assert [text.replace("\n", " ") for text in texts(legend)] == [f"{name}: {words[name]}" for name in runs]
+    many = Config(seed=2, n_updates=7, batch_size=8, mini_batch_size=4, ppo_epochs=1, learning_rate=1.0, gamma=0.5)
+    (runs["b"] / "run_config.json").write_text(to_json(many))
+    assert differing_settings(runs)["b"] == (
+        "seed 2, n_updates 7, batch_size 8, mini_batch_size 4, ppo_epochs 1, learning_rate 1.0, and 2 more"
+    )
+    (runs["b"] / "run_config.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"b holds no run_config\.json of a run, or a damaged one"):
+        differing_settings(runs)
 
 
 def test_a_run_is_a_point_where_its_last_fifth_was(tmp_path, figures):
@@ -139,9 +206,9 @@ def test_a_run_is_a_point_where_its_last_fifth_was(tmp_path, figures):
     plot_training(runs["long"], "", runs)
     way, end, short_way, short_end = figures[0].axes[-1].lines
     assert points(way) == [(row["kl_k1"], row["reward"]) for row in rows]
-    assert points(end) == [(8.5, 6.0)] and end.get_label() == "long"
+    assert points(end) == [(8.5, 6.0)] and end.get_marker() == "o"
     assert points(short_way)[-1:] == points(short_end) == [(NAMES.index("kl_k1") + 0.2, 0.2)]
-    assert short_end.get_label() == "short" and way.get_alpha() < 0.5
+    assert way.get_marker() == "None" and way.get_alpha() < 0.5
 
 
 @pytest.mark.parametrize(
@@ -209,7 +276,7 @@ def test_runs_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert [(str(folder), {name: str(path) for name, path in runs.items()}) for folder, runs in given] == [
         ("home", paths)
     ]
-    assert capsys.readouterr().out == "using home\ndrawn\n"
+    assert capsys.readouterr() == ("drawn\n", "using home\n")
     for twice in ("0.1=home", "other=sweep/0.1"):
         assert main(["--task", "plot", "--output_dir", "home", *policies, "--policies", twice]) == 2
         assert "expected NAME=FOLDER of each run, each of them once" in capsys.readouterr().err
@@ -224,17 +291,37 @@ def boxes(figure) -> list:
 
 
 def test_the_reliability_figure_has_a_point_a_bin_of_certainty(tmp_path, figures):
-    plot_reliability(tmp_path, [0.55, 0.58, 1.0, 0.99], [True, False, True, True])
-    diagonal, points = figures[0].axes[0].lines
-    assert diagonal.get_xydata().tolist() == [[0, 0], [1, 1]]
-    assert points.get_xydata().tolist() == [pytest.approx([0.565, 0.5]), pytest.approx([0.995, 1.0])]
+    """Two labels: bins of .05 from .5 on. One of two right, one of one, two of two; how many is under the points."""
+    plot_reliability(tmp_path, [0.56, 0.59, 0.72, 1.0, 0.99], [True, False, True, True, True], notice="Small. And")
+    upper, lower = figures[0].axes
+    diagonal, *_ = upper.lines
+    assert diagonal.get_xydata().tolist() == [[0.5, 0.5], [1, 1]]
+    marks = [container.lines[0].get_xydata().tolist() for container in upper.containers]
+    assert marks == [[pytest.approx([0.575, 0.5])], [pytest.approx([0.72, 1.0])], [pytest.approx([0.995, 1.0])]]
+    for container, (count, n) in zip(upper.containers, [(1, 2), (1, 1), (2, 2)], strict=True):
+        (whisker,) = container.lines[2][0].get_segments()
+        assert [end[1] for end in whisker] == pytest.approx(wilson_interval(count, n))
+    bars = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in lower.patches]
+    assert bars == [pytest.approx(bar) for bar in [(0.55, 0.05, 2), (0.7, 0.05, 1), (0.95, 0.05, 2)]]
+    assert [text.get_text() for text in lower.texts] == ["2", "1", "2"]
+    assert lower.get_xlim() == upper.get_xlim() == (0.5, 1.0)
+    assert "4 of 5 held-out rows right; mean certainty 77.2%" in figures[0].get_suptitle().replace("\n", " ")
+    assert figures[0].get_supxlabel().endswith("Wilson.\nSmall")
+
+
+def test_of_more_labels_the_likeliest_may_be_less_certain(tmp_path, figures):
+    """Of four labels from .25 on; a certainty that rounding puts outside stands at the edge."""
+    plot_reliability(tmp_path, [0.25 - 1e-9, 1 + 1e-9], [False, True], n_labels=4)
+    upper, lower = figures[0].axes
+    assert upper.get_xlim() == (0.25, 1.0)
+    assert [bar.get_x() for bar in lower.patches] == [pytest.approx(0.25), pytest.approx(0.925)]
 
 
 def test_nothing_on_a_figure_overlaps_or_is_cut_off(tmp_path, evaluated, figures):
-    """Eight runs with long names and folders and four terms, every panel with long tick labels; bars of three."""
+    """Twelve runs with long names and four terms, every panel with long tick labels; policies with long names."""
     terms = {name: lambda t: -123.4567 * t for name in ("reward_model", "reward_fn", "repetition", "length")}
     runs = {}
-    for k in range(8):
+    for k in range(12):
         folder = tmp_path / f"saved_models/distilgpt2-imdb/ppo-{k}"
         runs[f"kl_coef 0.00{k}, a seed of its own"] = write_run(folder, statistics(60, 1e-3 * k, **terms))
     notice = (
@@ -243,8 +330,11 @@ def test_nothing_on_a_figure_overlaps_or_is_cut_off(tmp_path, evaluated, figures
     plot_training(folder, notice, runs)
     plot_training(folder, notice)
     plot_comparison(evaluated, notice)
-    plot_reliability(folder, [0.6, 0.9, 0.95], [True, False, True])
-    assert len(figures) == 4
+    path = evaluated / "results/comparison.json"
+    path.write_text(path.read_text().replace("p0", "a policy of its own " * 3))
+    plot_comparison(evaluated, notice)
+    plot_reliability(folder, [0.6, 0.9, 0.95], [True, False, True], notice=notice)
+    assert len(figures) == 5
     for figure in figures:
         width, height = figure.bbox.size
         for one, other in combinations([box for box in boxes(figure) if box.width and box.height], 2):
@@ -306,7 +396,7 @@ def test_every_bound_is_tested_on_both_sides():
 def comparison(*rewards: float) -> dict:
     """One of policies p0, p1, ... with these mean rewards; intervals of 0.2 about the differences from p0."""
     figures = {
-        f"p{n}": {"reward": x, "reward_std": 0.5, "reward_min": x - 1, "reward_max": x + 1, "kl": n / 2}
+        f"p{n}": {"reward": x, "reward_std": 0.5, "reward_min": x - 1, "reward_max": x + 1, "value": n, "kl": n / 2}
         for n, x in enumerate(rewards)
     }
     shifts = {f"p{n}": x - rewards[0] for n, x in enumerate(rewards) if n}
@@ -314,13 +404,15 @@ def comparison(*rewards: float) -> dict:
         name: {"reward": {"difference": shift, "low": shift - 0.1, "high": shift + 0.1}}
         for name, shift in shifts.items()
     }
+    intervals = {name: {"reward": [own["reward"] - 0.3, own["reward"] + 0.2]} for name, own in figures.items()}
     samples = [
         {"query": f"Film {k}"}
         | {f"response_{name}": f" is {name}.\n" for name in figures}
         | {f"reward_{name}": n - k for n, name in enumerate(figures)}
         for k in range(5)
     ]
-    return {"n_prompts": 8, "figures": figures, "differences": differences, "samples": samples}
+    parts = {"figures": figures, "intervals": intervals, "differences": differences, "samples": samples}
+    return {"n_prompts": 8} | parts
 
 
 def test_a_table_of_two_leaves_out_extremes_and_has_no_verdict_without_a_bound():
@@ -383,55 +475,92 @@ def evaluated(run):
     return run
 
 
-def test_every_figure_is_drawn_with_a_bar_a_policy_and_split(evaluated, figures):
-    """The standard deviation 0.5 of 8 and 26 prompts; the one term is the reward, and of KL no deviation is known."""
+def drawn_marks(axis) -> dict[str, list]:
+    """What a panel of a comparison holds: means as (x, y), intervals and bands as (from, to, y), lines' places."""
+    marks = {"means": [], "intervals": [], "bands": [], "lines": []}
+    for line in axis.lines:
+        x, y = line.get_xdata(), line.get_ydata()
+        if line.get_linestyle() == ":":
+            marks["lines"].append(x[0])
+        elif len(x) == 1:
+            marks["means"].append((x[0], y[0]))
+        else:
+            assert y[0] == y[1]
+            marks["intervals" if line.get_linewidth() < 2 else "bands"].append((x[0], x[1], y[0]))
+    return marks
+
+
+def test_every_figure_is_drawn_with_a_point_a_policy_and_split(evaluated, figures):
+    """Means in rows of a policy, each with its interval; behind it the paired difference, about the first one's mean.
+
+    The one term is the reward, the value head of a policy before PPO is untrained, and KL has no interval here.
+    """
     path = plot_comparison(evaluated, "A demonstration.\nSecond line.")
     (figure,) = figures
     assert path == evaluated / "plots/comparison.png"
-    assert [axis.get_ylabel() for axis in figure.axes] == ["reward ", "kl (nats)"]
-    bars = [[part for part in axis.containers if hasattr(part, "patches")] for axis in figure.axes]
-    heights = [[[bar.get_height() for bar in policy] for policy in panel] for panel in bars]
-    assert heights == [[[1.0, 2.0], [1.5, 2.5], [-1.0, 3.0]], [[0.0, 0.0], [0.5, 0.5], [1.0, 1.0]]]
-    centres = [[bar.get_x() + bar.get_width() / 2 for bar in policy] for policy in bars[0]]
-    assert [sum(own) / 3 for own in zip(*centres, strict=True)] == pytest.approx([0, 1])
-    assert figure.axes[0].get_xticks().tolist() == [0, 1]
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["validation", "test"]
-    for policy, means in zip(bars[0], heights[0], strict=True):
-        (whiskers,) = policy.errorbar.lines[2]
-        ends = [[end[1] for end in whisker] for whisker in whiskers.get_segments()]
-        half = [1.96 * 0.5 / math.sqrt(7), 1.96 * 0.5 / 5]
-        assert ends == [pytest.approx([y - h, y + h]) for y, h in zip(means, half, strict=True)]
-    assert all(
-        math.isnan(y)
-        for policy in bars[1]
-        for segment in policy.errorbar.lines[2][0].get_segments()
-        for _, y in segment
-    )
-    assert [texts(legend) for legend in figure.legends] == [["p0", "p1", "p2"]]
-    assert len({policy.patches[0].get_facecolor() for policy in bars[0]}) == 3
-    assert figure.get_supxlabel() == "A demonstration" and str(evaluated) in figure.get_suptitle().replace("\n", "")
+    assert [axis.get_xlabel() for axis in figure.axes] == ["reward", "kl (nats a response)"]
+    reward, kl = (drawn_marks(axis) for axis in figure.axes)
+    means = [(1.0, -0.2), (1.5, 0.8), (-1.0, 1.8), (2.0, 0.2), (2.5, 1.2), (3.0, 2.2)]
+    assert reward["means"] == [pytest.approx(mean) for mean in means]
+    assert reward["intervals"] == [pytest.approx((x - 0.3, x + 0.2, y)) for x, y in means]
+    assert reward["bands"] == [pytest.approx((x - 0.1, x + 0.1, y)) for x, y in means if y > 0.5]
+    assert reward["lines"] == [1.0, 2.0]
+    assert [x for x, _ in kl["means"]] == [0, 0.5, 1] * 2 and kl["lines"] == [0, 0]
+    assert kl["intervals"] == kl["bands"] == []
+    first, second = figure.axes
+    assert first.get_ylim() == second.get_ylim() == (2.5, -0.5)
+    assert [label.get_text() for label in first.get_yticklabels()] == ["p0", "p1", "p2"]
+    (legend,) = figure.legends
+    assert [text.replace("\n", " ") for text in texts(legend)] == [
+        "validation: mean of 8 prompts and its 95 % interval",
+        "test: mean of 26 prompts and its 95 % interval",
+        "95 % interval of the difference from p0",
+        "p0",
+    ]
+    assert len({line.get_color() for line in first.lines}) == 2
+    assert "8 validation and 26 test prompts" in figure.get_suptitle().replace("\n", " ")
+    caption = figure.get_supxlabel().replace("\n", " ")
+    assert caption.endswith(" A demonstration") and str(evaluated) in figure.get_suptitle().replace("\n", "")
+    assert "Wilson, else by bootstrap" in caption and "where one crosses it, no difference has been shown" in caption
 
 
-def test_two_reward_terms_are_drawn_beside_their_sum(evaluated, figures):
+def test_a_band_of_shares_ends_where_shares_do(evaluated, figures):
+    path = evaluated / "results/comparison.json"
+    content = json.loads(path.read_text())
+    for part in content["splits"].values():
+        for number, (name, own) in enumerate(part["figures"].items()):
+            own["ended"] = 0.9 + number / 20
+            if number:
+                part["differences"][name]["ended"] = {"difference": number / 20, "low": 0.01, "high": 0.2}
+    path.write_text(json.dumps(content))
+    plot_comparison(evaluated)
+    assert [band[:2] for band in drawn_marks(figures[0].axes[-1])["bands"]] == [pytest.approx((0.91, 1.0))] * 4
+
+
+def test_one_policy_has_no_legend_and_no_differences(evaluated, figures):
+    (evaluated / "results/comparison.json").write_text(json.dumps({"splits": {"test": comparison(1.0)}}))
+    plot_comparison(evaluated)
+    marks = drawn_marks(figures[0].axes[0])
+    assert figures[0].legends == [] and marks["lines"] == marks["bands"] == []
+    assert (marks["means"], marks["intervals"]) == ([(1.0, 0.0)], [(0.7, 1.2, 0.0)])
+    assert "difference" not in figures[0].get_supxlabel()
+
+
+def test_two_reward_terms_are_drawn_beside_their_sum_and_every_quantity_once(evaluated, figures):
     path = evaluated / "results/comparison.json"
     content = json.loads(path.read_text())
     for part in content["splits"].values():
         for own in part["figures"].values():
             own |= {"reward_reward_model": own["reward"] + 1, "reward_length": -1, "reward_length_std": 0.1}
+            own |= {"unique_token_ratio": 0.75, "repetition": 0.25}
     path.write_text(json.dumps(content))
     plot_comparison(evaluated)
-    names = [axis.get_ylabel().strip() for axis in figures[0].axes]
-    assert names == ["reward", "kl (nats)", "reward_reward_model", "reward_length"]
+    names = [axis.get_xlabel() for axis in figures[0].axes]
+    terms = ["reward_reward_model", "reward_length"]
+    assert names == ["reward", "kl (nats a response)", *terms, "repetition (share of words)"]
 
 
-def test_intervals_by_hand():
-    figures = {"reward": 3.0, "reward_std": 2.0, "positive": 0.8, "ended": 1.0, "kl": 2.0}
-    assert half_interval(figures, "reward", 101) == pytest.approx(1.96 * 2 / 10)
-    assert half_interval(figures, "positive", 101) == pytest.approx(1.96 * 0.4 / 10)
-    assert math.isnan(half_interval(figures, "ended", 101)) and math.isnan(half_interval(figures, "kl", 101))
-
-
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"splits": {}}', '{"splits": {"test": {"figures": {}}}}'])
 def test_a_damaged_comparison_is_refused(content, evaluated):
     (evaluated / "results/comparison.json").write_text(content)
     with pytest.raises(UsageError, match=r"results holds no comparison\.json of a run, or a damaged one"):

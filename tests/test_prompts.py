@@ -121,7 +121,7 @@ def test_a_policy_of_chat_is_asked_as_it_was_trained(chat_place, monkeypatch, ca
     seen = watched(monkeypatch, ask)
     assert run_main(*shlex.split(printed)) == 0
     assert seen == [[BOS, *ids_of(f"U:{text}.A:")]]
-    assert capsys.readouterr().out.split("\n")[1] == text
+    assert capsys.readouterr().out.split("\n")[0] == text
     Path("asked.jsonl").write_text(
         json.dumps({"messages": [{"role": "user", "content": "abc"}]})
         + "\n"
@@ -340,12 +340,12 @@ def test_generate_takes_what_the_context_holds_and_says_when_it_cuts(place, caps
     for prompt in ("a" + "bcdefghi" * 5, "h" + "bcdefghi" * 5):
         assert run_main(*generate, "--prompt", prompt) == 0
         out, err = capsys.readouterr()
-        responses.append(out.split("\n", 1)[1].removeprefix(prompt))
+        responses.append(out.removeprefix(prompt))
         assert "cut" not in err
     assert responses[0] != responses[1]
     assert run_main(*generate, "--prompt", "abcdefghi" * 6) == 0
     out, err = capsys.readouterr()
-    assert err == "1 of 1 prompts were cut on the left to 52 tokens\n" and "cut" not in out
+    assert err == "using OUT\n1 of 1 prompts were cut on the left to 52 tokens\n" and "cut" not in out
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -21,11 +21,11 @@ class Terminal(io.StringIO):
 
 
 def generated(capsys, *arguments: str) -> str:
-    """What `generate` prints below the line that names the run."""
+    """What `generate` prints: responses alone, as the run is named on standard error."""
     assert run_main("--task", "generate", *arguments) == 0
-    first, rest = capsys.readouterr().out.split("\n", 1)
-    assert first == f"using {PPO}"
-    return rest
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"using {PPO}\n")
+    return captured.out
 
 
 def test_generate_answers_each_prompt_and_repeats_itself(workplace, capsys):
@@ -78,11 +78,11 @@ def growing(prompts, responses, rows, seen=[]):
 
 
 def written(capsys, function: str, *arguments: str) -> tuple[list[dict], str]:
-    """The rows that `generate` writes with a reward function, and what it says on standard error."""
+    """The rows that `generate` writes with a reward function, and what it says on standard error but for the run."""
     command = ("--task", "generate", *arguments, "--output", "out.jsonl", "--reward_fn", f"rewards.py:{function}")
     assert run_main(*command) == 0
     with open("out.jsonl", encoding="utf-8") as file:
-        return [json.loads(line) for line in file], capsys.readouterr().err
+        return [json.loads(line) for line in file], capsys.readouterr().err.removeprefix(f"using {PPO}\n")
 
 
 def test_responses_are_written_where_their_reward_fails(workplace, capsys):
@@ -152,7 +152,7 @@ def test_generate_takes_the_newest_run(workplace, capsys):
         os.utime(older / "value_head.safetensors", (1e9, 1e9))
         os.utime(newest / "value_head.safetensors", (2e9, 2e9))
         assert run_main("--task", "generate", "--prompt", "The film") == 0
-        assert capsys.readouterr().out.startswith(f"using {newest}\n")
+        assert capsys.readouterr().err.startswith(f"using {newest}\n")
 
 
 BAD_PROMPTS = {
