@@ -4,6 +4,7 @@ import copy
 import functools
 import importlib.util
 import math
+import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -506,7 +507,7 @@ def merged(language_model: PreTrainedModel) -> PreTrainedModel:
 
 def from_anywhere(path: str | None) -> str | None:
     """A Hub id as it is; a folder's name such that it can be found from another working directory, too."""
-    return str(Path(path).resolve()) if path and Path(path).is_dir() else path
+    return os.path.abspath(path) if path and Path(path).is_dir() else path
 
 
 def save_policy(

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from config import Config, UsageError
 from dataset import pad
-from loading import load_policy, load_reference, new_policy, quantized, save_policy
+from loading import load_language_model, load_policy, load_reference, new_policy, quantized, save_policy
 from model import frozen_copy
 
 peft = pytest.importorskip("peft")
@@ -84,6 +84,26 @@ def test_the_reference_is_a_frozen_adapter_on_the_same_weights(base, tmp_path, t
     assert (logprobs(policy) - start).abs().max() > 0.05
     assert torch.equal(logprobs(reference), start)
     assert all(p.requires_grad == (p.data_ptr() in own) for p in policy.language_model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["new", "loaded", "of a run"])
+def test_an_adapter_drops_nothing_in_train_mode(kind, base, tmp_path):
+    """Whatever it was trained with: an update would else score other numbers than the rollout, at random."""
+    settings = peft.LoraConfig(r=4, lora_dropout=0.5, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(load_language_model(str(base), "float32", CPU), settings)
+    for name, weight in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight)
+    adapted.save_pretrained(tmp_path / "mine")
+    config = Config(lora_r=4) if kind == "new" else Config(peft_model_path=str(tmp_path / "mine"))
+    if kind == "of a run":
+        policy = load_policy(Config(), str(tmp_path / "mine"), CPU)
+    else:
+        policy = new_policy(config, str(base), CPU)
+    shake(policy)
+    with torch.no_grad():
+        in_eval = score(policy.eval()).logprobs
+        assert all(torch.equal(score(policy.train()).logprobs, in_eval) for _ in range(2))
 
 
 def test_what_was_saved_loads_with_plain_peft_as_the_manifest_says(base, tmp_path):
@@ -388,6 +408,25 @@ def test_an_encoder_critic_values_the_prompt_alone(tmp_path):
             states = policy.critic(input_ids=ids, attention_mask=mask.long()).last_hidden_state[0]
             expected = policy.value_head(states.mean(0)).item()
             assert baseline[row, 0].item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["separate", "encoder"])
+def test_a_critic_of_its_own_drops_nothing_in_train_mode(kind, tmp_path):
+    """Be it new, from a base model with dropout, or a run's: else every update would learn other values, at random."""
+    tiny_t5(dropout_rate=0.4).save_pretrained(tmp_path / "base")
+    config = Config(critic=kind, lam=1.0)
+    policy = with_random_head(config, tmp_path / "base")
+    save_policy(policy, letter_tokenizer(), tmp_path / "run")
+    stored = tmp_path / "run/critic/config.json"
+    stored.write_text(json.dumps(json.loads(stored.read_text()) | {"dropout_rate": 0.4}))
+    for each in (
+        policy,
+        load_policy(config, str(tmp_path / "run"), CPU),
+        new_policy(config, str(tmp_path / "run"), CPU),
+    ):
+        in_eval = values(each.eval())
+        assert in_eval.std() > 0.1
+        assert all(torch.equal(values(each.train()), in_eval) for _ in range(2))
 
 
 @pytest.mark.parametrize(("critic", "lam"), [("separate", 0.95), ("encoder", 1.0)])

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import ask
 import main
-from ask import before_stop, given_rows, read_prompts, stream, typed_rows
+from ask import batches, before_stop, given_rows, read_prompts, stream, typed_rows
 from config import Config, UsageError
 from generate import respond
 from prompts import Prompt
@@ -223,6 +223,18 @@ def test_a_prompt_is_answered_where_there_is_no_standard_input(monkeypatch):
     assert given_rows(micro_config(task="generate", prompt=("A",))) == [{"text": "A"}]
     with pytest.raises(UsageError, match="there is no prompt"):
         given_rows(micro_config(task="generate"))
+
+
+@pytest.mark.parametrize(("are_given", "sizes"), [(True, [4, 2]), (False, [2, 2, 2])])
+def test_every_response_has_random_numbers_of_its_own(are_given, sizes):
+    """Those of its place in the whole command, whatever the batches are: no two responses share any."""
+    config = micro_config(task="generate", num_samples=2, batch_size=4, seed=5)
+    asked = list(batches([{"text": text} for text in "abc"], are_given, config))
+    assert [len(rows) for rows, _ in asked] == sizes
+    assert [row["text"] for rows, _ in asked for row in rows] == list("aabbcc")
+    numbers = torch.cat([numbers for _, numbers in asked])
+    expected = torch.cat([uniforms(5, "generate", i, (1, config.max_new_tokens)) for i in range(6)])
+    assert torch.equal(numbers, expected) and len(numbers.unique()) == numbers.numel()
 
 
 def test_a_terminal_shows_all_of_a_long_prompt(workplace, monkeypatch, capsys):

@@ -13,7 +13,9 @@ import torch
 from helpers import assert_all_moved, read_log, read_stats
 from micro import PPO, SETTINGS, assert_refused, flags, listing, run_main
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.pytorch_utils import Conv1D
 
 import generate
 import train
@@ -216,9 +218,9 @@ def test_the_best_so_far_is_a_run(workplace, no_bars, monkeypatch, capsys):
     for folder in ("mine", "mine/checkpoints/best", "mine/checkpoints"):
         capsys.readouterr()
         assert run_main("--task", "generate", "--output_dir", folder, "--prompt", "The film", "--temperature", "0") == 0
-        using, answer = capsys.readouterr().out.split("\n", 1)
-        assert using == "using mine/checkpoints/best"
-        answers.append(answer)
+        said = capsys.readouterr()
+        assert said.err.startswith("using mine/checkpoints/best\n")
+        answers.append(said.out)
     assert answers[0].startswith("The film") and len(set(answers)) == 1
     best = listing(workplace / "mine/checkpoints/best")
     assert run_main("--task", "evaluate", "--output_dir", "mine/checkpoints/best") == 0
@@ -238,7 +240,7 @@ def test_the_best_so_far_gives_way_to_the_run_that_is_over(workplace, monkeypatc
     for expected in (str(PPO), best):
         capsys.readouterr()
         assert run_main(*asked) == 0
-        assert capsys.readouterr().out.startswith(f"using {expected}\n")
+        assert capsys.readouterr().err.startswith(f"using {expected}\n")
         if expected == str(PPO):
             (workplace / PPO).rename("elsewhere")
     (workplace / best).parent.rename("gone")
@@ -248,16 +250,17 @@ def test_the_best_so_far_gives_way_to_the_run_that_is_over(workplace, monkeypatc
 
 
 def test_the_best_adapter_so_far_is_a_run(workplace, no_bars, monkeypatch, capsys):
-    """Its base is a path from where the run was started."""
+    """Its base is named by a path from where the run was started, and found from anywhere."""
     Path("base").symlink_to("saved_models/tiny/sft")
     adapter = ["--base_model_name", "base", "--lora_r", "2", "--learning_rate", "0.01", "--output_dir", "mine"]
     adapter += ["--reward_model_path", "saved_models/tiny/reward", "--max_prompt_length", "12"]
     interrupted_at_its_third_update(monkeypatch, *adapter)
     best = workplace / "mine/checkpoints/best"
-    assert json.loads((best / "adapter_config.json").read_text())["base_model_name_or_path"] == "base"
+    assert json.loads((best / "adapter_config.json").read_text())["base_model_name_or_path"] == str(workplace / "base")
     capsys.readouterr()
     assert run_main("--task", "generate", "--output_dir", "mine", "--prompt", "The film") == 0
-    assert capsys.readouterr().out.startswith("using mine/checkpoints/best\nThe film")
+    said = capsys.readouterr()
+    assert said.err.startswith("using mine/checkpoints/best\n") and said.out.startswith("The film")
     assert run_main("--task", "evaluate", "--output_dir", "mine/checkpoints/best") == 0
     own = figures_of(workplace / "mine/results/comparison.json")
     assert own["before"]["kl"] == 0 < own["after"]["kl"] and own["after"]["value_std"] > 0
@@ -310,3 +313,28 @@ def test_a_run_whose_sampler_and_scorer_disagree_stops_before_anything_is_traine
         assert "error: sampling and scoring disagree by" in captured.err.splitlines()[-1]
         assert "invariants hold" not in captured.out
     assert listing(workplace) == before
+
+
+def test_mixed_precision_is_that_of_every_product_in_every_task(workplace, no_bars, monkeypatch):
+    """Of sampler, policy, critic, reference and update, and of the policies that are loaded again: GPT-2's layers give
+    bfloat16 wherever they are read. Numbers alone would differ by another kernel of attention as well."""
+    monkeypatch.setattr("loading.check_can_be_sampled", lambda *_: None)  # which reads a few tokens in float32
+    monkeypatch.setattr("evaluation.load_fluency_judge", lambda *_: None)  # a judge's precision is its own
+    (workplace / "r.py").write_text("def reward(prompts, responses, rows):\n    return [1.0 for _ in responses]\n")
+    found = set()
+
+    def note(module, inputs, output) -> None:
+        if isinstance(module, Conv1D):
+            found.add((torch.is_grad_enabled(), output.dtype))
+
+    asked = flags(mixed_precision="bf16", critic="separate", reward_fn="r.py:reward", output_dir="mixed", n_updates=1)
+    without, with_gradient = (False, torch.bfloat16), (True, torch.bfloat16)
+    with register_module_forward_hook(note):
+        for arguments, expected in (
+            (["train", *asked], {without, with_gradient}),
+            (["evaluate", "--output_dir", "mixed"], {without}),
+            (["generate", "--output_dir", "mixed", "--prompt", "The film"], {without}),
+        ):
+            found.clear()
+            assert run_main("--task", *arguments) == 0
+            assert found == expected, arguments

@@ -464,7 +464,6 @@ TWO_TERMS = {"reward_fn": "FUNCTION", "reward_weights": "reward_fn=1,reward_mode
 EFFECTS = {
     "dtype": ("bfloat16", POLICY, {"task": "generate"}),
     "gradient_checkpointing": (True, POLICY, {}),
-    "mixed_precision": ("bf16", WEIGHTS, {}),
     "lora_r": (4, POLICY, {}),
     "lora_alpha": (99.0, WEIGHTS, {"lora_r": 4, "learning_rate": 0.01}),
     "load_in_8bit": (True, POLICY, {"lora_r": 4}),
@@ -545,6 +544,7 @@ EFFECTS = {
 # Tested where they do their work: each of these decides what a whole command does.
 ELSEWHERE = {
     "matmul_precision": "test_a_precision_that_is_asked_for_is_set",
+    "mixed_precision": "test_mixed_precision_is_that_of_every_product_in_every_task",
     "peft_model_path": "test_the_reference_is_a_frozen_adapter_on_the_same_weights",
     "merge": "test_a_merged_policy_needs_no_peft",
     "load_in_4bit": "test_8_bits_without_an_adapter_are_refused",

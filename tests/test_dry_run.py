@@ -81,7 +81,7 @@ def test_held_out_rows_that_cannot_be_judged_by_are_refused_before_the_training(
 def test_a_dry_run_of_generate_shows_what_would_be_in_the_file(workplace, capsys):
     arguments = [part for text in "ABCDE" for part in ("--prompt", f"The film {text}")]
     output = dry_run(workplace, capsys, "--task", "generate", "--output", "new/out.jsonl", *arguments)
-    said, *lines = output.splitlines()[1:]
+    said, *lines = output.splitlines()
     assert said == "dry run: 5 responses would be written to new/out.jsonl, such as these:"
     assert [json.loads(line)["prompt"] for line in lines] == ["The film A", "The film B", "The film C"]
     assert run_main("--task", "generate", "--output", "new/out.jsonl", *arguments) == 0

@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import read_table
 from micro import micro_config, review_texts
+from tiny_models import letter_tokenizer, tiny_policy
 
 import evaluation
 from config import UsageError
@@ -32,6 +33,7 @@ from evaluation import (
 from intervals import paired_share_interval, wilson_interval
 from model import PolicyModel
 from prompts import Prompt
+from randomness import uniforms
 from reviews import movie_reviews
 from sft import new_language_model
 from train import Fixed
@@ -224,6 +226,17 @@ def test_a_policy_is_evaluated_row_by_row(temperature, tokenizer):
         assert row["value"] == pytest.approx(scores.values[0, 0].item(), abs=1e-4)
 
 
+@pytest.mark.parametrize(("family", "text"), [("gpt2", "cffa"), ("t5", "cf\nfa")])
+def test_a_judge_is_given_prompt_and_response_as_the_policys_family_has_them(family, text, monkeypatch):
+    """A causal model goes on from its prompt, an encoder-decoder answers on a line of its own."""
+    policy, tokenizer = tiny_policy(family), letter_tokenizer()
+    real = evaluation.respond
+    monkeypatch.setattr(evaluation, "respond", lambda *args: real(*args)._replace(texts=["fa"]))
+    fixed = Fixed(policy, tokenizer, {"one": lambda prompts, responses, rows: torch.ones(len(responses))})
+    (row,) = evaluate_policy(policy, fixed, [Prompt("cf", [4, 7], {})], micro_config(reward_weights="one=1"))
+    assert (row["query"], row["response"], row["text"]) == ("cf", "fa", text)
+
+
 def test_two_policies_draw_with_the_same_random_numbers(tokenizer):
     """So that equal policies give equal responses; and the seed decides them."""
     policy = new_policy(tokenizer)
@@ -243,6 +256,21 @@ def test_an_evaluation_draws_alike_whatever_the_batches_are(tokenizer):
     for batch_size in (2, 10, 64):
         again = evaluated(policy, reference, tokenizer, batch_size=batch_size)
         assert [row["response_ids"] for row in again] == [row["response_ids"] for row in table]
+
+
+def test_every_prompt_of_an_evaluation_has_random_numbers_of_its_own(tokenizer, monkeypatch):
+    """Prompt i has row i of the evaluation's, in whichever batch it is."""
+    seen, real = [], evaluation.respond
+
+    def respond(policy, tokenizer, prompts, numbers, config):
+        seen.append(numbers)
+        return real(policy, tokenizer, prompts, numbers, config)
+
+    monkeypatch.setattr(evaluation, "respond", respond)
+    policy = new_policy(tokenizer)
+    evaluated(policy, policy, tokenizer, batch_size=4, seed=5)
+    assert [len(numbers) for numbers in seen] == [4, 4, 2]
+    assert torch.equal(torch.cat(seen), uniforms(5, "evaluation", 0, (10, 12)))
 
 
 def row(query: str, response: str, reward: float, length: int, **changes) -> dict:

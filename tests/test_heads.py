@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from helpers import assert_close, read_log
+from helpers import assert_close, read_log, read_table
 from micro import micro_config, run_main
 from test_any_model import command, place  # noqa: F401  a fixture
-from tiny_models import letter_tokenizer, randomise, tiny_llama
+from tiny_models import BUILDERS, letter_tokenizer, randomise, tiny_llama
 from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
 
@@ -229,6 +229,33 @@ def test_pairs_are_scored_in_ppo_as_they_were_learned(place, capsys):  # noqa: F
     capsys.readouterr()
 
 
+@pytest.mark.parametrize(("family", "between"), [("llama", ""), ("t5", "\n")])
+def test_prompt_and_response_are_scored_with_what_stands_between_them_for_the_policy(family, between, place):  # noqa: F811
+    """In training, evaluation and generation: by a classifier that reads a line's end, against its own logits."""
+    letters = letter_tokenizer()
+    letters.add_tokens(["\n"])
+    config = transformers.GPT2Config(vocab_size=len(letters), n_embd=32, n_layer=1, n_head=2, pad_token_id=0)
+    model = randomise(transformers.GPT2ForSequenceClassification(config), 2)
+    model.save_pretrained("REWARD")
+    letters.save_pretrained("REWARD")
+    BUILDERS[family]().save_pretrained("MODEL")
+    assert run_main(*command(reward_fn="", reward_model_path="REWARD")) == 0
+    assert run_main("--task", "evaluate", "--output_dir", "OUT") == 0
+    asked = ["--prompt", "abc", "--prompt", "hi", "--output", "out.jsonl"]
+    assert run_main("--task", "generate", "--output_dir", "OUT", *asked) == 0
+    scored = [(row["query"], row["response"], row["reward"]) for row in read_log(place / "OUT")]
+    table = read_table(place / "OUT/results/test_results_p.csv")
+    scored += [(row["query"], row["response_after"], row["reward_after"]) for row in table]
+    lines = Path("out.jsonl").read_text().splitlines()
+    scored += [tuple(json.loads(line)[name] for name in ("prompt", "response", "reward")) for line in lines]
+    assert len(scored) == 16 + 4 + 2
+    for prompt, response, found in scored:
+        expected = text_logits(model, letters, [prompt + between + response])[0, 1].item()
+        assert float(found) == pytest.approx(expected, abs=1e-4)
+        other = text_logits(model, letters, [prompt + {"": "\n", "\n": ""}[between] + response])[0, 1].item()
+        assert abs(other - expected) > 1e-3
+
+
 def test_a_long_text_of_a_reward_model_keeps_its_first_special_token(tmp_path):
     """BERT's head reads the state at [CLS]; in training and in PPO the same ids."""
     tokenizer = new_tokenizer(["zz"], 300, 1000)
@@ -306,7 +333,7 @@ def test_a_classifier_in_8_bits_reads_a_text_at_a_time(tmp_path, monkeypatch):
     """Its products round by the largest numbers of the whole batch."""
     save_head("bert", tmp_path)
     seen = []
-    monkeypatch.setattr(reward, "quantized", lambda *_: {})
+    monkeypatch.setattr(reward, "quantized", lambda *_, **__: {})
     real = reward.text_logits
     monkeypatch.setattr(reward, "text_logits", lambda *a, **k: (seen.append(k.get("batch_size")), real(*a, **k))[1])
     for in_8bit in (False, True):

@@ -136,6 +136,40 @@ def test_a_policy_of_chat_is_asked_as_it_was_trained(chat_place, monkeypatch, ca
     assert [json.loads(line)["prompt"] for line in Path("out.jsonl").read_text().splitlines()] == ["abc", "a", "abc"]
 
 
+def test_a_reward_is_given_the_whole_conversation_as_the_template_writes_it(chat_place, monkeypatch):
+    """In training, evaluation and generation: with special tokens, the system's words and where the policy's turn
+    begins, also where the policy itself is asked with a prompt that was cut."""
+    import train
+
+    talks = [[{"role": "system", "content": "s"}, {"role": "user", "content": text}] for text in ("a", "ab", "abc")]
+    rows = "".join(json.dumps({"messages": talks[n % 3]}) + "\n" for n in range(40))
+    Path("chat.jsonl").write_text(rows)
+    Path("r.py").write_text(
+        "import json\n"
+        "def reward(prompts, responses, rows):\n"
+        "    with open('seen.jsonl', 'a') as file:\n"
+        "        file.write(''.join(json.dumps(prompt) + '\\n' for prompt in prompts))\n"
+        "    return [float(len(response)) for response in responses]\n"
+    )
+
+    def given() -> list[str]:
+        lines = Path("seen.jsonl").read_text().splitlines()
+        Path("seen.jsonl").unlink()
+        return [json.loads(line) for line in lines]
+
+    trained_on = watched(monkeypatch, train)
+    assert run_main(*command("CHAT", dataset_path="chat.jsonl", max_prompt_length=12)) == 0
+    whole = [f"<bos>S:s.U:{text}.A:" for text in ("a", "ab", "abc")]
+    assert set(given()) == set(whole)
+    assert {decoded(ids) for ids in trained_on} == {*whole[:2], "<bos>S:s.U:bc.A:"}
+    assert run_main("--task", "evaluate", "--output_dir", "OUT", "--eval_samples", "6") == 0
+    assert set(given()) <= set(whole)
+    Path("asked.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    asked = ["--prompts", "asked.jsonl", "--output", "out.jsonl"]
+    assert run_main("--task", "generate", "--output_dir", "OUT", *asked) == 0
+    assert given() == whole
+
+
 def test_texts_are_a_users_turn_on_request(chat_place, monkeypatch, capsys):
     import train
 
@@ -474,6 +508,14 @@ def test_a_conversation_is_rendered_as_transformers_does():
     assert chat_text(conversation(row, micro_config()), row, tokenizer) == "<bos>S:s.U:abcd.A:ef.U:ghijkl.A:"
     (prompt,) = make_prompts([row], micro_config(), tokenizer)
     assert prompt.ids == tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_template_that_writes_no_first_token_is_given_none():
+    """As in the model's own training; a text has the tokenizer's."""
+    tokenizer = bos_tokenizer(template=TEMPLATE.removeprefix("{{ bos_token }}"))
+    talk, text = make_prompts([{"text": TALK}, {"text": "ab"}], micro_config(), tokenizer)
+    assert talk.ids == ids_of("S:s.U:abcd.A:ef.U:ghijkl.A:")
+    assert text.ids == [BOS, *ids_of("ab")]
 
 
 def test_a_templated_prompt_has_one_bos_for_the_reward_model_too(chat_place):

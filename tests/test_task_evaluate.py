@@ -2,11 +2,16 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import read_table
-from micro import PPO, QUESTIONS, assert_refused, listing, question_flags, run_main
+from micro import PPO, QUESTIONS, assert_refused, flags, listing, micro_config, question_flags, run_main
+
+from dataset import PARTS, load_rows
+from reviews import movie_reviews
 
 pytest_plugins = ["micro"]
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -131,3 +136,60 @@ def test_evaluate_takes_a_single_policy(workplace, no_bars):
     rows = read_table(workplace / PPO / "results/samples.csv")
     assert list(rows[0]) == ["query", "response_only", "reward_only", "reward_diff"]
     assert {float(row["reward_diff"]) for row in rows} == {0.0}
+
+
+def noting(monkeypatch, place: str, texts_of) -> list[set[str]]:
+    """The texts that each call of a function is given, by `texts_of` its arguments."""
+    module, name = place.split(".")
+    noted, real = [], getattr(sys.modules[module], name)
+
+    def call(*args, **named):
+        noted.append(set(texts_of(*args, **named)))
+        return real(*args, **named)
+
+    monkeypatch.setattr(place, call)
+    return noted
+
+
+def texts_of(rows: list[dict]) -> list[str]:
+    return [row["text"] for row in rows]
+
+
+def test_judges_and_reports_have_rows_on_which_nothing_was_trained(empty, no_bars, monkeypatch):
+    """Every part of the data where it is used, by a run from scratch on a file and its evaluation: what is trained and
+    rewarded has `train`, what chooses and measures the stages `validation`, the judges `judge`, the report `test`."""
+    rows = [
+        {"text": f"{review['text']} {n}", "label": review["label"]} for n, review in enumerate(movie_reviews(60, 0))
+    ]
+    (empty / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    language = noting(monkeypatch, "sft.language_examples", lambda rows, *_: texts_of(rows))
+    seeds = noting(monkeypatch, "sft.new_language_model", lambda *_: [torch.initial_seed()])
+    tokenizers = noting(monkeypatch, "sft.new_tokenizer", lambda texts, *_: texts)
+    classes = noting(monkeypatch, "classifier.class_batches", lambda rows, **_: texts_of(rows))
+    measured = noting(monkeypatch, "classifier.held_out_predictions", lambda c, m, t, rows, *_: texts_of(rows))
+    asked = noting(monkeypatch, "run.train", lambda s, f, prompts, c: texts_of(prompt.row for prompt in prompts))
+    looked_at = noting(monkeypatch, "run.evaluate_policy", lambda p, f, prompts, c: texts_of(x.row for x in prompts))
+    saved = noting(monkeypatch, "run.check_saved", lambda p, f, prompts, *_: texts_of(prompt.row for prompt in prompts))
+    words = noting(monkeypatch, "evaluation.bag_of_words_judge", lambda texts, labels: texts)
+    reported = noting(
+        monkeypatch, "evaluation.evaluate_policy", lambda p, f, prompts, c: texts_of(x.row for x in prompts)
+    )
+    monkeypatch.setattr("classifier.plot_reliability", lambda *_, **named: "")
+    parts = noting(monkeypatch, "evaluation.load_rows", lambda config, part, *_: [part])
+    few = flags(dataset_path="d.jsonl", eval_every=9, n_updates=9, eval_samples=64, max_new_tokens=2)
+    assert run_main("--task", "train", *few) == 0
+    assert run_main("--task", "evaluate") == 0
+    config = micro_config(dataset_path="d.jsonl")
+    train, judge, validation, test = (set(texts_of(load_rows(config, part))) for part in PARTS)
+    assert [len(part) for part in (train, judge, validation, test)] == [33, 15, 6, 6]
+    assert len(train | judge | validation | test) == 60
+    assert language == [train, validation, judge] and tokenizers == [train]
+    assert seeds == [{0}, {1}]  # nor has the judge of fluency the policy's first weights
+    assert classes == [train] and measured == [validation]
+    assert asked == [train] and looked_at == [validation, test, test] and saved == [test]
+    assert words == [judge] and reported == [test] * 2
+    assert parts == [
+        {"judge"},
+        {"test"},
+        {"judge"},
+    ]  # of the judge of words, of its accuracy, and of the judge of fluency

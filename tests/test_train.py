@@ -658,7 +658,7 @@ def test_an_update_is_in_train_mode_and_what_collects_is_in_eval_mode():
     policy.language_model.register_forward_pre_hook(
         lambda module, *_: modes.append((torch.is_grad_enabled(), module.training))
     )
-    train_all(policy, settings())
+    train_all(policy, settings(n_updates=2))  # the second rollout finds the policy in train mode
     assert set(modes) == {(False, False), (True, True)}
 
 
@@ -895,6 +895,16 @@ def test_a_kl_target_adapts_the_coefficient_from_the_next_update_on():
     state, updates = train_all(tiny_policy("gpt2"), config)
     assert_close([stats["kl_coef"] for _, stats in updates], [0.1, 0.098, 0.09604], atol=1e-9)
     assert_close(state.kl_coef, 0.09604 * 0.98, atol=1e-9)
+
+
+def test_rewards_pay_the_price_of_kl_that_was_adapted():
+    """Each update's own, not the one that the run began with: a row's rewards sum to its score less that x its KL."""
+    config = settings(n_updates=3, kl_coef=0.5, kl_target=1e-3, kl_horizon=16, learning_rate=3e-3)
+    _, updates = train_all(tiny_policy("gpt2"), config)
+    for rollout, stats in updates:
+        assert_close(rollout.rewards.sum(1), rollout.scores - stats["kl_coef"] * rollout.kl.sum(1))
+    rollout, stats = updates[-1]
+    assert (abs(stats["kl_coef"] - 0.5) * rollout.kl.sum(1)).abs().max() > 0.01
 
 
 def test_a_coefficient_without_a_target_stays():
