@@ -1,18 +1,20 @@
 """The `generate` task: prompts from flags, a file or the keyboard; responses on the screen or in a file."""
 
+import io
 import json
 import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout, suppress
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
 import torch
 
 from checkpoint import check_writable, write_whole
-from config import Config, UsageError, template_fields
+from config import Config, RunError, UsageError, template_fields
 from dataset import Row
 from device import prepare_device
 from generate import respond
@@ -21,57 +23,102 @@ from model import PolicyModel
 from preflight import prompt_room
 from prompts import Prompt, asked, limit_length, make_prompts
 from randomness import uniforms
-from reward import load_reward_terms, total_reward
+from reward import RewardTerm, load_reward_terms, total_reward
+
+Group = tuple[list[Prompt], torch.Tensor]  # prompts to respond to at once, and random numbers, a row for each
 
 
 def generate(config: Config, reward_model_path: str) -> None:
     """The `generate` task: respond to --prompt, --prompts FILE, or what is typed, and print or write the responses."""
-    output = Path(config.output)
     if config.output:
-        check_new_file(output)
+        check_new_file(Path(config.output))
     given = given_rows(config)
     if config.output and config.dry_run:
-        print(f"dry run: {len(given) * config.num_samples} responses would be written to {output}, such as these:")
+        print(
+            f"dry run: {len(given) * config.num_samples} responses would be written to {config.output}, such as these:"
+        )
         given = given[:3]
         config = replace(config, num_samples=1)
     config = replace(config, prompt_tokens=0)  # they are for cutting training texts down to openings
     device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config, config.output_dir, device).eval()
-    room = prompt_room(config, policy)
-    terms = load_reward_terms(config, reward_model_path, device, policy.separator) if config.output else {}
-    lines = []
-    for rows, random_numbers in batches(given or typed_rows(config), bool(given), config):
-        with redirect_stdout(sys.stderr):  # what is said of long prompts is no response
-            prompts = make_all_prompts(rows, config, tokenizer)
-            prompts = limit_length(prompts, config, tokenizer, room)
-        if len(rows) == 1 and sys.stdout.isatty() and not (config.output or config.stop):
+    terms = terms_to_write(config, reward_model_path, device, policy.separator)
+    to_answer = partial(make_all_prompts, config=config, tokenizer=tokenizer, room=prompt_room(config, policy))
+    prompts = to_answer(given) if given else (prompt for row in typed_rows(config) for prompt in to_answer([row]))
+    groups = batches(prompts, bool(given), config)
+    if config.output:
+        write_responses(groups, policy, tokenizer, terms, config)
+    else:
+        show_responses(groups, policy, tokenizer, config)
+
+
+def show_responses(groups: Iterable[Group], policy: PolicyModel, tokenizer, config: Config) -> None:
+    """Print each prompt with the response to it; on a terminal a single one as it is drawn."""
+    for prompts, random_numbers in groups:
+        if len(prompts) == 1 and sys.stdout.isatty() and not config.stop:
             stream(policy, tokenizer, prompts[0], random_numbers, config)
             continue
-        drawn = respond(policy, tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
-        responses = [before_stop(text, config.stop) for text in drawn.texts]
-        if config.output:
-            lines += json_lines(prompts, responses, terms, config)
-        else:
-            for prompt, response in zip(prompts, responses, strict=True):
-                print(asked(prompt, config) + shown_separator(policy, config) + response)
-    if config.output and config.dry_run:
-        print("".join(lines), end="")
-    elif config.output:
+        responses = draw_responses(policy, tokenizer, prompts, random_numbers, config)
+        for prompt, response in zip(prompts, responses, strict=True):
+            print(asked(prompt, config) + shown_separator(policy, config) + response)
+
+
+def write_responses(
+    groups: Iterable[Group], policy: PolicyModel, tokenizer, terms: dict[str, RewardTerm], config: Config
+) -> None:
+    """Write a line of JSON a response into --output, and say how many have no reward, and why, where it failed."""
+    rows, problems = [], []
+    for prompts, random_numbers in groups:
+        responses = draw_responses(policy, tokenizer, prompts, random_numbers, config)
+        new_rows, problem = output_rows(prompts, responses, terms, config)
+        rows += new_rows
+        problems += [problem] * len(new_rows) if problem else []
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if config.dry_run:
+        print(lines, end="")
+    else:
+        output = Path(config.output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(output, "".join(lines))
-        print(f"{len(lines)} responses: {output}")
+        write_whole(output, lines)
+        print(f"{len(rows)} responses: {output}")
+    if problems:
+        told = f"note: {len(problems)} of {len(rows)} have null for a reward"
+        print(f"{told}: {problems[0]}; --without_reward leaves it out", file=sys.stderr)
 
 
-def make_all_prompts(rows: list[dict], config: Config, tokenizer) -> list[Prompt]:
-    """One prompt a row, each as what it is, a text or a conversation. Raises UsageError for a row without a token."""
+def draw_responses(
+    policy: PolicyModel, tokenizer, prompts: list[Prompt], random_numbers: torch.Tensor, config: Config
+) -> list[str]:
+    drawn = respond(policy, tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
+    return [before_stop(text, config.stop) for text in drawn.texts]
+
+
+def terms_to_write(
+    config: Config, reward_model_path: str, device: torch.device, separator: str
+) -> dict[str, RewardTerm]:
+    """The run's reward, where it is to be written. Raises UsageError if it cannot be loaded, with the way round it."""
+    if not config.output or config.without_reward:
+        return {}
+    try:
+        return load_reward_terms(config, reward_model_path, device, separator)
+    except UsageError as error:
+        raise UsageError(f"{error}; or write responses alone with --without_reward") from None
+
+
+def make_all_prompts(rows: list[dict], config: Config, tokenizer, room: int) -> list[Prompt]:
+    """One prompt a row, each as what it is, a text or a conversation, in the room that the model has for it.
+
+    Raises UsageError for a row without a token.
+    """
     prompts = []
     for row in rows:
         made = make_prompts([row], row_config(row, config), tokenizer)
         if not made:
             raise UsageError(f"the prompt {str(list(row.values()))[:80]} has no token of this model's")
         prompts += made
-    return prompts
+    with redirect_stdout(sys.stderr):  # what is said of long prompts is no response
+        return limit_length(prompts, config, tokenizer, room)
 
 
 def row_config(row: dict, config: Config) -> Config:
@@ -91,11 +138,11 @@ def check_new_file(path: Path) -> None:
     check_writable(path.parent)
 
 
-def batches(rows: Iterable[dict], are_given: bool, config: Config) -> Iterator[tuple[list[dict], torch.Tensor]]:
-    """Prompts' rows to respond to at once, each as often as --num_samples says, with the random numbers of each
-    response. A prompt that is typed is responded to before the next one is asked for.
+def batches(prompts: Iterable[Prompt], are_given: bool, config: Config) -> Iterator[Group]:
+    """Prompts to respond to at once, each as often as --num_samples says, with the random numbers of each response. A
+    prompt that is typed is responded to before the next one is asked for.
     """
-    wanted = (row for row in rows for _ in range(config.num_samples))
+    wanted = (prompt for prompt in prompts for _ in range(config.num_samples))
     size = config.batch_size if are_given else config.num_samples
     count = 0
     while batch := list(islice(wanted, size)):
@@ -105,16 +152,23 @@ def batches(rows: Iterable[dict], are_given: bool, config: Config) -> Iterator[t
         count += len(batch)
 
 
-def json_lines(prompts: list[Prompt], responses: list[str], terms: dict, config: Config) -> list[str]:
-    """A line of JSON a response: prompt, response and reward."""
-    texts = [prompt.text for prompt in prompts]
-    rows = [prompt.row for prompt in prompts]
-    rewards, _ = total_reward(terms, prompts=texts, responses=responses, rows=rows, config=config)
-    lines = []
-    for prompt, response, reward in zip(prompts, responses, rewards.tolist(), strict=True):
-        row = {"prompt": asked(prompt, config), "response": response, "reward": reward}
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    return lines
+def output_rows(prompts: list[Prompt], responses: list[str], terms: dict, config: Config) -> tuple[list[dict], str]:
+    """What is written of each response: the prompt, itself, and its reward where there are terms; and what was wrong if
+    these failed: the responses are kept, with None for a reward.
+    """
+    pairs = zip(prompts, responses, strict=True)
+    rows = [{"prompt": asked(prompt, config), "response": response} for prompt, response in pairs]
+    if not terms:
+        return rows, ""
+    problem = ""
+    try:
+        texts = [prompt.text for prompt in prompts]
+        total, _ = total_reward(terms, texts, responses, [prompt.row for prompt in prompts], config)
+        rewards = total.tolist()
+    except (RunError, RuntimeError, MemoryError) as error:
+        rewards = [None] * len(rows)
+        problem = str(error) or type(error).__name__
+    return [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)], problem
 
 
 def before_stop(text: str, stop: tuple[str, ...]) -> str:
@@ -143,6 +197,8 @@ def given_rows(config: Config) -> list[dict]:
         rows += read_prompts(config.prompts, config)
     with one_sentence("a prompt is not text in UTF-8"):
         if not rows and piped:
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(encoding="utf-8-sig")  # as a file of prompts is read
             rows = [row_of(line.rstrip("\n"), config) for line in sys.stdin or () if line.strip()]
         json.dumps(rows, ensure_ascii=False).encode()
     if not rows and (config.output or piped):
@@ -192,23 +248,29 @@ def prompt_names(config: Config) -> list[str]:
 
 def prompt_row(found, number: int, config: Config) -> Row | None:
     """The row of one entry of a file; None where it holds no prompt."""
+    others = {}  # what a reward may ask of the row
     if isinstance(found, dict):
         fields = template_fields(config.prompt_template) if config.prompt_template else ()
         if fields and all(found.get(name) is not None for name in fields):
             return Row(found, number)
+        others = found
         found = next((found[name] for name in prompt_names(config) if found.get(name)), None)
     if isinstance(found, list) and found and isinstance(found[0], dict):
-        return Row({config.prompt_column: found}, number)
+        return Row(others | {config.prompt_column: found}, number)
     if isinstance(found, str) and found.strip():
-        return Row(row_of(found, config), number)
+        return Row(others | row_of(found, config), number)
     return None
 
 
 def typed_rows(config: Config) -> Iterator[dict]:
-    """The lines that are typed on the terminal, until the input ends; blank ones are asked for again."""
+    """The lines that are typed on the terminal, until the input ends; what is blank or no text is asked for again."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
     print("type the beginning of a text; end with Ctrl-D\n> ", end="", flush=True)
     for line in sys.stdin:
-        if line.strip():
+        if any("\ud800" <= letter <= "\udfff" for letter in line):
+            print("that is not text in UTF-8")
+        elif line.strip():
             yield row_of(line.rstrip("\n"), config)
         print("> ", end="", flush=True)
     print()

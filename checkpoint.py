@@ -62,13 +62,18 @@ def notice(config: Config) -> str:
     )
 
 
+def beside(path: Path) -> Path:
+    """A name in the same folder for what is not finished; of a long name the first letters, so that it can be one."""
+    return path.with_name(f".{path.name[:50]}.{os.getpid()}.unfinished")
+
+
 @contextmanager
 def whole_folder(path: Path, replaces: str = "") -> Iterator[Path]:
     """Yield a scratch folder that becomes `path` when the block ends well, and is removed when it does not.
 
     A folder that holds the file `replaces` gives way to it. Raises RunError naming the folder if it cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    scratch = beside(path)
     try:
         scratch.mkdir(parents=True)
         yield scratch
@@ -100,15 +105,17 @@ def move_into(source: Path, target: Path) -> None:
     source.rmdir()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file aside, flush it, and rename it: a reader sees the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+def write_whole(path: Path, text: str | bytes) -> None:
+    """Write a file aside, text in UTF-8, flush it, and rename it: a reader sees the old file or the new one."""
+    scratch = beside(path)
     try:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_bytes(text if isinstance(text, bytes) else text.encode())
         flush_to_disk(scratch)
         scratch.replace(path)
     except OSError as error:
         raise RunError(f"{path} cannot be written: {error.strerror or error}") from None
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def write_table(path: Path, rows: list[dict], columns: list[str] | None = None) -> None:

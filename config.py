@@ -7,10 +7,13 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import os
+import platform
 import reprlib
 import string
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -30,6 +33,7 @@ class RunError(Exception):
     exit_code = 1
 
 
+VERSION = "0.1.0"
 TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")
 USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finished run and its settings
 MIN_TEMPERATURE = 1e-3  # below it, logits over it could leave float32
@@ -42,6 +46,7 @@ POLICIES = (
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
 )
 MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest that measures as exact as float32"
+LONGEST_NAME = 255  # bytes of a file's or folder's name, on Linux as on macOS
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
 
@@ -105,7 +110,7 @@ class Config:
     dtype: str = option("model", "float32", "of the weights", ("float32", "bfloat16", "float16"))
     mixed_precision: str = option("model", "no", "autocast forward passes to bfloat16", ("no", "bf16"))
     peft_model_path: str = option("model", "", "LoRA adapter to go on training, on the base model: Hub id or folder")
-    lora_r: int = option("model", 0, "rank of a new LoRA adapter; 0: none, all weights are trained", "[0, inf)")
+    lora_r: int = option("model", 0, "rank of a new LoRA adapter; 0: none, all weights are trained", "[0, 10000]")
     lora_alpha: float = option("model", 16, "the adapter's output is scaled by this over its rank", "(0, inf)")
     merge: bool = option("model", False, "save the whole model with the adapter folded in, not the adapter alone")
     load_in_8bit: bool = option("model", False, "base weights under LoRA in 8 bits, by bitsandbytes")
@@ -126,7 +131,7 @@ class Config:
     reference_column: str = option("data", "", "column of texts to compare responses with by ROUGE; none: no ROUGE")
     label_column: str = option("data", "label", "column that holds a text's class, for `--task reward`")
     prompt_tokens: int = option("data", 0, "the prompt is so many first tokens, in whole words; 0: all", "[0, inf)")
-    max_prompt_length: int = option("data", 512, "longest prompt in tokens", "[1, inf)")
+    max_prompt_length: int = option("data", 512, "longest prompt in tokens", "[1, 1000000]")
     long_prompts: str = option("data", "truncate", "longer ones: cut on the left?", ("truncate", "refuse"))
 
     reward_model_path: str = option("reward", "", "sequence classifier: Hub id or folder; none: the one trained here")
@@ -142,18 +147,18 @@ class Config:
     normalize_scores: bool = option("reward", False, "the same by all scores of the run so far: a rise is kept")
     score_clip: float = option("reward", 0.0, "clip scores to plus or minus this; 0: off", "[0, inf)")
 
-    max_new_tokens: int = option("sampling", 48, "longest response in tokens", "[1, inf)")
+    max_new_tokens: int = option("sampling", 48, "longest response in tokens", "[1, 1000000]")
     temperature: float = option("sampling", 1.0, "divides the logits; 0 is greedy, for generate only", "[0, inf)")
     top_k: int = option("sampling", 0, "draw among the k likeliest tokens, for generate only; 0: all", "[0, inf)")
     top_p: float = option("sampling", 1.0, "draw among the likeliest tokens of this mass, for generate only", "(0, 1]")
     min_new_tokens: int = option("sampling", 0, "no EOS before this many tokens, for generate only", "[0, inf)")
 
     n_updates: int = option("ppo", 100, "rollouts, each followed by an update", "[1, inf)")
-    epochs: float = option("ppo", 0.0, "passes over the prompts, in place of n_updates; 0: as it says", "[0, inf)")
-    batch_size: int = option("ppo", 64, "prompts in a rollout", "[1, inf)")
+    epochs: float = option("ppo", 0.0, "passes over the prompts, in place of n_updates; 0: as it says", "[0, 1e6]")
+    batch_size: int = option("ppo", 64, "prompts in a rollout", "[1, 1000000]")
     mini_batch_size: int = option("ppo", 16, "most rows in a forward pass", "[1, inf)")
     gradient_accumulation_steps: int = option("ppo", 1, "minibatches in an optimizer step", "[1, inf)")
-    ppo_epochs: int = option("ppo", 4, "passes over a rollout", "[1, inf)")
+    ppo_epochs: int = option("ppo", 4, "passes over a rollout", "[1, 1000]")
     learning_rate: float = option("ppo", 1e-5, "Adam's, at the start; falls linearly to 0", "(0, inf)")
     max_grad_norm: float = option("ppo", 1.0, "gradients are scaled down to this norm", "(0, inf)")
     clip_range: float = option("ppo", 0.2, "the ratio is clipped to 1 plus or minus this", "(0, 1)")
@@ -170,32 +175,33 @@ class Config:
     target_kl: float = option("ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 x this; 0: off", "[0, inf)")
     eval_every: int = option("ppo", 0, "updates between looks at held-out prompts to keep the best; 0: off", "[0, inf)")
 
-    vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, inf)")
-    context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, inf)")
-    n_layer: int = option("stages", 2, "layers of the model trained here", "[1, inf)")
-    n_embd: int = option("stages", 128, "width of the model trained here", "[1, inf)")
+    vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, 1000000]")
+    context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, 1000000]")
+    n_layer: int = option("stages", 2, "layers of the model trained here", "[1, 1000]")
+    n_embd: int = option("stages", 128, "width of the model trained here", "[1, 100000]")
     n_head: int = option("stages", 4, "attention heads of the model trained here", "[1, inf)")
-    n_reviews: int = option("stages", 16000, "size of the built-in corpus", "[100, inf)")
+    n_reviews: int = option("stages", 16000, "size of the built-in corpus", "[100, 1000000]")
     sft_first: bool = option("stages", False, "`--task train` runs `--task sft` first where its folder is not there")
-    sft_epochs: float = option("stages", 0.0, "passes over the texts, in place of sft_steps; 0: as it says", "[0, inf)")
+    sft_epochs: float = option("stages", 0.0, "passes over the texts, in place of sft_steps; 0: as it says", "[0, 1e6]")
     sft_steps: int = option("stages", 1700, "optimizer steps of the language model's training", "[1, inf)")
-    sft_batch_size: int = option("stages", 12, "texts a step", "[1, inf)")
+    sft_batch_size: int = option("stages", 12, "texts a step", "[1, 1000000]")
     sft_learning_rate: float = option("stages", 2e-5, "AdamW's peak", "(0, inf)")
     chosen_column: str = option("stages", "", "column of the better answers: a reward model is trained on pairs")
     rejected_column: str = option("stages", "rejected", "column of the worse ones")
     reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
-    reward_batch_size: int = option("stages", 32, "texts a step", "[1, inf)")
+    reward_batch_size: int = option("stages", 32, "texts a step", "[1, 1000000]")
     reward_learning_rate: float = option("stages", 1e-5, "AdamW's peak", "(0, inf)")
 
-    eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, inf)")
+    eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, 1000000]")
     eval_split: str = option("evaluation", "test", "to report on, or to choose by", ("test", "validation", "both"))
     policies: tuple[str, ...] = option("evaluation", (), POLICIES)
 
     prompt: tuple[str, ...] = option("generate", (), "a prompt; may be given several times")
     prompts: str = option("generate", "", "a file of prompts: .txt (one a line), .jsonl or .json")
-    num_samples: int = option("generate", 1, "responses a prompt", "[1, inf)")
+    num_samples: int = option("generate", 1, "responses a prompt", "[1, 1000000]")
     stop: tuple[str, ...] = option("generate", (), "text that ends a response, as $'\\n'; may be given several times")
     output: str = option("generate", "", "a new file for JSON Lines of prompt, response, reward, in place of printing")
+    without_reward: bool = option("generate", False, "the responses in --output alone, whose reward is not asked")
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -221,6 +227,7 @@ class Config:
             template_fields(self.prompt_template)
             if self.chat:
                 raise UsageError("--chat puts a text into the model's own template: leave --prompt_template out")
+        check_place("run_name", str(self.run_folder))
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
         truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
@@ -234,8 +241,7 @@ class Config:
         """Raise UsageError unless a rollout is so many whole optimizer steps."""
         step_rows = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % step_rows:
-            divisors = [d for d in range(1, self.batch_size + 1) if self.batch_size % d == 0]
-            closest = min(divisors, key=lambda d: abs(d - step_rows))
+            closest = min(divisors(self.batch_size), key=lambda d: abs(d - step_rows))
             raise UsageError(
                 f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
@@ -279,6 +285,13 @@ class Config:
         return not self.base_model_name
 
 
+def divisors(n: int) -> list[int]:
+    """All of them, in order."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    large = [n // d for d in reversed(small) if d * d != n]
+    return small + large
+
+
 def template_fields(template: str) -> list[str]:
     """The columns that --prompt_template names. Raises UsageError for anything but names in braces."""
     try:
@@ -307,8 +320,21 @@ def is_within(value: float, interval: str) -> bool:
     return above and below
 
 
+def check_place(name: str, value: str) -> None:
+    """Raise UsageError if nothing on a disk can be called so."""
+    longest = max(len(os.fsencode(part)) for part in value.split("/"))
+    if "\0" in value or longest > LONGEST_NAME:
+        raise UsageError(
+            f"--{name} {reprlib.repr(value)} can name no file: expected {LONGEST_NAME} bytes at most between slashes, "
+            f"of which none is NUL, found {longest}"
+        )
+
+
 def check_value(spec: dataclasses.Field, value) -> None:
-    """Raise UsageError if a field's value is not among its choices or not in its interval."""
+    """Raise UsageError if a field's value is not among its choices or not in its interval, or can name no file."""
+    if spec.name in (*PATHS.split(), "run_name", "policies"):
+        for place in (value,) if isinstance(value, str) else value:
+            check_place(spec.name, place)
     choices = spec.metadata["choices"]
     if choices and value not in choices:
         known = ", ".join(choice for choice in choices if choice)
@@ -339,6 +365,18 @@ def as_texts(value) -> tuple[str, ...]:
     return tuple(str(item) for item in value)
 
 
+def as_whole(value) -> int:
+    """A whole number, also where it is written as 1e3 or 1000.0. Raises one of several errors where it is no such, or
+    has more than 64 bits.
+    """
+    number = float(value)
+    if number != int(number) or abs(number) >= 2**63:
+        raise ValueError(value)
+    with suppress(ValueError):
+        return value if isinstance(value, int) else int(value)  # a float would round what is above 2^53
+    return int(number)
+
+
 def at_home(spec: dataclasses.Field, value):
     """A file's or folder's name with `~` spelled out, as a shell does where it stands before the name alone."""
     if spec.name in PATHS.split():
@@ -358,12 +396,7 @@ def converted(value, kind: type):
         raise TypeError(value)
     if kind is bool and not isinstance(value, bool):
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[str(value).lower()]
-    if kind is int and not isinstance(value, int):
-        number = float(value)
-        if number != int(number):
-            raise ValueError(value)
-        return int(number)
-    return kind(value)
+    return as_whole(value) if kind is int else kind(value)
 
 
 def coerce(spec: dataclasses.Field, value):
@@ -419,7 +452,10 @@ def build_parser() -> argparse.ArgumentParser:
         "a small model made here, offline. Defaults below are those without a preset.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
+        add_help=False,
     )
+    parser.add_argument("-h", "--help", action="store_true", help="show this and exit")
+    parser.add_argument("--version", action="store_true", help="show this version, torch's and transformers'")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of settings; flags override it")
     names = dict.fromkeys(spec.metadata["group"] for spec in dataclasses.fields(Config))
     groups = {name: parser.add_argument_group(name) for name in names}
@@ -436,6 +472,14 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def versions() -> str:
+    """This project's version, and those of what its numbers hang on; none of it is imported."""
+    from importlib.metadata import version  # a twentieth of a second, for --version alone
+
+    parts = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    return f"ppo {VERSION} (Python {platform.python_version()}, {parts})"
+
+
 def preset_settings(settings: dict) -> dict:
     """The preset's row of values; tiny's where neither a preset nor a model is named."""
     preset = settings.get("preset", "")
@@ -448,7 +492,7 @@ def unknown_flag(flag: str, names) -> str:
     """What is told of a flag that there is not, with what may have been meant."""
     if flag in TASKS:
         return f"unknown argument {flag}; did you mean --task {flag}?"
-    flags = [f"--{name}" for name in (*names, "config")]
+    flags = [f"--{name}" for name in (*names, "config", "help", "version")]
     return f"unknown argument {flag}{nearest(flag, flags)}"
 
 
@@ -488,6 +532,7 @@ WITHOUT_EFFECT = {  # settings: when they change nothing, and why
         "no model is made here, --base_model_name is",
     ),
     "n_reviews": (lambda config: config.dataset_path, "the data are those of --dataset_path"),
+    "without_reward": (lambda config: not config.output, "no response is written (--output)"),
     "rejected_column": (lambda config: not config.chosen_column, "there are no pairs without --chosen_column"),
     "label_column": (lambda config: config.chosen_column, "the reward model is trained on pairs (--chosen_column)"),
 }
@@ -506,9 +551,13 @@ def notes(config: Config, given: Iterable[str]) -> list[str]:
 def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict], dict] | None = None) -> Config:
     """Resolve flags, file, and preset into a Config; a task that uses a run needs `run_settings` of checkpoint.py.
 
-    Raises UsageError, which names the nearest valid choice.
+    Raises UsageError, which names the nearest valid choice, and SystemExit where --help or --version is all.
     """
-    flags, unknown = build_parser().parse_known_args(arguments)
+    parser = build_parser()
+    flags, unknown = parser.parse_known_args(arguments)
+    if "help" in flags or "version" in flags:
+        print(parser.format_help() if "help" in flags else versions(), flush=True)
+        raise SystemExit(0)
     specs = {spec.name: spec for spec in dataclasses.fields(Config)}
     if unknown:
         raise UsageError(unknown_flag(unknown[0].split("=")[0], specs))

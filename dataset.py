@@ -15,7 +15,7 @@ from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, first_line, nearest
-from loading import hub_error
+from loading import hub_error, one_sentence
 from reviews import movie_reviews
 
 PARTS = ("train", "judge", "validation", "test")
@@ -43,9 +43,11 @@ def load_splits(path: str, name: str = "") -> dict:
     Raises UsageError, whatever went wrong there.
     """
     place = Path(path)
-    kind = FORMATS.get(place.suffix.lower())
-    if kind and not place.is_file():
+    kind = None if place.is_dir() else FORMATS.get(place.suffix.lower())
+    if kind and not place.exists():
         raise UsageError(f"--dataset_path {path} does not exist")
+    if place.exists() and not place.is_dir() and not place.is_file():
+        raise UsageError(f"--dataset_path {path} is neither a file nor a folder")
     if place.is_file() and not kind:
         raise UsageError(f"--dataset_path {path} is a file, expected one that ends in {', '.join(FORMATS)}")
     unreachable = "" if place.exists() else hub_error()
@@ -55,7 +57,9 @@ def load_splits(path: str, name: str = "") -> dict:
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
     try:
         if kind:
-            splits = datasets.load_dataset(kind, data_files=path)
+            check_is_text(path, kind)
+            options = {"encoding": "utf-8-sig"} if kind == "text" else {}  # the others drop a mark by themselves
+            splits = datasets.load_dataset(kind, data_files=path, **options)
             check_is_rows(splits["train"], path)
             return splits
         if (place / "dataset_dict.json").exists() or (place / "state.json").exists():  # by `save_to_disk`
@@ -66,6 +70,8 @@ def load_splits(path: str, name: str = "") -> dict:
         raise
     except Exception as error:  # the library raises a dozen kinds
         text = str(error.__cause__ or error)
+        if "corresponds to no data" in text:
+            raise UsageError(f"--dataset_path {path} holds no rows") from None
         known = re.search(r"available configs: (\[.*?\])|Available: (\[.*?\])", text, re.DOTALL)
         if known:
             raise UsageError(
@@ -74,6 +80,21 @@ def load_splits(path: str, name: str = "") -> dict:
         raise UsageError(
             f"--dataset_path {path} cannot be loaded: {unreachable or first_line(Exception(text))}"
         ) from None
+
+
+def check_is_text(path: str, kind: str) -> None:
+    """Raise UsageError for an empty file, and for one of text that is not in UTF-8, naming the line."""
+    if Path(path).stat().st_size == 0:
+        raise UsageError(f"--dataset_path {path} is empty, expected rows")
+    if kind == "parquet":
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                found = f"line {number} has the byte {line[error.start]:#x}"
+                raise UsageError(f"--dataset_path {path} is not text in UTF-8: {found}; save it as UTF-8") from None
 
 
 def check_is_rows(split, path: str) -> None:
@@ -136,10 +157,11 @@ def split_parts(path: str, name: str, split: str, with_judge: bool) -> dict[str,
         raise UsageError(f"--dataset_split {split!r} is not in {path}; it has {known}")
     own = own_splits(splits, split)
     shares = held_out_shares(own, with_judge)
-    rows = shuffled_rows(splits[split])
-    parts = divide(rows, shares)
-    for part, name in own.items():
-        parts[part] = shuffled_rows(splits[name])
+    with one_sentence(f"--dataset_path {path} cannot be loaded"):  # only now is a folder's text decoded
+        rows = shuffled_rows(splits[split])
+        parts = divide(rows, shares)
+        for part, name in own.items():
+            parts[part] = shuffled_rows(splits[name])
     for part in ("train", "validation", "test"):
         if not parts[part]:
             raise UsageError(f"--dataset_path {path} has no rows for {part}: {len(rows)} in {split!r}")
@@ -155,7 +177,7 @@ built_in_rows = functools.cache(movie_reviews)  # a run's stages read the same c
 def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]:
     """The rows of one part, or the first `limit`. Raises UsageError if the data is missing, empty or unreadable."""
     if not config.dataset_path:
-        return built_in_rows(limit or config.n_reviews, PARTS.index(part))
+        return built_in_rows(min(limit or config.n_reviews, config.n_reviews), PARTS.index(part))
     path, name, split = config.dataset_path, config.dataset_config, config.dataset_split
     return split_parts(path, name, split, with_judge=config.trains_from_scratch)[part][:limit]
 

@@ -75,8 +75,10 @@ def load(from_pretrained: Callable, flag: str, path: str, **settings):
     Of a model only its numbers are taken, never code: without `trust_remote_code` False, transformers would ask whether
     to run it.
     """
-    if Path(path).exists():
+    if Path(path).is_dir():
         problem = "a folder without a usable model"
+    elif Path(path).exists():
+        raise UsageError(f"--{flag} {path} is no folder, expected one in which a model is saved, or a Hub id")
     else:
         reason = hub_error() or "no reachable Hub model"
         problem = f"no folder, and {reason}"
@@ -174,6 +176,19 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     tokenizer.n_embedded = n_embedded  # for `bare_ids` of prompts.py: a text may hold one of the idle ones
 
 
+def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """False of one that transformers has made up, of special tokens and at most the mark of a space, where there are no
+    files of a tokenizer.
+    """
+    return len(set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)) > 1
+
+
+def no_tokenizer(flag: str, path: str) -> UsageError:
+    return UsageError(
+        f"--{flag} {path} holds no tokenizer: expected tokenizer.json, or what the tokenizer was saved as"
+    )
+
+
 def add_no_end(tokenizer: PreTrainedTokenizerBase, problem: str) -> None:
     """Have the tokenizer of a causal model put no EOS behind a text that is to be gone on from."""
     before, behind = special_ends(tokenizer)
@@ -204,7 +219,13 @@ def load_tokenizer(
         place, place_flag = path, flag
     else:
         place, place_flag = base, base_flag
-    tokenizer = load(transformers.AutoTokenizer.from_pretrained, place_flag, place)
+    config = load(transformers.AutoConfig.from_pretrained, base_flag, base)
+    try:
+        tokenizer = load(transformers.AutoTokenizer.from_pretrained, place_flag, place)
+    except UsageError as error:
+        raise no_tokenizer(place_flag, place) if "backend tokenizer" in str(error) else error from None
+    if not has_words(tokenizer):
+        raise no_tokenizer(place_flag, place)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     problem = f"--{place_flag} {place}"
@@ -213,7 +234,6 @@ def load_tokenizer(
         raise UsageError(f"{problem}: its tokenizer's model_max_length is {most!r}, expected a number of tokens")
     if tokenizer.pad_token_id is None or (writes and tokenizer.eos_token_id is None):
         raise UsageError(f"{problem}: its tokenizer has no end-of-sequence token, so no response could ever end")
-    config = load(transformers.AutoConfig.from_pretrained, base_flag, base)
     check_vocabulary(tokenizer, config, problem)
     if writes and not config.is_encoder_decoder:
         add_no_end(tokenizer, problem)

@@ -2,6 +2,18 @@
 
 import os
 import sys
+
+if __name__ == "__main__":
+    import _signal  # `signal` itself takes as long to import as Python to start
+
+    def stop_at_once(*_) -> None:
+        os.write(2, b"error: interrupted\n")
+        os._exit(130)
+
+    _signal.signal(_signal.SIGINT, stop_at_once)  # until there is something to put in order
+
+import signal
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait collapse on a shared core
@@ -29,16 +41,27 @@ def run(config: Config) -> None:
     if config.task == "generate":
         from ask import generate
 
+        begin()
         return generate(config, reward_model)
     from plot import plot, show_comparison
 
     if config.task == "plot":
+        begin()
         return plot(Path(config.output_dir), notice(config), config.policies, config.dry_run)
     from evaluation import evaluate
 
+    begin()
     evaluate(config, base_model, reward_model)
     if not config.dry_run:
         show_comparison(run_above(Path(config.output_dir)), notice(config))
+
+
+def begin() -> None:
+    """Let an interruption be raised where the work is, which puts in order what it has begun. It is not raised among
+    imports, some of which drop it and go on.
+    """
+    if __name__ == "__main__":
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def run_training(config: Config, base_model: str, reward_model: str) -> None:
@@ -55,6 +78,7 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     from run import run_ppo
     from sft import run_sft
 
+    begin()
     config = with_prompt_column(config)
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
     trains_reward = config.task == "reward" or (wants_reward and not usable_stage(config, reward_model, "reward"))
@@ -83,9 +107,13 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """0, or 2 for a request that cannot be met and 1 for work that failed, with one sentence on standard error."""
+    """0, or 2 for a request that cannot be met and 1 for work that failed, with one sentence on standard error.
+
+    As in a shell, 128 and the signal's number for an interruption, and for a reader of the output that has gone away.
+    """
     try:
         run(parse_args(arguments, run_settings))
+        sys.stdout.flush()  # here a full disk can still be told
         return 0
     except (UsageError, RunError) as error:
         message, exit_code = str(error), error.exit_code
@@ -94,11 +122,43 @@ def main(arguments: list[str] | None = None) -> int:
         if not isinstance(error, MemoryError) and not any(words in str(error) for words in shortage):
             raise
         message, exit_code = OUT_OF_MEMORY, 1
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno is None:  # a library's own, and no answer of the system
+            raise
+        place = error.filename or "standard output, or a file, cannot be written"  # of a stream no name is given
+        message, exit_code = f"{place}: {error.strerror}", 1
     except KeyboardInterrupt:
-        message, exit_code = "interrupted", 130
-    print(f"error: {message}", file=sys.stderr)
+        message, exit_code = "interrupted", 128 + signal.SIGINT
+    with suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
     return exit_code
 
 
+def open_streams() -> None:
+    """What is printed in letters that the output's encoding lacks is written as an escape; a stream that is closed is
+    the null device, lest the next file that is opened takes its place and what is printed goes into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")
+
+
+def close_streams() -> None:
+    """Have the interpreter not try again, at its end, to write what could not be written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    open_streams()
+    exit_code = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be put in order
+    close_streams()
+    sys.exit(exit_code)

@@ -1,12 +1,13 @@
 """What came of a run, to be read and looked at: tables and figures of its training curves and its evaluation."""
 
+import io
 import json
 import math
 import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from checkpoint import check_writable, run_of
+from checkpoint import check_writable, run_of, write_whole
 from config import UsageError
 from intervals import wilson_interval
 
@@ -172,7 +173,10 @@ def new_figure(n_panels: int, height: float = 2.4) -> list:
 
 
 def save_figure(figure, path: Path, title: str, caption: str = "", notice: str = "") -> Path:
-    """Write a figure with a title, and under it a caption and the notice's gist. Raises UsageError if it cannot."""
+    """Write a figure with a title, and under it a caption and the notice's gist.
+
+    Raises UsageError for a folder that cannot be written, RunError if the disk is full.
+    """
     width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(title, int(12 * width)), fontsize=10)
     first_line = notice.partition("\n")[0]
@@ -181,7 +185,9 @@ def save_figure(figure, path: Path, title: str, caption: str = "", notice: str =
     figure.supxlabel("\n".join(notes), fontsize=7)
     check_writable(path.parent)
     path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    write_whole(path, image.getvalue())
     return path
 
 

@@ -86,7 +86,7 @@ def check_context(config: Config, policy: PolicyModel, prompts: list[Prompt]) ->
     if prompt > room:
         raise UsageError(
             f"the longest prompt has {prompt} tokens, and with --max_new_tokens {config.max_new_tokens} the model can "
-            f"read {room} at most: let prompts be cut with --max_prompt_length {room}"
+            f"read {room} at most: let prompts be cut with --max_prompt_length {room}, or lower --max_new_tokens"
         )
 
 

@@ -220,7 +220,10 @@ def shortened(content: str, ids_of: Callable[[str], list[int]], limit: int, toke
     while len(ids) > limit:
         count -= len(ids) - limit
         if count < 1:
-            raise UsageError(f"--max_prompt_length {limit} leaves no room for a prompt in its template; raise it")
+            raise UsageError(
+                f"--max_prompt_length {limit} leaves no room for a prompt in its template; raise it, or lower "
+                "--max_new_tokens if that is all that the model has room for"
+            )
         ids = ids_of(last_tokens(content, count, tokenizer))
     return ids
 
@@ -267,10 +270,14 @@ def cut_ids(prompt: Prompt, config: Config, limit: int, tokenizer: PreTrainedTok
 def limit_length(
     prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
 ) -> list[Prompt]:
-    """Cut prompts beyond the limit (max_prompt_length) on the left, and say how many; or refuse them, if so configured.
+    """Cut prompts beyond the limit on the left, and say how many; or refuse them, if so configured. The limit is
+    max_prompt_length, or the room that the model has.
 
     A template's own text is not cut, nor is the tokenizer's first special token.
     """
+    name, remedy = "--max_prompt_length", "raise it"
+    if limit:
+        name, remedy = "the model's room of", "lower --max_new_tokens"
     limit = limit or config.max_prompt_length
     longest = max(len(prompt.ids) for prompt in prompts)
     if longest <= limit:
@@ -278,8 +285,8 @@ def limit_length(
     longer = [number for number, prompt in enumerate(prompts) if len(prompt.ids) > limit]
     if config.long_prompts == "refuse":
         raise UsageError(
-            f"{len(longer)} of {len(prompts)} prompts are longer than --max_prompt_length {limit} tokens "
-            f"(the longest has {longest}); raise it, or let them be cut with --long_prompts truncate"
+            f"{len(longer)} of {len(prompts)} prompts are longer than {name} {limit} tokens "
+            f"(the longest has {longest}); {remedy}, or let them be cut with --long_prompts truncate"
         )
     print(f"{len(longer)} of {len(prompts)} prompts were cut on the left to {limit} tokens")
     cut = list(prompts)
@@ -307,7 +314,8 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, 
     fitting = [row for row in rows if least <= n_characters(row, config) <= most][:limit]
     prompts = make_prompts(fitting, config, tokenizer) if fitting else []
     if not prompts:
-        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text of the right length in {part}")
+        lack = "with a token of the tokenizer's" if fitting else "of --min_prompt_chars to --max_prompt_chars letters"
+        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text {lack} in {part}")
     conversations = [prompt.row.get(config.prompt_column) for prompt in prompts]
     n_answered = sum(isinstance(value, list) and value[-1]["role"] == "assistant" for value in conversations)
     if n_answered:

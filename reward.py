@@ -4,12 +4,18 @@ A term is a sequence classifier (`reward_model`), a user's own function (`reward
 (`repetition`) or a penalty for a length out of range (`length`). What the score is worth beside the KL is for ppo.py.
 """
 
+import copy
 import importlib.util
+import inspect
 import itertools
 import math
+import os
 import re
+import reprlib
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -91,41 +97,113 @@ def length_term(text: str) -> RewardTerm:
     return length
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# A function of the user's own
+# --------------------------------------------------------------------------------------------------------------------
+
+SHARED = (  # what one's code may change for all: how it is read, and how it is set again
+    (os.getcwd, os.chdir),
+    (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
+    (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_default_device, lambda _: torch.set_default_device(None)),  # which nothing here sets
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+)
+
+
+@contextmanager
+def on_its_own(spec: str, problem: str, kind: type[Exception]) -> Iterator[None]:
+    """Run a user's code so that what it changes for all is put back, and that anything it raises but an interruption is
+    told in a sentence of the given kind, with the line of the user's file.
+
+    Random numbers are not put back: none of ours come from the global generators, and its own are to go on.
+    """
+    before = [read() for read, _ in SHARED]
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, too, is no reason to leave without a word
+        path = spec.rpartition(":")[0]
+        place = line_of(error, os.path.abspath(path))
+        where = f" ({path}, line {place})" if place else ""
+        raise kind(f"{problem} {type(error).__name__}: {first_line(error)}{where}") from error
+    finally:
+        for (read, write), value in zip(SHARED, before, strict=True):
+            if read() != value:
+                write(value)
+
+
+def line_of(error: BaseException, path: str) -> int | None:
+    """The innermost line of a file at which an error arose; None where it arose elsewhere."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == path]
+    return lines[-1] if lines else None
+
+
+def as_score(value) -> float:
+    """A finite number of float32, be it a scalar of numpy or torch. Raises one of several errors for anything else."""
+    if isinstance(value, (str, bytes, bytearray)) or getattr(value, "shape", ()) != ():
+        raise TypeError(value)  # which float() would take, if it can be read as a number or is a row of one
+    return finite(torch.tensor(float(value), dtype=torch.float32).item())
+
+
 def checked_scores(function, spec: str, prompts: list[str], responses: list[str], rows: list[dict]) -> torch.Tensor:
-    """What the user's function gives: finite numbers, one a response. Raises RunError saying what it did instead."""
-    try:
-        values = function(prompts, responses, rows)
-    except (Exception, SystemExit) as error:
-        raise RunError(f"--reward_fn {spec} raised {type(error).__name__}: {first_line(error)}") from error
-    try:
-        scores = torch.as_tensor(values, dtype=torch.float32).detach().cpu()
-    except (TypeError, ValueError, RuntimeError):
-        raise RunError(f"--reward_fn {spec} returned {type(values).__name__}, expected a list of numbers") from None
-    if scores.shape != (len(responses),):
-        shape = list(scores.shape)
-        raise RunError(f"--reward_fn {spec} returned {shape} scores, expected {len(responses)}, one a response")
-    for row, score in enumerate(scores.tolist()):
-        if not math.isfinite(score):
-            raise RunError(f"--reward_fn {spec} returned {score} for response {row}, expected a finite number")
-    return scores
+    """What the user's function gives: finite numbers, one a response. Raises RunError saying what it did instead.
+
+    It gets copies, and may do with them what it likes.
+    """
+    with on_its_own(spec, f"--reward_fn {spec} raised", RunError):
+        values = function(list(prompts), list(responses), copy.deepcopy(rows))
+    found = values.tolist() if hasattr(values, "tolist") else values
+    if not isinstance(found, Sequence) or isinstance(found, (str, bytes, bytearray)):
+        kind = type(values).__name__
+        raise RunError(f"--reward_fn {spec} returned {kind}, expected a list of numbers, one a response")
+    if len(found) != len(responses):
+        raise RunError(f"--reward_fn {spec} returned {len(found)} scores, expected {len(responses)}, one a response")
+    scores = []
+    for row, value in enumerate(found):
+        try:
+            scores.append(as_score(value))
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            shown = " ".join(reprlib.repr(value).split())
+            raise RunError(
+                f"--reward_fn {spec} returned {shown} for response {row}, expected a finite number"
+            ) from None
+    return torch.tensor(scores, dtype=torch.float32)
 
 
 def load_reward_function(spec: str) -> RewardTerm:
-    """FILE.py:NAME as a term whose result is checked. Raises UsageError if there is no such file or function."""
+    """FILE.py:NAME as a term whose result is checked. Raises UsageError if there is no such file or function, or if it
+    does not take what it is given.
+    """
     path, _, name = spec.rpartition(":")
     if not Path(path).is_file() or Path(path).suffix != ".py":
         raise UsageError(f"--reward_fn {spec}: expected FILE.py:NAME with an existing file")
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up
-    try:
+    with on_its_own(spec, f"--reward_fn {path} cannot be run:", UsageError):
         module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        raise UsageError(f"--reward_fn {path} cannot be run: {type(error).__name__}: {first_line(error)}") from None
     functions = {key: value for key, value in vars(module).items() if callable(value)}
     if name not in functions:
         raise UsageError(f"--reward_fn {path} has no function {name!r}{nearest(name, functions)}")
+    check_parameters(functions[name], spec)
     return partial(checked_scores, functions[name], spec)
+
+
+def check_parameters(function: Callable, spec: str) -> None:
+    """Raise UsageError for a function that does not take prompts, responses and rows."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one written in C may not say
+        return
+    try:
+        signature.bind([], [], [])
+    except TypeError:
+        raise UsageError(f"--reward_fn {spec} takes {signature}, expected (prompts, responses, rows)") from None
 
 
 # --------------------------------------------------------------------------------------------------------------------

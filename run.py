@@ -203,7 +203,8 @@ def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
         tables[name] = evaluate_policy(each, fixed, prompts, config, name=f"{name}, {kind} prompts")
     comparison = compare(tables)
     print(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
-    print(f"policy, tokenizer, logs: {folder}\ntraining curves: {plot_training(folder, notice(config))}")
+    print(f"policy, tokenizer, logs: {folder}")  # first: where there is no room for a figure, that ends the run
+    print(f"training curves: {plot_training(folder, notice(config))}")
     print(f"now try: python main.py --task generate --output_dir {shlex.quote(str(folder))}{example(prompts, config)}")
     print(notice(config))
 

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import ask
 import main
-from ask import batches, before_stop, given_rows, read_prompts, stream
+from ask import batches, before_stop, given_rows, read_prompts, stream, typed_rows
 from config import Config, UsageError
 from generate import respond
 from prompts import Prompt
@@ -49,8 +49,24 @@ def test_the_prompt_column_comes_before_the_usual_names(tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     found = read_prompts(str(tmp_path / "rows.jsonl"), micro_config(prompt_column="dialogue"))
-    assert found == [{"dialogue": "B"}, {"dialogue": "C"}, {"dialogue": "A"}]
-    assert read_prompts(str(tmp_path / "rows.json"), micro_config()) == [{"text": "C"}, {"text": "C"}, {"text": "A"}]
+    assert [row["dialogue"] for row in found] == ["B", "C", "A"]
+    assert [row["text"] for row in read_prompts(str(tmp_path / "rows.json"), micro_config())] == ["C", "C", "A"]
+
+
+def test_a_row_keeps_its_other_columns(tmp_path):
+    """A reward may ask for them."""
+    talk = [{"role": "user", "content": "C"}]
+    rows = [{"query": "A", "answer": 1}, {"text": "B", "answer": 2}, {"messages": talk, "answer": 3}, "D"]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = read_prompts(str(tmp_path / "rows.json"), micro_config())
+    assert found == [
+        {"query": "A", "text": "A", "answer": 1},
+        {"text": "B", "answer": 2},
+        {"messages": talk, "text": talk, "answer": 3},
+        {"text": "D"},
+    ]
+    templated = read_prompts(str(tmp_path / "rows.json"), micro_config(prompt_template="Say {dialogue}"))
+    assert templated[0] == {"query": "A", "dialogue": "A", "answer": 1}
 
 
 WANTED = "expected a JSON text or a list of messages, or an object with one as text or prompt or query or messages"
@@ -98,6 +114,20 @@ def test_prompts_that_are_no_text_are_refused(tmp_path, monkeypatch):
     for given in ({"prompt": ("caf\udce9",)}, {"prompts": str(tmp_path / "half.jsonl")}, {}):
         with pytest.raises(UsageError, match="a prompt is not text in UTF-8: 'utf-8' codec can't"):
             given_rows(micro_config(task="generate", **given))
+
+
+def test_what_is_piped_is_read_as_a_file_is(monkeypatch):
+    """As UTF-8, whatever the terminal's encoding is, and without a mark of it at the beginning."""
+    piped = io.TextIOWrapper(io.BytesIO("\ufeffCafé\r\n\r\nB".encode()), encoding="ascii")
+    monkeypatch.setattr(sys, "stdin", piped)
+    assert given_rows(micro_config(task="generate")) == [{"text": "Café"}, {"text": "B"}]
+
+
+def test_a_line_that_is_no_text_is_asked_for_again(monkeypatch, capsys):
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nCaf\xc3\xa9\n"), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", typed)
+    assert list(typed_rows(micro_config(task="generate"))) == [{"text": "Café"}]
+    assert "that is not text in UTF-8\n> " in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------

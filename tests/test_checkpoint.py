@@ -144,6 +144,16 @@ def test_write_whole_keeps_the_old_file_when_it_cannot_finish(tmp_path, monkeypa
     with pytest.raises(RunError, match="log cannot be written: No space left on device"):
         write_whole(path, "new")
     assert path.read_text() == "old"
+    assert names(tmp_path) == {"log"}
+
+
+def test_the_longest_of_names_can_be_written(tmp_path):
+    """What is not finished has a longer name, and is hidden by it."""
+    name = "é" * 127
+    write_whole(tmp_path / name, "text")
+    with whole_folder(tmp_path / f"{name}f") as scratch:
+        assert scratch.name.startswith(".é") and scratch.name.endswith(".unfinished")
+    assert names(tmp_path) == {name, f"{name}f"}
 
 
 def test_move_into_moves_every_file_over_what_is_there(tmp_path):

@@ -24,7 +24,7 @@ import run
 import sft
 import train
 from checkpoint import new_ppo_folder, run_settings, stage_folder
-from config import PRESETS, Config, UsageError, coerce, parse_args, to_json
+from config import PRESETS, Config, UsageError, coerce, divisors, parse_args, to_json
 from dataset import load_rows
 from device import pick_device
 from generate import respond
@@ -99,6 +99,26 @@ def test_an_empty_value_in_a_file_is_no_text(tmp_path):
     (tmp_path / "a.yaml").write_text("base_model_name:\nreward_fn: null\n")
     parsed = parse("--config", tmp_path / "a.yaml")
     assert (parsed.base_model_name, parsed.reward_fn, parsed.preset) == ("", "", "tiny")
+
+
+def test_whole_numbers_are_read_exactly_however_they_are_written():
+    """A float would round the last of them."""
+    written = {"1e3": 1000, "1_000": 1000, "7.0": 7, " 5 ": 5, "9007199254740993": 2**53 + 1}
+    assert {text: parse(f"--min_prompt_chars={text}").min_prompt_chars for text in written} == written
+    for text in ("nan", "inf", "1.5", "", "0x10", str(2**63)):
+        with pytest.raises(UsageError, match=f"--min_prompt_chars is '{re.escape(text)}', expected int"):
+            parse(f"--min_prompt_chars={text}")
+
+
+def test_divisors_are_those_that_trying_all_finds():
+    for n in (1, 2, 12, 36, 97, 360):
+        assert divisors(n) == [d for d in range(1, n + 1) if n % d == 0]
+    assert len(divisors(10**12)) == 169  # (12 + 1)^2, as 10^12 = 2^12 5^12
+
+
+def test_the_longest_name_of_a_file_is_taken():
+    longest = "é" * 127 + "a"
+    assert parse("--output_dir", f"runs/{longest}/{longest}").output_dir.endswith(longest)
 
 
 @pytest.mark.parametrize("word", ["no", "'no'", "No", "off"])
@@ -538,6 +558,7 @@ ELSEWHERE = {
     "num_samples": "test_generate_draws_several_samples",
     "output": "test_generate_reads_prompts_from_a_file_and_writes_json_lines",
     "stop": "test_a_stop_string_ends_what_is_printed_written_and_rewarded",
+    "without_reward": "test_responses_are_written_without_their_reward_on_request",
     "policies": "test_evaluate_compares_any_number_of_policies",
     "chat": "test_a_policy_of_chat_is_asked_as_it_was_trained",
     "dataset_config": "test_one_of_several_configurations_is_named",

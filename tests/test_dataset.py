@@ -1,6 +1,7 @@
 """Rows, their parts, prompts, padding and decoding."""
 
 import json
+import os
 from pathlib import Path
 
 import pandas
@@ -462,6 +463,50 @@ def test_a_files_ending_may_be_in_capitals(tmp_path):
     path = Path(write(tmp_path, "rows.jsonl"))
     small = texts_in(path)
     assert texts_in(path.rename(tmp_path / "ROWS.JSONL")) == small
+
+
+def as_text(name: str, ending: str = "\n") -> str:
+    """Rows with letters beyond ASCII, in the format of the file's ending."""
+    texts = [f"Café {number}" for number in range(40)]
+    if name.endswith(".json"):
+        return json.dumps([{"text": text} for text in texts], ensure_ascii=False)
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts] if name.endswith(".jsonl") else texts
+    return "".join(line + ending for line in (["text", *lines] if name.endswith(".csv") else lines))
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl", "rows.csv", "rows.txt"])
+def test_text_is_read_as_windows_writes_it_and_refused_in_another_encoding(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(as_text(name, ending="\r\n").encode("utf-8-sig"))
+    found = [row["text"] for rows in parts_of(str(path)).values() for row in rows]
+    assert sorted(found) == sorted(f"Café {number}" for number in range(40))
+    number = 2 if name.endswith(".csv") else 1
+    for encoding, line, byte in (("latin-1", number, "0xe9"), ("utf-16", 1, "0xff")):
+        (tmp_path / encoding).mkdir()
+        path = tmp_path / encoding / name
+        path.write_bytes(as_text(name).encode(encoding))
+        with pytest.raises(UsageError, match=f"{name} is not text in UTF-8: line {line} has the byte {byte}; save it"):
+            texts_in(path)
+
+
+def test_text_in_a_folder_that_is_not_utf_8_is_refused(tmp_path):
+    """It is decoded row by row, when they are asked for."""
+    (tmp_path / "train.jsonl").write_bytes(as_text("rows.jsonl").encode("latin-1"))
+    with pytest.raises(UsageError, match=r"--dataset_path .* cannot be loaded: 'utf-8' codec can't decode byte 0xe9"):
+        texts_in(tmp_path)
+
+
+def test_what_is_neither_a_file_nor_a_folder_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(UsageError, match=r"rows\.jsonl is neither a file nor a folder"):
+        texts_in(tmp_path / "rows.jsonl")
+
+
+def test_more_of_the_built_in_reviews_are_not_written_than_are_asked_for():
+    """Their number is --n_reviews, be the prompts of a run as many as they like."""
+    config = micro_config(n_reviews=150)
+    assert len(load_rows(config, "train", 10**12)) == len(load_rows(config, "train")) == 150
+    assert load_rows(config, "train", 20) == load_rows(config, "train")[:20]
 
 
 def test_rows_know_their_number_in_the_file_though_they_are_shuffled(tmp_path):

@@ -132,6 +132,23 @@ def test_a_policys_tokenizer_needs_an_eos_token_and_a_reward_models_does_not(tmp
             load_tokenizer(str(tmp_path), flag)
 
 
+def test_a_file_where_a_model_is_expected_is_refused_as_that(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for name in ("model.safetensors", "model.safetensors/below"):
+        words = "is no folder, expected one in which a model is saved" if "/" not in name else "is no folder, and"
+        with pytest.raises(UsageError, match=f"--base_model_name {tmp_path / name} {words}"):
+            load_tokenizer(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "t5", "bert", "llama"])
+def test_a_folder_without_a_tokenizer_is_refused(kind, tmp_path):
+    """transformers would make one up, by which a text has no token or only unknown ones, or speak of its backend."""
+    transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    for flag, writes in (("base_model_name", True), ("reward_model_path", False)):
+        with pytest.raises(UsageError, match=rf"--{flag} {tmp_path} holds no tokenizer: expected tokenizer\.json"):
+            load_tokenizer(str(tmp_path), flag, writes=writes)
+
+
 @pytest.mark.parametrize("flag", ["base_model_name", "reward_model_path", "policies"])
 def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(flag, tmp_path):
     """Its last tokens would be an index error; a model may embed more than that, as many do to be even."""

@@ -1,8 +1,10 @@
 """The command line itself: exit codes, what ends a run, and which stages a task runs."""
 
+import io
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -11,6 +13,7 @@ import torch
 from micro import PPO, SETTINGS, assert_refused, flags, last_line_of_errors, listing, run_main
 
 import main
+from config import VERSION
 
 pytest_plugins = ["micro"]
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -43,6 +46,68 @@ def test_data_that_cannot_be_reached_ends_the_command_without_a_second_try(tmp_p
     start = "error: --dataset_path stanfordnlp/imdb cannot be loaded: http://127.0.0.1:1 cannot be reached ("
     assert done.stderr.startswith(start) and done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_version_is_told_without_importing_what_it_names(tmp_path):
+    """By modules of these names that cannot be imported."""
+    for name in ("torch", "transformers"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(9)")
+    done = run_command(tmp_path, "--version", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (0, "")
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert done.stdout == (
+        f"ppo {VERSION} (Python {python}, torch {version('torch')}, transformers {version('transformers')})\n"
+    )
+
+
+@pytest.mark.parametrize("module", ["yaml", "torch"])
+def test_an_interruption_among_the_imports_ends_the_command(module, tmp_path):
+    """By a module that is interrupted while it is imported and, as some do, goes on."""
+    (tmp_path / f"{module}.py").write_text(
+        "import os, signal, time\n"
+        "try: os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
+        "except KeyboardInterrupt: pass\n"
+    )
+    done = run_command(tmp_path, "--task", "train", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_an_interruption_of_the_work_is_raised_where_it_is_done(workplace):
+    """There it can be put in order; by a module that the figures of a run need."""
+    (workplace / "matplotlib.py").write_text(
+        "import os, signal, time\n"
+        "try: os.kill(os.getpid(), signal.SIGINT); time.sleep(1)\n"
+        "finally: print('put in order')\n"
+    )
+    done = run_command(workplace, "--task", "plot", env=os.environ | {"PYTHONPATH": str(workplace)})
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, "error: interrupted")
+    assert done.stdout.endswith("put in order\n")
+
+
+@pytest.mark.parametrize("flag", ["--help", "--version"])
+def test_a_reader_that_has_gone_away_ends_the_command_without_a_word(flag, tmp_path):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, main.__file__, flag]
+    settings = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, cwd=tmp_path, env=settings, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_streams_that_are_closed_or_of_few_letters_can_be_printed_to(monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", None)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed, encoding="cp1252", write_through=True))
+    monkeypatch.setattr(sys, "stderr", None)
+    main.open_streams()
+    print("Café 你")
+    print("error", file=sys.stderr)
+    assert printed.getvalue() == b"Caf\xe9 \\u4f60\n"
+    assert sys.stdin.read() == ""
+    for stream in (sys.stdin, sys.stderr):
+        assert stream.name == os.devnull
+        stream.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -82,6 +147,31 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(workplace, update):
     update.side_effect = RuntimeError("shapes do not match")
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run_main("--task", "train", *flags())
+
+
+def test_an_answer_of_the_system_is_told_in_a_sentence(workplace, update, capsys):
+    """With the file that it names; without one it is of the stream that everything is printed to."""
+    for error, words in (
+        (OSError(24, "Too many open files", "log.csv"), "error: log.csv: Too many open files"),
+        (OSError(28, "No space left on device"), "error: standard output, or a file, cannot be written: No space left"),
+    ):
+        update.side_effect = error
+        assert run_main("--task", "train", *flags()) == 1
+        assert last_line_of_errors(capsys).startswith(words)
+    update.side_effect = OSError("of a library")
+    with pytest.raises(OSError, match="of a library"):
+        run_main("--task", "train", *flags())
+
+
+def test_what_cannot_be_printed_is_told(monkeypatch, capsys):
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(sys, "stdout", Full())
+    assert run_main("--version") == 1
+    words = "error: standard output, or a file, cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == words
 
 
 def test_a_loss_that_is_no_number_ends_the_run(workplace, update, capsys):

@@ -48,12 +48,12 @@ def test_a_reward_function_that_cannot_be_loaded_is_refused(empty, capsys):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("too_few", "returned [1] scores, expected 4, one a response"),
-        ("nested", "returned [4, 1] scores"),
-        ("text", "returned list, expected a list of numbers"),
+        ("too_few", "returned 1 scores, expected 4, one a response"),
+        ("nested", "returned [1.0] for response 0, expected a finite number"),
+        ("text", "returned 'good' for response 0, expected a finite number"),
         ("nothing", "returned NoneType"),
         ("nan", "returned nan for response 0"),
-        ("raising", "raised ZeroDivisionError: division by zero"),
+        ("raising", "raised ZeroDivisionError: division by zero (rewards.py, line 21)"),
     ],
 )
 def test_a_reward_function_that_misbehaves_ends_the_run(function, words, workplace, capsys):

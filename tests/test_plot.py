@@ -2,12 +2,13 @@
 
 import json
 import math
+import os
 from itertools import combinations
 
 import pytest
 from matplotlib.figure import Figure
 
-from config import Config, UsageError, to_json
+from config import Config, RunError, UsageError, to_json
 from intervals import wilson_interval
 from main import main
 from plot import (
@@ -250,6 +251,16 @@ def test_a_folder_that_cannot_be_written_is_refused(run):
     (run / "plots").write_text("")
     with pytest.raises(UsageError, match="plots cannot be written"):
         plot_training(run)
+
+
+def test_a_figure_for_which_there_is_no_room_is_told_and_not_begun(run, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"training\.png cannot be written: No space left on device"):
+        plot_training(run)
+    assert list((run / "plots").iterdir()) == []
 
 
 def test_runs_are_named_on_the_command_line(tmp_path, monkeypatch, capsys):

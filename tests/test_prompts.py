@@ -480,7 +480,7 @@ def test_the_characters_of_a_conversation_are_counted_not_its_messages(least, ke
     monkeypatch.setattr(prompts, "load_rows", lambda *_: rows)
     config = micro_config(min_prompt_chars=least, max_prompt_length=100)
     if not kept:
-        with pytest.raises(UsageError, match="holds no text of the right length"):
+        with pytest.raises(UsageError, match="holds no text of --min_prompt_chars to --max"):
             prompts.load_prompts(config, bos_tokenizer(), "train", 10)
     else:
         assert len(prompts.load_prompts(config, bos_tokenizer(), "train", 10)) == kept

@@ -35,6 +35,25 @@ MISTAKES = {
     "n_updates": (["--task", "train", "--n_updates", "0"], "--n_updates is 0, expected a value in [1, inf)"),
     "seed": (["--task", "train", "--seed", "-1"], "--seed is -1, expected a value in [0, 4294967296)"),
     "mini-batch": (["--task", "train", "--batch_size", "64", "--mini_batch_size", "15"], "nearest that does is 16"),
+    "batch of a prime": (
+        ["--task", "train", "--batch_size", "999983", "--mini_batch_size", "32"],
+        "does not divide --batch_size 999983; the nearest that does is 1 rows",
+    ),
+    "batch beyond all": (
+        ["--task", "train", "--batch_size", "1000000001"],
+        "--batch_size is 1000000001, expected a value in [1, 1000000]",
+    ),
+    "more than 64 bits": (["--task", "train", "--n_updates", "9" * 400], "--n_updates is '9999"),
+    "long name": (
+        ["--task", "train", "--output_dir", f"runs/{'é' * 128}"],
+        "can name no file: expected 255 bytes at most between slashes, of which none is NUL, found 256",
+    ),
+    "long name of data": (["--task", "train", "--dataset_path", "a" * 252 + ".csv"], "--dataset_path 'aaa"),
+    "long name of a run": (
+        ["--task", "train", "--dataset_path", "b" * 200 + ".csv", "--run_name", "{dataset}" + "a" * 100],
+        "slashes, of which none is NUL, found 300",
+    ),
+    "version": (["--vresion"], "did you mean --version?"),
     "accumulation": (
         ["--task", "train", "--batch_size", "8", "--mini_batch_size", "2", "--gradient_accumulation_steps", "3"],
         "--mini_batch_size 2 x --gradient_accumulation_steps 3 does not divide --batch_size 8",
@@ -147,6 +166,13 @@ def test_a_template_with_a_width_is_refused_before_memory_is_asked_for(empty, ca
     assert_refused(capsys, empty, wide, "expected columns' names in braces, and nothing else there")
 
 
+def test_a_name_that_no_file_can_have_is_refused(empty, capsys):
+    """In a file of settings it may hold a NUL."""
+    (empty / "run.yaml").write_text('output_dir: "a\\0b"\n')
+    words = "--output_dir 'a\\x00b' can name no file: expected 255 bytes at most between slashes, of which none is NUL"
+    assert_refused(capsys, empty, ["--task", "train", "--config", "run.yaml"], words)
+
+
 def test_a_config_file_that_is_no_text_is_refused(empty, capsys):
     (empty / "run.yaml").write_bytes(b"\xff\xfe\x00seed: 1")
     assert_refused(capsys, empty, ["--task", "train", "--config", "run.yaml"], "run.yaml cannot be read: 'utf-8'")
@@ -170,8 +196,11 @@ def test_a_run_whose_settings_are_damaged_is_refused(workplace, capsys):
 DATA = {
     "broken.jsonl": ('{"text": "one"}\n{"text": \n', "broken.jsonl cannot be loaded: JSON parse error"),
     "broken.parquet": ("no parquet", "broken.parquet cannot be loaded: Parquet magic bytes not found"),
-    "empty.csv": ("", "empty.csv cannot be loaded: No columns"),
-    "header.csv": ("text,label\n", 'header.csv cannot be loaded: Instruction "train" corresponds to no data'),
+    "empty.csv": ("", "empty.csv is empty, expected rows"),
+    "empty.jsonl": ("", "empty.jsonl is empty, expected rows"),
+    "blank.csv": ("\n\n", "blank.csv cannot be loaded: No columns"),
+    "header.csv": ("text,label\n", "header.csv holds no rows"),
+    "none.json": ("[]", "none.json holds no rows"),
     "few.csv": ("text,label\nA film.,1\n", "few.csv has no rows for train"),
     "columns.csv": (
         "review,stars\n" + "A fine film.,4\n" * 40,

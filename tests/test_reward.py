@@ -1,6 +1,8 @@
 """Reward terms, their weights and signs, and the checks on a user's own function."""
 
 import math
+import os
+import re
 import sys
 from functools import partial
 
@@ -21,6 +23,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import reward
 from config import RunError, UsageError
+from dataset import Row
 from loading import save_policy
 from reward import (
     check_weights,
@@ -243,15 +246,22 @@ def test_a_function_that_cannot_be_found_is_refused(function, tmp_path):
 )
 def test_a_file_that_cannot_be_run_is_refused(body, tmp_path):
     (tmp_path / "mine.py").write_text(body)
-    with pytest.raises(UsageError, match=r"mine\.py cannot be run: \w+: ") as refusal:
+    with pytest.raises(UsageError, match=r"mine\.py cannot be run: \w+: .*mine\.py, line 1\)$") as refusal:
         load_reward_function(f"{tmp_path / 'mine.py'}:reward")
     assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize(
     "values",
-    [[1, 2.5], (1, 2.5), np.array([1, 2.5]), torch.tensor([1, 2.5], requires_grad=True), [np.float64(1), 2.5]],
-    ids=["list", "tuple", "array", "tensor", "scalars"],
+    [
+        [1, 2.5],
+        (True, 2.5),
+        np.array([1, 2.5]),
+        torch.tensor([1, 2.5], requires_grad=True),
+        torch.tensor([1, 2.5], dtype=torch.bfloat16),
+        [np.float64(1), torch.tensor(2.5)],
+    ],
+    ids=["list", "tuple", "array", "tensor", "bfloat16", "scalars"],
 )
 def test_scores_may_be_any_row_of_numbers(values):
     scores = checked_scores(lambda *_: values, "mine.py:f", ["p", "q"], ["a", "b"], [{}, {}])
@@ -262,17 +272,25 @@ def test_scores_may_be_any_row_of_numbers(values):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ([1.0], r"returned \[1\] scores, expected 2, one a response"),
-        ([[1.0], [2.0]], r"returned \[2, 1\] scores"),
-        (1.0, r"returned \[\] scores"),
-        (["good", "bad"], "returned list, expected a list of numbers"),
+        ([1.0], "returned 1 scores, expected 2, one a response"),
+        ([1.0] * 3, "returned 3 scores, expected 2, one a response"),
+        (1.0, "returned float, expected a list of numbers, one a response"),
+        (torch.tensor(1.0), "returned Tensor, expected a list of numbers"),
         ({"a": 1.0, "b": 2.0}, "returned dict, expected a list of numbers"),
+        ("12", "returned str, expected a list of numbers"),
         ((score for score in [1.0, 2.0]), "returned generator"),
-        ([1.0, [2.0, 3.0]], "returned list"),
-        (np.array([1.0, "b"], dtype=object), "returned ndarray"),
-        ([1.0, 10**60], "returned inf for response 1"),
         (None, "returned NoneType"),
-        ([1.0, None], "returned list"),
+        ([[1.0], [2.0]], r"returned \[1.0\] for response 0, expected a finite number"),
+        (torch.ones(2, 1), r"returned \[1.0\] for response 0"),
+        ([torch.ones(1), torch.ones(1)], r"returned tensor\(\[1.\]\) for response 0"),
+        (["1.5", "bad"], "returned '1.5' for response 0, expected a finite number"),
+        ([1.0, [2.0, 3.0]], r"returned \[2.0, 3.0\] for response 1"),
+        (np.array([1.0, "b"], dtype=object), "returned 'b' for response 1"),
+        ([1.0, np.array(["a\nb"])], r"returned array\(\['a\\nb'\].* for response 1"),
+        ([1.0, None], "returned None for response 1"),
+        ([1.0, 1j], "returned 1j for response 1"),
+        ([1.0, 10**60], r"returned 1000+\.\.\.0+ for response 1"),
+        ([1e39, 1.0], r"returned 1e\+39 for response 0"),  # more than float32 holds
         ([1.0, math.nan], "returned nan for response 1, expected a finite number"),
         ([-math.inf, 1.0], "returned -inf for response 0"),
     ],
@@ -293,8 +311,95 @@ def test_scores_that_cannot_be_trained_on_end_the_run(values, words):
 )
 def test_an_error_in_the_function_ends_the_run_and_is_named(body, words, tmp_path):
     (tmp_path / "mine.py").write_text(f"def f(prompts, responses, rows):\n    {body}\n")
-    with pytest.raises(RunError, match=f"{words}$"):
+    with pytest.raises(RunError, match=rf"{words} \(.*/mine\.py, line 2\)$"):
         load_reward_function(f"{tmp_path / 'mine.py'}:f")(["a"], ["b"], [{}])
+
+
+def test_the_innermost_line_of_the_users_own_file_is_named(tmp_path):
+    """Not that of a library which it calls, nor that of the file in which the function is called."""
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import json\ndef inner(text):\n    return json.loads(text)\n\ndef f(p, r, rows):\n    return inner('{')\n"
+    )
+    with pytest.raises(RunError, match=rf"raised JSONDecodeError: .*\({path}, line 3\)$"):
+        load_reward_function(f"{path}:f")(["a"], ["b"], [{}])
+
+
+def test_only_an_interruption_passes_through_a_function(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def bare(p, r, rows):\n    raise BaseException\ndef interrupted(p, r, rows):\n    raise KeyboardInterrupt\n"
+    )
+    with pytest.raises(RunError, match="bare raised BaseException: BaseException"):
+        load_reward_function(f"{tmp_path}/mine.py:bare")(["a"], ["b"], [{}])
+    with pytest.raises(KeyboardInterrupt):
+        load_reward_function(f"{tmp_path}/mine.py:interrupted")(["a"], ["b"], [{}])
+
+
+@pytest.mark.parametrize("parameters", ["responses", "prompts, responses", "p, r, rows, more", "*, prompts, r, rows"])
+def test_a_function_that_does_not_take_what_it_is_given_is_refused(parameters, tmp_path):
+    (tmp_path / "mine.py").write_text(f"def f({parameters}):\n    return []\n")
+    words = rf"--reward_fn .*mine\.py:f takes \({re.escape(parameters)}\), expected \(prompts, responses, rows\)"
+    with pytest.raises(UsageError, match=words):
+        load_reward_function(f"{tmp_path}/mine.py:f")
+
+
+def test_a_function_may_do_what_it_likes_with_what_it_is_given(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def f(prompts, responses, rows):\n"
+        "    scores = [len(text) for text in responses]\n"
+        "    rows[0]['turns'].clear()\n"
+        "    for given in (prompts, responses, rows[0], rows):\n"
+        "        given.clear()\n"
+        "    return scores\n"
+    )
+    prompts, responses, rows = ["a", "b"], ["xyz", "w"], [Row({"turns": [1, 2]}, 7), {}]
+    term = load_reward_function(f"{tmp_path}/mine.py:f")
+    for _ in range(2):
+        assert term(prompts, responses, rows).tolist() == [3.0, 1.0]
+    assert (prompts, responses, rows, rows[0].number) == (["a", "b"], ["xyz", "w"], [{"turns": [1, 2]}, {}], 7)
+
+
+MEDDLING = """
+import os, sys, torch
+def meddle():
+    os.chdir("/")
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_num_threads(3)
+    torch.set_float32_matmul_precision("medium")
+    torch.use_deterministic_algorithms(True)
+    torch.set_grad_enabled(False)
+def meddling(prompts, responses, rows):
+    meddle()
+    return [1.0 for _ in responses]
+def raising(prompts, responses, rows):
+    meddle()
+    raise ValueError
+"""
+
+
+def shared_state() -> list:
+    return [
+        (os.getcwd(), sys.stdout, sys.stderr),
+        (torch.empty(0).dtype, torch.empty(0).device),
+        (torch.get_num_threads(), torch.get_float32_matmul_precision()),
+        (torch.are_deterministic_algorithms_enabled(), torch.is_grad_enabled()),
+    ]
+
+
+def test_what_a_function_changes_for_all_is_put_back(tmp_path):
+    """When its file is run as when it is called, and where it raises something."""
+    before = shared_state()
+    for name, text in (("calls.py", MEDDLING), ("runs.py", MEDDLING + "meddle()\n")):
+        (tmp_path / name).write_text(text)
+        term = load_reward_function(f"{tmp_path / name}:meddling")
+        assert shared_state() == before
+        assert term(["a"], ["b"], [{}]).tolist() == [1.0]
+        assert shared_state() == before
+        with pytest.raises(RunError, match="raised ValueError"):
+            load_reward_function(f"{tmp_path / name}:raising")(["a"], ["b"], [{}])
+        assert shared_state() == before
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -67,6 +67,65 @@ def test_generate_reads_prompts_from_a_file_and_writes_json_lines(name, text, wo
     assert all(isinstance(row["response"], str) and math.isfinite(row["reward"]) for row in rows)
 
 
+REWARDS = """
+def letters(prompts, responses, rows):
+    return [len(row["answer"]) for row in rows]
+
+def growing(prompts, responses, rows, seen=[]):
+    seen += rows
+    return [1 / (len(seen) < 4) for _ in rows]
+"""
+
+
+def written(capsys, function: str, *arguments: str) -> tuple[list[dict], str]:
+    """The rows that `generate` writes with a reward function, and what it says on standard error but for the run."""
+    command = ("--task", "generate", *arguments, "--output", "out.jsonl", "--reward_fn", f"rewards.py:{function}")
+    assert run_main(*command) == 0
+    with open("out.jsonl", encoding="utf-8") as file:
+        return [json.loads(line) for line in file], capsys.readouterr().err.removeprefix(f"using {PPO}\n")
+
+
+def test_responses_are_written_where_their_reward_fails(workplace, capsys):
+    """As null, and it is said how many and why; those of other batches have theirs."""
+    (workplace / "rewards.py").write_text(REWARDS)
+    rows, errors = written(capsys, "letters", "--prompt", "The film", "--prompt", "A comedy")
+    assert [(row["prompt"], row["reward"]) for row in rows] == [("The film", None), ("A comedy", None)]
+    assert all(row["response"] for row in rows)
+    assert errors == (
+        "note: 2 of 2 have null for a reward: --reward_fn rewards.py:letters raised KeyError: 'answer' "
+        "(rewards.py, line 3); --without_reward leaves it out\n"
+    )
+    (workplace / "out.jsonl").unlink()
+    rows, errors = written(capsys, "growing", "--prompt", "The film", "--num_samples", "5", "--batch_size", "3")
+    assert [row["reward"] for row in rows] == [1.0, 1.0, 1.0, None, None]
+    assert errors.startswith("note: 2 of 5 have null") and errors.count("\n") == 1
+
+
+def test_a_reward_is_given_the_columns_of_the_file(workplace, capsys):
+    (workplace / "rewards.py").write_text(REWARDS)
+    (workplace / "p.jsonl").write_text('{"query": "The film", "answer": "abc"}\n{"text": "A comedy", "answer": "d"}\n')
+    rows, errors = written(capsys, "letters", "--prompts", "p.jsonl")
+    assert [(row["prompt"], row["reward"]) for row in rows] == [("The film", 3.0), ("A comedy", 1.0)]
+    assert errors == ""
+
+
+def test_responses_are_written_without_their_reward_on_request(workplace, capsys):
+    """Then the reward need not even be there; else it is missed before any response is drawn."""
+    generate = ["--task", "generate", "--prompt", "The film", "--output", "out.jsonl"]
+    shutil.rmtree(workplace / "saved_models/tiny/reward")
+    assert_refused(capsys, workplace, generate, "or write responses alone with --without_reward")
+    assert run_main(*generate, "--without_reward") == 0
+    (row,) = map(json.loads, (workplace / "out.jsonl").read_text(encoding="utf-8").splitlines())
+    assert list(row) == ["prompt", "response"] and row["response"]
+
+
+def test_a_prompt_that_cannot_be_asked_is_refused_before_any_is_answered(workplace, monkeypatch, capsys):
+    (workplace / "p.jsonl").write_text('"The film"\n"A comedy"\n[{"role": "user", "content": "Hello"}]\n')
+    monkeypatch.setattr("ask.respond", None)
+    arguments = ["--task", "generate", "--prompts", "p.jsonl", "--batch_size", "1"]
+    assert_refused(capsys, workplace, arguments, "the prompts are conversations, and the tokenizer of")
+
+
 def test_generate_answers_lines_from_standard_input(workplace, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("The film\n\nA comedy\n"))
     output = generated(capsys)
