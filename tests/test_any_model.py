@@ -331,6 +331,8 @@ def test_an_adapter_has_the_ends_and_the_tokenizer_saved_beside_it(two_ends):
         assert end_ids(loaded.language_model, own) == [EOS, 4]
     assert load_tokenizer("MODEL", adapter="ADAPTER").chat_template == "the adapter's own"
     assert load_tokenizer("ADAPTER").chat_template == "the adapter's own"
+    assert run_main(*command(peft_model_path="ADAPTER", n_updates=1)) == 0
+    assert load_tokenizer("OUT").chat_template == "the adapter's own"  # by which the run was asked
     shutil.rmtree(two_ends / "PLAIN", ignore_errors=True)
     policy.language_model.save_pretrained("PLAIN")  # an adapter without a tokenizer
     assert load_tokenizer("MODEL", adapter="PLAIN").chat_template is None

@@ -257,6 +257,20 @@ def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):
     assert right.float().mean() > 0.9
 
 
+def test_held_out_texts_are_cut_to_the_length_that_was_learned(chain, tmp_path, monkeypatch):
+    """20 tokens here, where the model could read 48."""
+    lengths, nothing = [], classifier.Predictions(certainty=torch.ones(2), is_right=torch.ones(2, dtype=torch.bool))
+    monkeypatch.setattr(
+        classifier,
+        "held_out_predictions",
+        lambda config, model, tokenizer, *_: (lengths.append(tokenizer.model_max_length), (nothing, ""))[1],
+    )
+    monkeypatch.setattr(classifier, "plot_reliability", lambda *_, **named: "")
+    config = micro_config(task="reward", context_length=20, output_dir=str(tmp_path / "reward"))
+    run_reward(config, str(chain.root / "saved_models/tiny/sft"))
+    assert lengths == [20]
+
+
 def test_the_tokenizer_is_saved_as_it_was(chain):
     """Though texts are padded and cut where the accuracy is measured."""
     stages = chain.root / "saved_models/tiny"
