@@ -76,6 +76,18 @@ def test_class_batches_keep_texts_and_labels_together_and_repeat_with_their_seed
     assert ids[0] == ids[1] != ids[2]
 
 
+def test_where_texts_are_cut_is_drawn_by_the_seed():
+    """Of one text alone, whose order cannot differ."""
+
+    def lengths(seed: int) -> list[int]:
+        config = micro_config(reward_batch_size=1, seed=seed)
+        rows = [{"text": "abcdefghij", "label": 0}]
+        batches = class_batches(rows=rows, config=config, tokenizer=Letters(), length=100, device=CPU)
+        return [batch["input_ids"].shape[1] for batch in itertools.islice(batches, 20)]
+
+    assert lengths(0) == lengths(0) != lengths(1)
+
+
 SEVEN = 24  # the id of "7" for `digits`
 
 
@@ -234,6 +246,17 @@ def test_a_batch_of_pairs_is_the_chosen_texts_then_the_rejected_ones_of_the_same
         whole = [f"Film {n}:\n{'good' if i < 2 else 'bad'} {n}" for i, n in enumerate(numbers)]
         assert texts == [tokenizer(text).input_ids[-length:] for text in whole]
     assert sorted(seen) == list(range(6))
+
+
+def test_the_order_of_pairs_is_drawn_by_the_seed(tokenizer):
+    rows = [{"text": f"Film {n}:", "good": "good", "bad": "bad"} for n in range(6)]
+
+    def order(seed: int) -> list[str]:
+        config = micro_config(**PAIRED, reward_batch_size=1, seed=seed)
+        batches = pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=100, device=CPU)
+        return [tokenizer.decode(next(batches)["input_ids"][0]) for _ in range(6)]
+
+    assert order(0) == order(0) != order(1)
 
 
 def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):

@@ -161,6 +161,15 @@ def test_fit_warms_up_for_a_tenth_and_falls_to_zero():
     assert line.w.grad.item() == pytest.approx(1.0, abs=1e-5)  # 3 before
 
 
+def test_the_order_of_texts_is_drawn_by_the_seed(tokenizer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sft, "fit", lambda model, batches, *_: drawn.append(next(batches)["input_ids"].tolist()))
+    rows = [{"text": text} for text in review_texts(20)]
+    for seed in (0, 0, 1):
+        train_language_model(micro_config(seed=seed, sft_batch_size=2), rows, tokenizer, "language model")
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
 def test_the_loss_falls_on_a_text_that_is_memorised(language_model, tokenizer):
     pieces = pieces_of(["The film is about a lonely librarian.", "I left the cinema early."], tokenizer, 48)
     before = perplexity(language_model, without_prompt(pieces), tokenizer.pad_token_id)
