@@ -122,9 +122,9 @@ def test_a_run_of_epochs_goes_over_all_prompts_so_often(t5_folder, questions):
     """Sixteen prompts in rollouts of four: one and a half passes are six updates, and the learning rate falls with
     them."""
     rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(20)]
-    (questions / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = [*question_flags(t5_folder), "--n_updates", "1", "--epochs", "1.5", "--output_dir", "run"]
-    assert run_main("--task", "train", *arguments) == 0
+    (questions / "numbered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ["--dataset_path", "numbered.jsonl", "--n_updates", "1", "--epochs", "1.5", "--output_dir", "run"]
+    assert run_main("--task", "train", *question_flags(t5_folder), *changes) == 0
     asked = Counter(row["query"] for row in read_log(questions / "run"))
     assert len(asked) == 16 and set(asked.values()) == {1, 2} and asked.total() == 24
     rates = [row["learning_rate"] for row in read_stats(questions / "run")]

@@ -161,7 +161,7 @@ def test_judges_and_reports_have_rows_on_which_nothing_was_trained(empty, no_bar
     rows = [
         {"text": f"{review['text']} {n}", "label": review["label"]} for n, review in enumerate(movie_reviews(60, 0))
     ]
-    (empty / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (empty / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     language = noting(monkeypatch, "sft.language_examples", lambda rows, *_: texts_of(rows))
     seeds = noting(monkeypatch, "sft.new_language_model", lambda *_: [torch.initial_seed()])
     tokenizers = noting(monkeypatch, "sft.new_tokenizer", lambda texts, *_: texts)
@@ -176,10 +176,10 @@ def test_judges_and_reports_have_rows_on_which_nothing_was_trained(empty, no_bar
     )
     monkeypatch.setattr("classifier.plot_reliability", lambda *_, **named: "")
     parts = noting(monkeypatch, "evaluation.load_rows", lambda config, part, *_: [part])
-    few = flags(dataset_path="d.jsonl", eval_every=9, n_updates=9, eval_samples=64, max_new_tokens=2)
+    few = flags(dataset_path="labelled.jsonl", eval_every=9, n_updates=9, eval_samples=64, max_new_tokens=2)
     assert run_main("--task", "train", *few) == 0
     assert run_main("--task", "evaluate") == 0
-    config = micro_config(dataset_path="d.jsonl")
+    config = micro_config(dataset_path="labelled.jsonl")
     train, judge, validation, test = (set(texts_of(load_rows(config, part))) for part in PARTS)
     assert [len(part) for part in (train, judge, validation, test)] == [33, 15, 6, 6]
     assert len(train | judge | validation | test) == 60
