@@ -86,6 +86,15 @@ def test_the_reference_is_a_frozen_adapter_on_the_same_weights(base, tmp_path, t
     assert all(p.requires_grad == (p.data_ptr() in own) for p in policy.language_model.parameters())
 
 
+def test_a_new_adapter_has_the_rank_and_the_scale_that_are_asked_for(base):
+    """Its output is scaled by 12 / 3."""
+    policy = new_policy(Config(lora_r=3, lora_alpha=12), str(base), CPU)
+    shapes = [weight.shape for name, weight in policy.named_parameters() if "lora_A" in name]
+    assert shapes and {shape[0] for shape in shapes} == {3}
+    layers = [layer for layer in policy.modules() if isinstance(layer, peft.tuners.lora.LoraLayer)]
+    assert {scale for layer in layers for scale in layer.scaling.values()} == {4.0}
+
+
 @pytest.mark.parametrize("kind", ["new", "loaded", "of a run"])
 def test_an_adapter_drops_nothing_in_train_mode(kind, base, tmp_path):
     """Whatever it was trained with: an update would else score other numbers than the rollout, at random."""
@@ -324,6 +333,29 @@ def test_in_few_bits_an_update_scores_as_sampling_does(bits, family, tmp_path):
             assert_close(policy.eval()(**alone).logprobs[0][mask[row]], in_eval[row][mask[row]], atol=1e-5)
 
 
+@pytest.mark.parametrize("start", ["base", "adapter on it", "adapter's folder"])
+def test_a_reference_in_8_bits_is_what_its_policy_starts_as(start, tmp_path):
+    """Under the adapter that the policy starts with: near its numbers, and far from those of the base model alone."""
+    tiny_gpt2(**WHOLE_BLOCKS["gpt2"]).save_pretrained(tmp_path / "base")
+    plain = logprobs(load_policy(Config(), str(tmp_path / "base"), CPU))
+    before = new_policy(Config(lora_r=4), str(tmp_path / "base"), CPU)
+    shake(before, 0.2)
+    save_policy(before, letter_tokenizer(), tmp_path / "mine")
+    path = tmp_path / ("mine" if start == "adapter's folder" else "base")
+    adapter = str(tmp_path / "mine") if start == "adapter on it" else ""
+    config = Config(reference_in_8bit=True, peft_model_path=adapter)
+    policy = new_policy(config, str(path), CPU).eval()
+    own, mask = logprobs(policy), mask_of(policy)
+    reference = load_reference(config, str(path), policy)
+    theirs = logprobs(reference)
+    assert torch.int8 in {parameter.dtype for parameter in reference.parameters()}
+    assert 0 < (theirs - own)[mask].abs().mean() < 0.1
+    assert ((own - plain)[mask].abs().mean() > 0.5) == (start != "base")
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+    shake(policy)
+    assert torch.equal(logprobs(reference), theirs)
+
+
 def test_4_bits_are_those_of_normally_distributed_weights():
     """NF4, whose levels are a normal distribution's quantiles, rounds such weights less than FP4 does."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
@@ -429,17 +461,18 @@ def test_a_critic_of_its_own_drops_nothing_in_train_mode(kind, tmp_path):
         assert all(torch.equal(values(each.train()), in_eval) for _ in range(2))
 
 
-@pytest.mark.parametrize(("critic", "lam"), [("separate", 0.95), ("encoder", 1.0)])
-def test_a_critic_is_saved_and_comes_back(critic, lam, tmp_path):
+@pytest.mark.parametrize("critic", ["shared", "separate", "encoder"])
+def test_a_critic_is_saved_and_comes_back(critic, tmp_path):
+    """With its value head, to be asked or to be trained on."""
     tiny_t5().save_pretrained(tmp_path / "base")
-    config = Config(critic=critic, lam=lam)
+    config = Config(critic=critic, lam=1.0)
     policy = with_random_head(config, tmp_path / "base")
-    shake(policy.critic)
+    shake(policy)
     save_policy(policy, letter_tokenizer(), tmp_path / "run")
-    assert torch.equal(values(load_policy(config, str(tmp_path / "run"), CPU).eval()), values(policy))
-    assert any(
-        name.startswith("critic/") for name in json.loads((tmp_path / "run/manifest.json").read_text())["sha256"]
-    )
+    for back in (load_policy, new_policy):
+        assert torch.equal(values(back(config, str(tmp_path / "run"), CPU).eval()), values(policy))
+    files = json.loads((tmp_path / "run/manifest.json").read_text())["sha256"]
+    assert any(name.startswith("critic/") for name in files) == (critic != "shared")
 
 
 def test_an_encoder_critic_asks_for_lambda_one():

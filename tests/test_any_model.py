@@ -85,9 +85,11 @@ def make_adapter(folder: Path) -> None:
 
 
 def test_a_merged_run_gets_no_adapter_a_second_time(place):
-    """What `generate` and `evaluate` load is the whole model of the folder, as transformers reads it."""
+    """What `generate` and `evaluate` load is the whole model of the folder, as transformers reads it; --final_dir has
+    the same."""
     make_adapter(place / "ADAPTER")
-    assert run_main(*command(peft_model_path="ADAPTER"), "--merge") == 0
+    assert run_main(*command(peft_model_path="ADAPTER", final_dir="FINAL"), "--merge") == 0
+    assert Path("FINAL/model.safetensors").read_bytes() == Path("OUT/model.safetensors").read_bytes()
     config = Config(**json.loads(Path("OUT/run_config.json").read_text()))
     policy = load_policy(config, "OUT", CPU)
     assert not hasattr(policy.language_model, "peft_config")
@@ -329,6 +331,8 @@ def test_an_adapter_has_the_ends_and_the_tokenizer_saved_beside_it(two_ends):
         assert end_ids(loaded.language_model, own) == [EOS, 4]
     assert load_tokenizer("MODEL", adapter="ADAPTER").chat_template == "the adapter's own"
     assert load_tokenizer("ADAPTER").chat_template == "the adapter's own"
+    assert run_main(*command(peft_model_path="ADAPTER", n_updates=1)) == 0
+    assert load_tokenizer("OUT").chat_template == "the adapter's own"  # by which the run was asked
     shutil.rmtree(two_ends / "PLAIN", ignore_errors=True)
     policy.language_model.save_pretrained("PLAIN")  # an adapter without a tokenizer
     assert load_tokenizer("MODEL", adapter="PLAIN").chat_template is None
@@ -636,8 +640,11 @@ def test_a_model_that_cannot_be_run_is_refused_in_a_sentence(place, monkeypatch,
 
 
 def test_a_policy_that_starts_from_its_own_run_goes_on(place):
-    """Base and adapter from one folder, by --base_model_name alone."""
+    """Base, adapter and value head from one folder, by --base_model_name alone."""
     assert run_main(*command(lora_r=2, learning_rate=0.01)) == 0
+    saved, start = load_policy(Config(), "OUT", CPU), new_policy(Config(lora_r=2), "OUT", CPU)
+    assert all(torch.equal(weight, start.state_dict()[name]) for name, weight in saved.state_dict().items())
+    assert start.value_head.weight.any()
     assert run_main(*command("OUT", output_dir="OUT2", learning_rate=0.01, lora_r=2)) == 0
     first, second = (load_policy(Config(), folder, CPU) for folder in ("OUT", "OUT2"))
     assert set(first.state_dict()) == set(second.state_dict())

@@ -79,6 +79,18 @@ def test_class_batches_keep_texts_and_labels_together_and_repeat_with_their_seed
     assert ids[0] == ids[1] != ids[2]
 
 
+def test_where_texts_are_cut_is_drawn_by_the_seed():
+    """Of one text alone, whose order cannot differ."""
+
+    def lengths(seed: int) -> list[int]:
+        config = micro_config(reward_batch_size=1, seed=seed)
+        rows = [{"text": "abcdefghij", "label": 0}]
+        batches = class_batches(rows=rows, config=config, tokenizer=Letters(), length=100, device=CPU)
+        return [batch["input_ids"].shape[1] for batch in itertools.islice(batches, 20)]
+
+    assert lengths(0) == lengths(0) != lengths(1)
+
+
 SEVEN = 24  # the id of "7" for `digits`
 
 
@@ -241,6 +253,17 @@ def test_a_batch_of_pairs_is_the_chosen_texts_then_the_rejected_ones_of_the_same
     assert sorted(seen) == list(range(6))
 
 
+def test_the_order_of_pairs_is_drawn_by_the_seed(tokenizer):
+    rows = [{"text": f"Film {n}:", "good": "good", "bad": "bad"} for n in range(6)]
+
+    def order(seed: int) -> list[str]:
+        config = micro_config(**PAIRED, reward_batch_size=1, seed=seed)
+        batches = pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=100, device=CPU)
+        return [tokenizer.decode(next(batches)["input_ids"][0]) for _ in range(6)]
+
+    assert order(0) == order(0) != order(1)
+
+
 def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):
     """The chosen answers call the film good; on held-out pairs, the model knows."""
     rows = [{"text": text[:20], "chosen": " It is good.", "rejected": " It is bad."} for text in review_texts()]
@@ -279,6 +302,22 @@ def test_the_reliability_axis_begins_where_the_labels_let_it(chosen, n_labels, c
     config = micro_config(task="reward", reward_steps=1, output_dir=str(tmp_path / "reward"), **data)
     run_reward(config, str(chain.root / "saved_models/tiny/sft"))
     assert drawn == [{"n_labels": n_labels, "notice": notice(config)}]
+
+
+def test_held_out_texts_are_cut_to_the_length_that_was_learned(chain, tmp_path, monkeypatch):
+    """20 tokens here, where the model could read 48."""
+    lengths, nothing = [], classifier.Predictions(certainty=torch.ones(2), is_right=torch.ones(2, dtype=torch.bool))
+    monkeypatch.setattr(
+        classifier,
+        "held_out_predictions",
+        lambda config, model, tokenizer, *_: (lengths.append(tokenizer.model_max_length), (nothing, {"accuracy": 1.0}))[
+            1
+        ],
+    )
+    monkeypatch.setattr(classifier, "plot_reliability", lambda *_, **named: "")
+    config = micro_config(task="reward", context_length=20, output_dir=str(tmp_path / "reward"))
+    run_reward(config, str(chain.root / "saved_models/tiny/sft"))
+    assert lengths == [20]
 
 
 def test_the_tokenizer_is_saved_as_it_was(chain):

@@ -205,6 +205,28 @@ def test_stages_run_alone_into_a_folder_of_their_own(workplace, capsys):
         assert f"in my-{stage}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("task", "changes", "file"),
+    [
+        ("sft", {}, "model.safetensors"),
+        ("reward", {}, "model.safetensors"),
+        ("train", {"lora_r": 2}, "adapter_model.safetensors"),
+    ],
+)
+def test_first_weights_are_a_function_of_the_seed_whatever_was_drawn_before(
+    task, changes, file, workplace, monkeypatch
+):
+    """Those of a model from scratch, of a classifier's head, of an adapter."""
+    monkeypatch.setattr("classifier.plot_reliability", lambda *_, **named: "")
+    made = []
+    for drawn, seed in ((1, 0), (2, 0), (1, 7)):
+        torch.manual_seed(drawn)
+        folder = workplace / f"{drawn}-{seed}"
+        assert run_main("--task", task, *flags(output_dir=folder, seed=seed, **changes)) == 0
+        made.append((folder / file).read_bytes())
+    assert made[0] == made[1] != made[2]
+
+
 def test_a_reward_model_named_by_the_user_is_never_trained(workplace, monkeypatch):
     trained = []
     (workplace / "saved_models/tiny/reward").rename(workplace / "sentiment")

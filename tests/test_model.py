@@ -715,6 +715,17 @@ def test_mixed_precision_is_on_in_scoring_and_in_sampling(who, tmp_path):
         assert 1e-4 < max(gaps) < 0.2
 
 
+def test_the_value_head_is_read_in_float32_in_mixed_precision():
+    """Near 1, bfloat16 has steps of .008."""
+    policy = tiny_policy("gpt2")
+    policy.mixed_precision = True
+    batch = encode(policy)
+    with torch.no_grad():
+        _, states = policy.read(*batch)
+        values = policy.score(*batch).values
+    assert_close(values, states.float() @ policy.value_head.weight[0] + policy.value_head.bias, atol=1e-6)
+
+
 def test_a_reference_in_8_bits_has_its_policys_precision(tmp_path, monkeypatch):
     import loading
 

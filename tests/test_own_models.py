@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections import Counter
 
 import pytest
 import torch
@@ -104,6 +105,8 @@ def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(
     assert asked == [validation] * 3 + [test] * 2 and not set(validation) & set(test)
     saved = load_policy(config, str(folder), torch.device("cpu")).state_dict()
     assert saved.keys() == weights[1].keys() and {"value_head.weight", "value_head.bias"} < saved.keys()
+    start = load_policy(config, "saved_models/tiny/sft", torch.device("cpu")).state_dict()
+    assert all(torch.equal(weights[3][name], weight) for name, weight in start.items())  # what is reported as `before`
     for name, weight in saved.items():  # the value head's as well as the policy's
         assert torch.equal(weight, weights[1][name]) and torch.equal(weight, weights[4][name])
         assert not torch.equal(weight, weights[2][name])
@@ -113,6 +116,19 @@ def test_every_update_has_prompts_of_its_own(workplace):
     """Enough are loaded for all of them, not for the first rollout alone."""
     assert run_main("--task", "train", *flags(n_updates=3, output_dir="run")) == 0
     assert len({row["query"] for row in read_log(workplace / "run")}) > 8
+
+
+def test_a_run_of_epochs_goes_over_all_prompts_so_often(t5_folder, questions):
+    """Sixteen prompts in rollouts of four: one and a half passes are six updates, and the learning rate falls with
+    them."""
+    rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(20)]
+    (questions / "numbered.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = ["--dataset_path", "numbered.jsonl", "--n_updates", "1", "--epochs", "1.5", "--output_dir", "run"]
+    assert run_main("--task", "train", *question_flags(t5_folder), *changes) == 0
+    asked = Counter(row["query"] for row in read_log(questions / "run"))
+    assert len(asked) == 16 and set(asked.values()) == {1, 2} and asked.total() == 24
+    rates = [row["learning_rate"] for row in read_stats(questions / "run")]
+    assert rates == pytest.approx([1e-3 * k / 6 for k in (6, 5, 4, 3, 2, 1)], abs=1e-9)
 
 
 def test_the_newest_policy_is_also_put_where_final_dir_says(workplace, capsys):

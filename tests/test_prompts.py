@@ -143,7 +143,7 @@ def test_a_reward_is_given_the_whole_conversation_as_the_template_writes_it(chat
 
     talks = [[{"role": "system", "content": "s"}, {"role": "user", "content": text}] for text in ("a", "ab", "abc")]
     rows = "".join(json.dumps({"messages": talks[n % 3]}) + "\n" for n in range(40))
-    Path("chat.jsonl").write_text(rows)
+    Path("talks.jsonl").write_text(rows)
     Path("r.py").write_text(
         "import json\n"
         "def reward(prompts, responses, rows):\n"
@@ -158,7 +158,7 @@ def test_a_reward_is_given_the_whole_conversation_as_the_template_writes_it(chat
         return [json.loads(line) for line in lines]
 
     trained_on = watched(monkeypatch, train)
-    assert run_main(*command("CHAT", dataset_path="chat.jsonl", max_prompt_length=12)) == 0
+    assert run_main(*command("CHAT", dataset_path="talks.jsonl", max_prompt_length=12)) == 0
     whole = [f"<bos>S:s.U:{text}.A:" for text in ("a", "ab", "abc")]
     assert set(given()) == set(whole)
     assert {decoded(ids) for ids in trained_on} == {*whole[:2], "<bos>S:s.U:bc.A:"}

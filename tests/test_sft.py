@@ -151,12 +151,23 @@ class Line(nn.Module):
 
 
 def test_fit_warms_up_for_a_tenth_and_falls_to_zero():
-    """20 steps at peak 1e-3: a half and the whole of it, then 18/18, 17/18, ... 1/18."""
-    line = Line()
+    """20 steps at peak 1e-3: a half and the whole of it, then 18/18, 17/18, ... 1/18. In train mode, which a model that
+    was loaded is not in, and by gradients that are cut to a norm of 1."""
+    line = Line().eval()
     fit(line, iter([{"scale": 3.0}] * 20), 20, 1e-3, "line")
     moves = [a - b for a, b in zip(line.seen, [*line.seen[1:], line.w.item()], strict=True)]
     assert moves == pytest.approx([5e-4, 1e-3, *(1e-3 * k / 18 for k in range(18, 0, -1))], abs=2e-6)
     assert all(line.modes) and not line.training
+    assert line.w.grad.item() == pytest.approx(1.0, abs=1e-5)  # 3 before
+
+
+def test_the_order_of_texts_is_drawn_by_the_seed(tokenizer, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(sft, "fit", lambda model, batches, *_: drawn.append(next(batches)["input_ids"].tolist()))
+    rows = [{"text": text} for text in review_texts(20)]
+    for seed in (0, 0, 1):
+        train_language_model(micro_config(seed=seed, sft_batch_size=2), rows, tokenizer, "language model")
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_loss_falls_on_a_text_that_is_memorised(language_model, tokenizer):

@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 import pytest
 import torch
 from helpers import assert_close
-from tiny_models import BUILDERS, EOS, FAMILIES, PAD, letter_tokenizer, tiny_policy
+from tiny_models import BUILDERS, EOS, FAMILIES, PAD, letter_tokenizer, tiny_gpt2, tiny_policy
 from torch.nn.functional import pad as widen
 
 import generate
@@ -826,6 +826,21 @@ def test_statistics_of_an_update_are_means_over_its_steps():
 def test_the_learning_rate_falls_linearly_and_starts_full():
     config = settings(n_updates=4, learning_rate=2.0)
     assert [train.learning_rate(config, number) for number in range(4)] == [2.0, 1.5, 1.0, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["shared", "separate", "half of it frozen"])
+def test_updates_move_every_weight_that_trains_and_no_other(kind):
+    """Those of a critic of its own as well."""
+    policy = tiny_policy("gpt2")
+    if kind == "separate":
+        policy = PolicyModel(tiny_gpt2(), tiny_gpt2().transformer, "separate")
+    if kind == "half of it frozen":
+        policy.language_model.transformer.h[0].requires_grad_(False)
+    start = {name: parameter.detach().clone() for name, parameter in policy.named_parameters()}
+    train_all(policy, settings(n_updates=2, learning_rate=1e-3))
+    moved = {name for name, parameter in policy.named_parameters() if not torch.equal(parameter, start[name])}
+    assert moved == {name for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    assert (len(moved) < len(start)) == (kind == "half of it frozen")
 
 
 def test_each_update_uses_its_own_learning_rate():
