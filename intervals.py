@@ -27,7 +27,7 @@ def wilson_interval(count: int, n: int) -> tuple[float, float]:
     share = count / n
     centre = (share + Z**2 / (2 * n)) / (1 + Z**2 / n)
     half = Z * math.sqrt(share * (1 - share) / n + Z**2 / (4 * n**2)) / (1 + Z**2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return min(share, max(0.0, centre - half)), max(share, min(1.0, centre + half))  # holds the share, rounded or not
 
 
 def paired_share_interval(gained: int, lost: int, n: int) -> tuple[float, float]:

@@ -92,3 +92,11 @@ def test_a_paired_difference_of_shares_covers_the_truth():
         low, high = paired_share_interval(gained=0, lost=int(lost), n=30)
         held += low <= -0.10 <= high
     assert 0.93 <= held / 1000 <= 0.99
+
+
+def test_an_interval_of_a_share_holds_the_share():
+    """Also where rounding would put an end just short of 0 or 1, which no figure could draw."""
+    for n in range(1, 500):
+        for count in {0, 1, n // 2, n}:
+            low, high = wilson_interval(count, n)
+            assert 0 <= low <= count / n <= high <= 1
