@@ -42,7 +42,7 @@ def generate(config: Config, reward_model_path: str) -> None:
     config = replace(config, prompt_tokens=0)  # they are for cutting training texts down to openings
     device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
-    policy = load_policy(config, config.output_dir, device).eval()
+    policy = load_policy(config, config.output_dir, device, flag="output_dir").eval()
     terms = terms_to_write(config, reward_model_path, device, policy.separator)
     to_answer = partial(make_all_prompts, config=config, tokenizer=tokenizer, room=prompt_room(config, policy))
     prompts = to_answer(given) if given else (prompt for row in typed_rows(config) for prompt in to_answer([row]))

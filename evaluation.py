@@ -347,7 +347,7 @@ def load_policies(config: Config, paths: dict[str, str], device: torch.device):
         first = first or tokenizer
         if tokenizer.get_vocab() != first.get_vocab():
             raise UsageError(f"--{flag} {path} has another vocabulary than the first policy, which scores its tokens")
-        policies[name] = load_policy(config, path, device, adapter).eval()
+        policies[name] = load_policy(config, path, device, adapter, flag).eval()
         if policies[name].is_encoder_decoder != next(iter(policies.values())).is_encoder_decoder:
             raise UsageError(f"--{flag} {path} is of another family than the first policy, whose prompts it would get")
     return first, policies

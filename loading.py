@@ -297,15 +297,20 @@ def keep_in_train_mode(module: torch.nn.Module) -> None:
 
 
 def load_language_model(
-    path: str, dtype: str, device: torch.device, in_8bit: bool = False, in_4bit: bool = False
+    path: str,
+    dtype: str,
+    device: torch.device,
+    in_8bit: bool = False,
+    in_4bit: bool = False,
+    flag: str = "base_model_name",
 ) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, in the given dtype rather than the one it was stored in."""
     settings = quantized(device, in_8bit, in_4bit)
-    config = prepare_config(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
+    config = prepare_config(load(transformers.AutoConfig.from_pretrained, flag, path))
     factory = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     settings["config"] = config
     settings["dtype"] = getattr(torch, dtype)
-    model = load_weights(factory, "base_model_name", path, **settings)
+    model = load_weights(factory, flag, path, **settings)
     if not (in_8bit or in_4bit):
         return model.to(device)
     for module in model.modules():
@@ -373,18 +378,20 @@ def with_adapter(language_model: PreTrainedModel, path: str, base: str) -> PreTr
     return adapted
 
 
-def load_critic(kind: str, run: str | None, base_model: str, device: torch.device) -> PreTrainedModel | None:
+def load_critic(
+    kind: str, run: str | None, base_model: str, device: torch.device, flag: str = "base_model_name"
+) -> PreTrainedModel | None:
     """The critic's own trunk: the one that a run saved, or a copy of the base model's; None for a shared one."""
     if kind == "shared":
         return None
     path = base_model if run is None else str(Path(run) / "critic")
     factory = transformers.AutoModel if kind == "separate" else transformers.AutoModelForTextEncoding
-    critic_config = prepare_config(load(transformers.AutoConfig.from_pretrained, "base_model_name", path))
+    critic_config = prepare_config(load(transformers.AutoConfig.from_pretrained, flag, path))
     if kind == "encoder" and run is None and not critic_config.is_encoder_decoder:
         raise UsageError(
             f"--critic encoder is for encoder-decoders; {path} has no encoder: --critic separate or shared"
         )
-    critic = load_weights(factory, "base_model_name", path, config=critic_config, dtype=torch.float32)
+    critic = load_weights(factory, flag, path, config=critic_config, dtype=torch.float32)
     return critic.to(device)
 
 
@@ -402,14 +409,18 @@ def load_value_head(policy: PolicyModel, run: str) -> None:
         policy.value_head.load_state_dict(load_file(value_head, device=str(policy.device)))
 
 
-def load_base(config: Config, path: str, device: torch.device, adapter: str) -> PreTrainedModel:
+def load_base(
+    config: Config, path: str, device: torch.device, adapter: str, flag: str = "base_model_name"
+) -> PreTrainedModel:
     """The language model at `path`, under the adapter that the folder holds, or else the one at `adapter`, if any."""
     base = base_of(path)
     if adapter and base != path:
-        raise UsageError(f"--base_model_name {path} is an adapter itself; --peft_model_path {adapter} cannot be added")
+        raise UsageError(f"--{flag} {path} is an adapter itself; --peft_model_path {adapter} cannot be added")
     adapter = adapter if base == path else path
-    language_model = load_language_model(base, config.dtype, device, config.load_in_8bit, config.load_in_4bit)
-    check_can_be_sampled(language_model, base)
+    base_flag = flag if base == path else "base_model_name"
+    bits = (config.load_in_8bit, config.load_in_4bit)
+    language_model = load_language_model(base, config.dtype, device, *bits, flag=base_flag)
+    check_can_be_sampled(language_model, base, base_flag)
     return with_adapter(language_model, adapter, base) if adapter else language_model
 
 
@@ -421,13 +432,15 @@ def with_value_head(
         return PolicyModel(language_model, critic, critic_kind, mixed_precision)
 
 
-def load_policy(config: Config, path: str, device: torch.device, adapter: str = "") -> PolicyModel:
+def load_policy(
+    config: Config, path: str, device: torch.device, adapter: str = "", flag: str = "base_model_name"
+) -> PolicyModel:
     """A policy as its folder says that it is: a whole model, or an adapter with the model that it names, with critic
     and value head where a run left them there. `adapter` is put on a whole model.
     """
     kind = saved_critic_kind(path, config.critic)
-    critic = load_critic(kind, path, base_of(path), device) if kind else None
-    policy = with_value_head(load_base(config, path, device, adapter), critic, kind or "shared", config)
+    critic = load_critic(kind, path, base_of(path), device, flag) if kind else None
+    policy = with_value_head(load_base(config, path, device, adapter, flag), critic, kind or "shared", config)
     if kind:
         load_value_head(policy, path)
     return policy
@@ -454,12 +467,12 @@ def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     return policy
 
 
-def check_can_be_sampled(language_model: PreTrainedModel, path: str) -> None:
+def check_can_be_sampled(language_model: PreTrainedModel, path: str, flag: str = "base_model_name") -> None:
     """Raise UsageError for a model that cannot be read as `PolicyModel` and `sample` read it, seen on a few tokens:
     with positions counted from 0, with a key/value cache, and with one that lasts when rows leave it.
     """
     config = language_model.config
-    problem = f"--base_model_name {path} ({config.model_type})"
+    problem = f"--{flag} {path} ({config.model_type})"
     if config.is_encoder_decoder and config.decoder_start_token_id is None:
         raise UsageError(f"{problem}: its configuration has no decoder_start_token_id to begin with")
     with one_sentence(f"{problem} cannot be run"):

@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -286,6 +287,8 @@ def test_a_layer_without_weights_is_refused(family_folder, loads):
     with pytest.raises(UsageError) as caught:
         loads(Config(), str(family_folder), CPU)
     assert_one_sentence(caught.value, f"--base_model_name {family_folder} lacks {layer}", "more of a ", "a whole model")
+    with pytest.raises(UsageError, match=rf"--output_dir {family_folder} lacks {re.escape(layer)}"):
+        load_policy(Config(), str(family_folder), CPU, flag="output_dir")
 
 
 @pytest.mark.parametrize("n_layers", [1, 3])
