@@ -165,7 +165,7 @@ def output_rows(prompts: list[Prompt], responses: list[str], terms: dict, config
         texts = [prompt.text for prompt in prompts]
         total, _ = total_reward(terms, texts, responses, [prompt.row for prompt in prompts], config)
         rewards = total.tolist()
-    except (RunError, RuntimeError, MemoryError) as error:
+    except (RunError, UsageError, RuntimeError, MemoryError) as error:
         rewards = [None] * len(rows)
         problem = str(error) or type(error).__name__
     return [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)], problem

@@ -1,13 +1,14 @@
 """What a run leaves on disk: folders that appear whole or not at all, and where each stage's folder is."""
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -77,14 +78,20 @@ def whole_folder(path: Path, replaces: str = "") -> Iterator[Path]:
     try:
         scratch.mkdir(parents=True)
         yield scratch
+        mode = usual_mode()
         for file in scratch.rglob("*"):
             if file.is_file():
-                file.chmod(usual_mode())  # safetensors lets nobody else read what it writes
+                with suppress(OSError):  # some file systems know no modes
+                    file.chmod(mode)  # safetensors lets nobody else read what it writes
                 flush_to_disk(file)
         if replaces and (path / replaces).exists():
             shutil.rmtree(path)
         scratch.rename(path)
     except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in (errno.ENOTEMPTY, errno.EEXIST):
+            raise RunError(
+                f"{path} was made by another run meanwhile; start again, and it is used if it fits"
+            ) from None
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"{path} cannot be written: {reason}") from None
     finally:
@@ -257,6 +264,10 @@ def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = 
     if not runs and output_dir and run_above(own) != own and (run_above(own) / marker).exists():
         raise UsageError(f"{problem} no policy any more: that run is over, and has it in {run_above(own)}")
     if not runs:
+        if output_dir and (run_above(Path(output_dir)) / "run_config.json").exists():
+            raise UsageError(
+                f"{problem} a run that was not finished, and no policy: with --eval_every it has the best so far"
+            )
         raise UsageError(f"{problem} no trained run; run `python main.py --task train` first")
     return max(runs, key=lambda run: (run / marker).stat().st_mtime)
 

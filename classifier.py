@@ -20,6 +20,7 @@ from checkpoint import notice, stage_folder
 from config import Config, UsageError
 from dataset import column, load_rows, pad
 from device import prepare_device
+from intervals import wilson_interval
 from loading import load_tokenizer, load_weights
 from plot import plot_reliability
 from probe import context_length, special_ends
@@ -235,6 +236,12 @@ def run_reward(config: Config, base_model: str) -> Path:
     save_stage(folder, model, tokenizer, config, source, **figures)
     certainties, is_right = results.certainty.tolist(), results.is_right.tolist()
     figure = plot_reliability(folder, certainties, is_right, n_labels=max(2, len(names)), notice=notice(config))
+    n_right, chance = sum(is_right), 1 / max(2, len(names))
+    if wilson_interval(n_right, len(is_right))[0] <= chance:
+        print(
+            "warning: the reward model may be no better than chance: "
+            f"it is right about {n_right} of {len(is_right)} held-out rows"
+        )
     accuracy = told_accuracy(n_rows=len(held_out), **figures)
     print(f"reward model: held-out accuracy {accuracy}, in {folder} (reliability: {figure})")
     return folder

@@ -20,6 +20,8 @@ from typing import get_args
 
 import yaml
 
+from progress import tell
+
 
 class UsageError(Exception):
     """What the user asked for cannot be done; the message says why in a sentence."""
@@ -420,7 +422,7 @@ def read_config_file(path: str) -> dict:
         raise UsageError(f"--config {path} cannot be read: {first_line(error)}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"--config {path} holds a {type(settings).__name__}, expected field names and values")
-    return {name: None if value in ("null", "~") else value for name, value in settings.items()}
+    return {name: None if value in ("", "null", "Null", "NULL", "~") else value for name, value in settings.items()}
 
 
 class Parser(argparse.ArgumentParser):
@@ -510,6 +512,7 @@ def asks_classifier(config: Config) -> bool:
 
 
 WITHOUT_EFFECT = {  # settings: when they change nothing, and why
+    "base_model_name": (lambda config: config.task == "generate", "the model is that of the run (--output_dir)"),
     "reward_model_path reward_label reward_output reward_input reward_in_8bit": (
         lambda config: config.task == "train" and not asks_classifier(config),
         "no reward model is asked: name reward_model in --reward_weights to have it count",
@@ -519,7 +522,7 @@ WITHOUT_EFFECT = {  # settings: when they change nothing, and why
         "the length has no weight: name length in --reward_weights",
     ),
     "merge": (
-        lambda config: not config.has_adapter,
+        lambda config: not config.has_adapter and not (Path(config.base_model_name) / "adapter_config.json").exists(),
         "there is no adapter to fold in (--lora_r, --peft_model_path)",
     ),
     "lora_alpha": (lambda config: not config.lora_r, "there is no new adapter (--lora_r)"),
@@ -527,7 +530,7 @@ WITHOUT_EFFECT = {  # settings: when they change nothing, and why
     "kl_horizon": (lambda config: not config.kl_target, "--kl_coef is fixed (--kl_target)"),
     "n_updates": (lambda config: config.epochs, "--epochs says how long to train"),
     "sft_steps": (lambda config: config.sft_epochs, "--sft_epochs says how long to train"),
-    "vocab_size context_length n_layer n_embd n_head": (
+    "vocab_size n_layer n_embd n_head": (
         lambda config: not config.trains_from_scratch,
         "no model is made here, --base_model_name is",
     ),
@@ -566,7 +569,7 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
     task = given.get("task", Config.task)
     unread = [f"--{name}" for name in given if task in TASKS and not is_read(specs[name], task)]
     if unread:
-        print(f"note: --task {task} does not read {', '.join(unread)}")
+        tell(f"note: --task {task} does not read {', '.join(unread)}")
     from_file = read_config_file(path) if path else {}
     for name in from_file:
         if name not in specs:
@@ -578,8 +581,8 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
     known = {name: value for name, value in base.items() if name in specs}  # an older run may have had others
     lent = {name: coerce(specs[name], value) for name, value in known.items()}
     config = Config(**(lent | settings))
-    for note in notes(config, settings):
-        print(note)
+    for note in notes(config, [name for name in settings if is_read(specs[name], config.task)]):
+        tell(note)
     return config
 
 

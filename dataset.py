@@ -32,6 +32,8 @@ FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parque
 class Row(dict):
     """A row of the data, by column, and its number in the file: rows are shuffled."""
 
+    __slots__ = ("number",)
+
     def __init__(self, columns: dict, number: int) -> None:
         super().__init__(columns)
         self.number = number  # counted from 1

@@ -215,7 +215,7 @@ def respond(
 
 def not_finite(policy: PolicyModel) -> str:
     """What is told when a model's probabilities are no numbers: which of its weights is none, if one is."""
-    for name, weight in policy.named_parameters():
+    for name, weight in policy.language_model.named_parameters():
         if not weight.isfinite().all():
             return f"the model's probabilities are no numbers, as its weight {name} holds NaN or infinity"
     return (

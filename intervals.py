@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+BLOCK = 10**6  # indices that are drawn at a time
 Z = 1.96  # a normal variable is within so many standard deviations of its mean 95 times in 100
 
 
@@ -14,8 +15,10 @@ def bootstrap_interval(statistic: Callable, n: int, seed: int = 0, draws: int = 
     `statistic` takes indices of rows, (draws, n), and gives its value for each draw, (draws,). One of two policies'
     responses to the same prompts, such as the difference of their means, is paired: a prompt is drawn for both or none.
     """
-    picks = np.random.default_rng(seed).integers(0, n, (draws, n))
-    low, high = np.quantile(statistic(picks), [0.025, 0.975])
+    rng = np.random.default_rng(seed)
+    rows = max(1, BLOCK // n)
+    blocks = [statistic(rng.integers(0, n, (min(rows, draws - start), n))) for start in range(0, draws, rows)]
+    low, high = np.quantile(np.concatenate(blocks), [0.025, 0.975])
     return float(low), float(high)
 
 

@@ -5,10 +5,11 @@ import functools
 import importlib.util
 import math
 import os
+import types
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import huggingface_hub
@@ -37,7 +38,7 @@ NO_ERRORS = {  # of `cached_file`: None for what is not there
 }
 
 
-OLD_CONSTANTS = ("masked_bias", "position_ids", "inv_freq", "causal_mask", "version")  # once saved beside the weights
+OLD_CONSTANTS = ("attn.bias", "masked_bias", "position_ids", "inv_freq", "causal_mask", "version")  # once saved, too
 
 
 @functools.cache
@@ -107,20 +108,22 @@ def load_weights(
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = load(factory.from_pretrained, flag, path, **settings)
 
-    def part(key: str) -> str:
-        return key.removeprefix(f"{model.base_model_prefix}.").split(".")[0]
+    trunk = f"{model.base_model_prefix}."
 
-    missing, weights = set(found["missing_keys"]), model.state_dict().keys()
-    if is_new:
-        begun = {part(key) for key in weights - missing}
-        missing = {key for key in missing if part(key) in begun}
+    def part(key: str) -> str:
+        return key.removeprefix(trunk).split(".")[0]
+
+    def is_asked(key: str) -> bool:
+        return not is_new or (key.startswith(trunk) and part(key) != "pooler")
+
+    missing = {key for key in found["missing_keys"] if is_asked(key) and not is_computed(model, key)}
     if missing:
         kind = type(model).__name__
         raise UsageError(f"--{flag} {path} lacks {listed(missing)} of a {kind}; expected {expected}")
-    for name, stored, asked in sorted(found["mismatched_keys"]):
+    for name, stored, asked in sorted(key for key in found["mismatched_keys"] if is_asked(key[0])):
         raise UsageError(f"--{flag} {path}: {name} has shape {tuple(stored)}, by its config.json {tuple(asked)}")
     constants_of_model = {name for name, _ in model.named_buffers()}
-    parts = {part(key) for key in weights}
+    parts = {part(key) for key in model.state_dict() if is_asked(key)}
     homeless = {
         key
         for key in set(found["unexpected_keys"]) - constants_of_model
@@ -129,6 +132,11 @@ def load_weights(
     if homeless:
         raise UsageError(f"--{flag} {path} holds {listed(homeless)}, for which there is no place by its config.json")
     return model
+
+
+def is_computed(model: PreTrainedModel, key: str) -> bool:
+    """Whether a weight is a table of sines that its module works out, so that not all files have it."""
+    return "Sinusoidal" in type(model.get_submodule(key.rpartition(".")[0])).__name__
 
 
 def listed(names: set[str], most: int = 3) -> str:
@@ -162,7 +170,9 @@ def check_is_whole(path: str, flag: str) -> None:
 
 def has_file(path: str, name: str) -> bool:
     """Whether a folder or a Hub repository has a file of that name."""
-    return path != "" and cached_file(path, name, **NO_ERRORS) is not None
+    with suppress(OSError):  # of what can be no name of a repository
+        return path != "" and cached_file(path, name, **NO_ERRORS) is not None
+    return False
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, problem: str) -> None:
@@ -293,7 +303,11 @@ def keep_in_train_mode(module: torch.nn.Module) -> None:
     activations of 8 bits as well, so that an update would not score as sampling does. It has nothing that is random.
     """
     module.training = True
-    module.train = lambda mode=True: module
+    module.train = types.MethodType(same, module)
+
+
+def same(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    return module
 
 
 def load_language_model(
@@ -311,13 +325,12 @@ def load_language_model(
     settings["config"] = config
     settings["dtype"] = getattr(torch, dtype)
     model = load_weights(factory, flag, path, **settings)
-    if not (in_8bit or in_4bit):
-        return model.to(device)
     for module in model.modules():
-        if in_8bit and type(module).__name__ == "Linear8bitLt":
+        if type(module).__name__ == "Linear8bitLt":  # also where the files say so
+            module.state.threshold = 0.0
             keep_in_train_mode(module)
         module.support_avx512bf16_for_cpu = False  # else 4-bit weights are repacked, and the gradient is lost
-    return model
+    return model if in_8bit or in_4bit else model.to(device)
 
 
 def adapter_settings(path: str, base: str, name: str):

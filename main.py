@@ -10,7 +10,9 @@ if __name__ == "__main__":
         os.write(2, b"error: interrupted\n")
         os._exit(130)
 
-    _signal.signal(_signal.SIGINT, stop_at_once)  # until there is something to put in order
+    is_interruptible = _signal.getsignal(_signal.SIGINT) is not _signal.SIG_IGN  # as of a job in the background
+    if is_interruptible:
+        _signal.signal(_signal.SIGINT, stop_at_once)  # until there is something to put in order
 
 import signal
 from contextlib import suppress
@@ -60,7 +62,7 @@ def begin() -> None:
     """Let an interruption be raised where the work is, which puts in order what it has begun. It is not raised among
     imports, some of which drop it and go on.
     """
-    if __name__ == "__main__":
+    if __name__ == "__main__" and is_interruptible:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -123,11 +125,11 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         message, exit_code = OUT_OF_MEMORY, 1
     except BrokenPipeError:
-        return 128 + signal.SIGPIPE
+        return 141  # 128 and SIGPIPE, which not every system has
     except OSError as error:
         if error.errno is None:  # a library's own, and no answer of the system
             raise
-        place = error.filename or "standard output, or a file, cannot be written"  # of a stream no name is given
+        place = error.filename or "standard output, a file or a folder cannot be used"  # of a stream no name is given
         message, exit_code = f"{place}: {error.strerror}", 1
     except KeyboardInterrupt:
         message, exit_code = "interrupted", 128 + signal.SIGINT
@@ -152,13 +154,14 @@ def close_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except OSError:
+        except (OSError, ValueError):  # ValueError of one that a reward function has closed
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":
     open_streams()
     exit_code = main()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be put in order
+    if is_interruptible:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be put in order
     close_streams()
     sys.exit(exit_code)

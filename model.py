@@ -97,8 +97,8 @@ class PolicyModel(nn.Module):
     ) -> TokenOutputs:
         """log π(y_t | x, y_<t) at the sampling temperature, and V(x, y_<t), for every response position.
 
-        Columns beyond `response_mask` hold finite numbers without meaning. Logits are taken to float32 before the
-        softmax; no (batch, time, vocab) tensor outlives the call. Raises ValueError unless temperature > 0.
+        Columns beyond `response_mask` hold numbers without meaning, -inf among them. Logits are taken to float32 before
+        the softmax; no (batch, time, vocab) tensor outlives the call. Raises ValueError unless temperature > 0.
         """
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")

@@ -31,7 +31,7 @@ class Gap(NamedTuple):
 TOLERANCES = {  # behind them, what sampling and scoring differed by with a Llama of 135 million parameters
     "float32": Gap(mean=1e-3, most=1e-3),  # 5e-6, 2e-5
     "float16": Gap(mean=0.02, most=0.2),  # 0.005, 0.04
-    "bfloat16": Gap(mean=0.1, most=0.5),  # 0.036, 0.3
+    "bfloat16": Gap(mean=0.1, most=1.0),  # 0.036, 0.3; the larger the batch, the further off is its worst token
     "8 bits": Gap(mean=0.1, most=3.0),  # 0.038, 1.3 where activations are of 8 bits, too
 }
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
@@ -57,7 +57,11 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     if comes_later and not config.trains_from_scratch:
         check_start(config)
     if trains_reward:
-        check_labels(rows, held_out, config)
+        try:
+            check_labels(rows, held_out, config)
+        except UsageError as error:
+            hint = "; or name what rewards, --reward_fn or --reward_model_path" if config.task == "train" else ""
+            raise UsageError(f"{error}{hint}") from None
     if config.task == "train" and config.trains_from_scratch:
         check_lengths(config)
 

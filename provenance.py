@@ -54,9 +54,11 @@ def fingerprint(hashes: list[str]) -> dict:
 
 
 def weights_hash(path: str) -> str:
-    """One hash for all weights in a folder; empty for what is no folder, such as a Hub id."""
+    """One hash for all weights of the model in a folder; empty for what is no folder, such as a Hub id."""
     total = hashlib.sha256()
-    for file in sorted([*Path(path).glob("*.safetensors"), *Path(path).glob("*.bin")]):
+    folder = Path(path)
+    files = [*folder.glob("model*.safetensors"), *folder.glob("adapter_model*")] or folder.glob("pytorch_model*.bin")
+    for file in sorted(files):
         with file.open("rb") as opened:
             total.update(hashlib.file_digest(opened, "sha256").digest())
     return total.hexdigest() if path and Path(path).is_dir() else ""
@@ -143,7 +145,7 @@ def check_rows(config: Config, path: str, trained_on: dict, part: str) -> None:
         if other != part:
             hashes = row_hashes(load_rows(config, other), trained_on["columns"])
             others[other] = sum(each in before for each in hashes)
-    moved = ", ".join(f"{count:,} are for {other} now" for other, count in others.items() if count)
+    moved = ", ".join(f"{other} has {count:,} now" for other, count in others.items() if count)
     same = f"{len(before.intersection(now)):,} of them the same" + (moved and f"; of the old ones {moved}")
     own_name = "" if part == "judge" else ", or a --run_name of its own to this run"
     raise UsageError(
@@ -184,7 +186,7 @@ def overlaps_of_named(config: Config) -> list[str]:
     if config.task == "train":
         given += [config.peft_model_path, config.reward_model_path]
     known = [path for path in given if path and read_record(run_above(Path(path)))]
-    if not known:
+    if not known or not config.dataset_path:  # reviews made here are alike by chance
         return []
     limits = {"validation": config.eval_samples, "test": config.eval_samples}
     if config.trains_from_scratch:

@@ -15,7 +15,7 @@ from train import Rollout
 
 WINDOW = 128  # responses, and two rollouts, at least: alarms compare the latest so many with the first
 
-FAR = 10.0  # nats a response from the reference, that a reward should have risen for
+FAR, FAR_A_TOKEN = 10.0, 0.2  # nats further from the reference, a response and a token: a reward should have risen
 
 # What a higher reward must not be bought with. Statistic: its name and its bounds in words, and whether it keeps them.
 LIMITS = {
@@ -88,12 +88,12 @@ def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
     error = math.sqrt(squared_error(first, batch_size) + squared_error(latest, batch_size))
     rise = now["reward"] - start["reward"]
     raised = bought_dearly(start, now) if rise > 2 * error else {}
-    if rise <= 2 * error and now["kl_k1"] > FAR:
+    if rise <= 2 * error and now["kl_k1"] - start["kl_k1"] > max(FAR, FAR_A_TOKEN * now["response_length"]):
         raised["kl"] = (
             f"the policy is {now['kl_k1']:.3g} nats a response from the reference, and the reward has not risen: "
             f"it was {start['reward']:.3g} and is {now['reward']:.3g}"
         )
-    if rise < -4 * error:
+    if rise < -4 * error - 1e-3 * abs(start["reward"]):
         raised["reward"] = f"the reward fell from {start['reward']:.3g} to {now['reward']:.3g}"
     if now["explained_variance"] < -10 and now["value_loss"] > 10 * start["value_loss"]:
         raised["value_loss"] = (

@@ -102,7 +102,6 @@ def length_term(text: str) -> RewardTerm:
 # --------------------------------------------------------------------------------------------------------------------
 
 SHARED = (  # what one's code may change for all: how it is read, and how it is set again
-    (os.getcwd, os.chdir),
     (lambda: sys.stdout, lambda stream: setattr(sys, "stdout", stream)),
     (lambda: sys.stderr, lambda stream: setattr(sys, "stderr", stream)),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -121,6 +120,7 @@ def on_its_own(spec: str, problem: str, kind: type[Exception]) -> Iterator[None]
 
     Random numbers are not put back: none of ours come from the global generators, and its own are to go on.
     """
+    folder = os.getcwd()
     before = [read() for read, _ in SHARED]
     try:
         yield
@@ -132,6 +132,7 @@ def on_its_own(spec: str, problem: str, kind: type[Exception]) -> Iterator[None]
         where = f" ({path}, line {place})" if place else ""
         raise kind(f"{problem} {type(error).__name__}: {first_line(error)}{where}") from error
     finally:
+        os.chdir(folder)  # without a look at where it is now, which may be nowhere
         for (read, write), value in zip(SHARED, before, strict=True):
             if read() != value:
                 write(value)

@@ -75,12 +75,12 @@ def run_main(*arguments) -> int:
 
 def assert_refused(capsys, folder: Path, arguments: list, *words: str) -> None:
     """The command ends with code 2 and one sentence on standard error that has the words, below the line that names the
-    run, if it uses one; the folder is as before.
+    run, if it uses one, and notes; the folder is as before.
     """
     before = listing(folder)
     code = run_main(*arguments)
-    said = capsys.readouterr().err
-    errors = said.partition("\n")[2] if said.startswith("using ") else said
+    said = capsys.readouterr().err.splitlines(keepends=True)
+    errors = "".join(line for line in said if not line.startswith(("using ", "note: ")))
     assert code == 2, (code, errors)
     assert errors.startswith("error: ") and errors.endswith("\n") and len(errors.splitlines()) == 1, errors
     for word in words:

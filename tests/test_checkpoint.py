@@ -86,6 +86,18 @@ def test_saved_files_have_the_mode_that_the_umask_gives(umask, mode, tmp_path):
         assert (tmp_path / "model" / file).stat().st_mode & 0o777 == mode
 
 
+def test_a_folder_is_saved_where_modes_cannot_be_set(tmp_path, monkeypatch):
+    """As on some network drives: a finished policy is worth more than its mode."""
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("pathlib.Path.chmod", refuse)
+    with whole_folder(tmp_path / "model") as scratch:
+        (scratch / "a.json").write_text("{}")
+    assert (tmp_path / "model/a.json").read_text() == "{}"
+
+
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
 def test_whole_folder_leaves_nothing_behind_an_exception(error, tmp_path):
     with pytest.raises(type(error)), whole_folder(tmp_path / "model") as scratch:
@@ -103,7 +115,8 @@ def test_whole_folder_tells_a_full_disk_in_one_sentence_and_leaves_nothing(tmp_p
 def test_whole_folder_keeps_what_is_there_already(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "weights").write_text("old")
-    with pytest.raises(RunError), whole_folder(tmp_path / "model") as scratch:
+    words = "model was made by another run meanwhile; start again"
+    with pytest.raises(RunError, match=words), whole_folder(tmp_path / "model") as scratch:
         (scratch / "weights").write_text("new")
     assert names(tmp_path) == {"model", "model/weights"}
     assert (tmp_path / "model" / "weights").read_text() == "old"
@@ -337,3 +350,9 @@ def test_a_reward_model_of_other_data_is_not_reused(change, tmp_path):
     assert trained_stage(micro_config(), str(tmp_path), "reward")
     with pytest.raises(UsageError, match=f"--{next(iter(change))} "):
         trained_stage(micro_config(**change), str(tmp_path), "reward")
+
+
+def test_a_run_that_was_not_finished_is_called_so(tmp_path):
+    (tmp_path / "run_config.json").write_text("{}")
+    with pytest.raises(UsageError, match="a run that was not finished, and no policy: with --eval_every"):
+        newest_run(str(tmp_path))

@@ -304,6 +304,17 @@ def test_the_reliability_axis_begins_where_the_labels_let_it(chosen, n_labels, c
     assert drawn == [{"n_labels": n_labels, "notice": notice(config)}]
 
 
+@pytest.mark.parametrize(("n_right", "is_told"), [(5, True), (10, True), (18, False)])
+def test_a_reward_model_that_may_only_guess_is_told_on(n_right, is_told, chain, tmp_path, monkeypatch, capsys):
+    is_right = torch.arange(20) < n_right
+    results = classifier.Predictions(certainty=torch.ones(20), is_right=is_right)
+    monkeypatch.setattr(classifier, "held_out_predictions", lambda *_: (results, {"accuracy": n_right / 20}))
+    monkeypatch.setattr(classifier, "plot_reliability", lambda *_, **named: "")
+    config = micro_config(task="reward", reward_steps=1, output_dir=str(tmp_path / "reward"))
+    run_reward(config, str(chain.root / "saved_models/tiny/sft"))
+    assert ("warning: the reward model may be no better than chance" in capsys.readouterr().out) == is_told
+
+
 def test_held_out_texts_are_cut_to_the_length_that_was_learned(chain, tmp_path, monkeypatch):
     """20 tokens here, where the model could read 48."""
     lengths, nothing = [], classifier.Predictions(certainty=torch.ones(2), is_right=torch.ones(2, dtype=torch.bool))

@@ -762,9 +762,11 @@ def test_flags_of_the_tests_are_the_settings_of_the_tests():
 
 def test_a_flag_that_the_task_does_not_read_is_named(capsys):
     config.parse_args(["--task", "train", "--learning_rate", "1e-3", "--policies", "a=b", "--num_samples", "2"])
-    assert capsys.readouterr().out == "note: --task train does not read --policies, --num_samples\n"
+    assert capsys.readouterr().err == "note: --task train does not read --policies, --num_samples\n"
     config.parse_args(["--task", "sft", "--learning_rate", "1e-3"])
-    assert capsys.readouterr().out == "note: --task sft does not read --learning_rate\n"
+    assert capsys.readouterr().err == "note: --task sft does not read --learning_rate\n"
+    config.parse_args(["--task", "sft", "--lora_alpha", "3"])  # one note of it is enough
+    assert capsys.readouterr().err == "note: --task sft does not read --lora_alpha\n"
     config.parse_args(["--task", "train", "--learning_rate", "1e-3"])
     assert capsys.readouterr() == ("", "")
 
@@ -791,7 +793,7 @@ def test_a_flag_that_the_task_does_not_read_is_named(capsys):
 )
 def test_a_flag_without_effect_is_said_and_no_other(given, said, capsys):
     config.parse_args(["--task", "train", *given.split()])
-    (line,) = capsys.readouterr().out.splitlines()
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"note: {said}")
 
 
@@ -801,14 +803,18 @@ def test_a_flag_without_effect_is_said_and_no_other(given, said, capsys):
         "--reward_model_path r --reward_fn f.py:f --reward_weights reward_fn=1,reward_model=1",
         "--length_range 1,2 --reward_weights length=1,reward_model=1",
         "--merge --lora_r 2 --lora_alpha 3",
+        "--merge --base_model_name ADAPTER --context_length 64",
         "--kl_horizon 9 --kl_target 3",
         "--n_layer 3 --n_reviews 100 --n_updates 3 --label_column stars",
         "--chosen_column better --rejected_column worse",
     ],
 )
-def test_a_flag_with_effect_is_not_remarked_on(given, capsys):
+def test_a_flag_with_effect_is_not_remarked_on(given, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ADAPTER").mkdir()
+    (tmp_path / "ADAPTER/adapter_config.json").write_text("{}")
     config.parse_args(["--task", "train", *given.split()])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_settings_that_may_be_idle_are_settings():

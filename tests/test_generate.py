@@ -494,7 +494,7 @@ def test_probabilities_that_are_no_numbers_are_told_with_the_weight_that_is_none
     config = Config(task="generate", max_new_tokens=3, temperature=temperature)
     answer = partial(respond, policy, letter_tokenizer(), QUERIES, uniforms(0, "sampling", 0, (4, 3)), config)
     answer()
-    name, weight = list(policy.named_parameters())[-3]  # the value head's two come last
+    name, weight = list(policy.language_model.named_parameters())[-1]
     with torch.no_grad():
         weight[0] = math.nan
     with pytest.raises(RunError, match=rf"are no numbers, as its weight {re.escape(name)} holds NaN or infinity"):

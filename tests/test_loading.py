@@ -21,6 +21,9 @@ from transformers import (
     BertForSequenceClassification,
     EncoderDecoderConfig,
     GPT2Config,
+    GPT2ForSequenceClassification,
+    GPTJConfig,
+    GPTJForCausalLM,
     GPTNeoXConfig,
     LlamaConfig,
     MT5Config,
@@ -320,6 +323,34 @@ def test_other_heads_and_old_constants_in_the_files_are_nothing_to_refuse(family
     )
     after = load_policy(Config(), str(family_folder), CPU).state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_masks_that_older_versions_saved_are_nothing_to_refuse(tmp_path):
+    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32, "rotary_dim": 4}
+    GPTJForCausalLM(GPTJConfig(**sizes)).save_pretrained(tmp_path)
+    masks = {"transformer.h.0.attn.bias": torch.ones(1, 1, 32, 32), "transformer.h.0.attn.masked_bias": torch.ones(1)}
+    change_weights(tmp_path, **masks)
+    assert load_language_model(str(tmp_path), "float32", CPU).config.n_layer == 1
+
+
+@pytest.mark.parametrize("lost", ["", "transformer.wpe.weight"])
+def test_a_new_head_may_take_the_place_of_another_and_nothing_else_may_be_new(lost, tmp_path):
+    """A classifier of five labels as what one of two begins with; a lost table of positions is no head."""
+    sizes = {"vocab_size": VOCAB, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 32}
+    GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=5)).save_pretrained(tmp_path)
+    if not lost:
+        return check_two_labels(tmp_path)
+    change_weights(tmp_path, **{lost: None})
+    with pytest.raises(UsageError, match=r"lacks transformer\.wpe\.weight of a GPT2ForSequenceClassification"):
+        check_two_labels(tmp_path)
+
+
+def check_two_labels(folder: Path) -> None:
+    assert new_classifier(str(folder), {0: "bad", 1: "good"}, PAD).score.weight.shape == (2, 16)
+
+
+def test_what_can_be_no_name_of_a_repository_has_no_files():
+    assert not loading.has_file("../nope", "config.json") and not loading.has_file("a/b/c", "config.json")
 
 
 @pytest.mark.parametrize("kind", ["separate", "encoder"])

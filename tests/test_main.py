@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from importlib.metadata import version
@@ -70,6 +71,16 @@ def test_an_interruption_among_the_imports_ends_the_command(module, tmp_path):
     )
     done = run_command(tmp_path, "--task", "train", env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert (done.returncode, done.stderr) == (130, "error: interrupted\n")
+
+
+def test_a_job_that_was_started_deaf_to_interruptions_stays_so(tmp_path):
+    """As those that a shell's script puts in the background: an interruption is meant for what is in front."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(7)")
+    deaf = {
+        "env": os.environ | {"PYTHONPATH": str(tmp_path)},
+        "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    }
+    assert run_command(tmp_path, "--task", "train", **deaf).returncode == 7
 
 
 def test_an_interruption_of_the_work_is_raised_where_it_is_done(workplace):
@@ -153,7 +164,10 @@ def test_an_answer_of_the_system_is_told_in_a_sentence(workplace, update, capsys
     """With the file that it names; without one it is of the stream that everything is printed to."""
     for error, words in (
         (OSError(24, "Too many open files", "log.csv"), "error: log.csv: Too many open files"),
-        (OSError(28, "No space left on device"), "error: standard output, or a file, cannot be written: No space left"),
+        (
+            OSError(28, "No space left on device"),
+            "error: standard output, a file or a folder cannot be used: No space left",
+        ),
     ):
         update.side_effect = error
         assert run_main("--task", "train", *flags()) == 1
@@ -170,7 +184,7 @@ def test_what_cannot_be_printed_is_told(monkeypatch, capsys):
 
     monkeypatch.setattr(sys, "stdout", Full())
     assert run_main("--version") == 1
-    words = "error: standard output, or a file, cannot be written: No space left on device\n"
+    words = "error: standard output, a file or a folder cannot be used: No space left on device\n"
     assert capsys.readouterr().err == words
 
 

@@ -731,7 +731,7 @@ def test_a_reference_in_8_bits_has_its_policys_precision(tmp_path, monkeypatch):
 
     save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
     real = loading.load_language_model
-    monkeypatch.setattr(loading, "load_language_model", lambda *others, in_8bit=False: real(*others))
+    monkeypatch.setattr(loading, "load_language_model", lambda *others, in_8bit=False, **named: real(*others, **named))
     for kind in ("no", "bf16"):
         config = Config(mixed_precision=kind, reference_in_8bit=True)
         policy = new_policy(config, str(tmp_path), CPU)

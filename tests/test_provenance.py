@@ -112,7 +112,7 @@ def test_a_row_that_is_appended_makes_the_old_stages_unusable(own, capsys):
             TRAIN,
             f"error: saved_models/tiny-mine/{stage} was trained on 33 rows, and mine.jsonl now has 34 for it, ",
             " of them the same; of the old ones ",
-            "are for judge now",
+            "judge has ",
             f"or a --run_name of its own to this run, or move saved_models/tiny-mine/{stage} away",
         )
         (own / "saved_models/tiny-mine" / stage).rename(own / f"old-{stage}")

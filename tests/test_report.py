@@ -173,6 +173,20 @@ def test_far_from_the_reference_for_nothing_is_told():
     }
 
 
+def test_a_distance_that_was_there_from_the_start_or_is_little_a_token_is_not_told():
+    """An 8-bit reference is not what the policy starts as; 10 nats on 500 tokens are next to nothing."""
+    far = [row | {"kl_k1": 12.0} for row in BEGINNING]
+    assert alarms([*far, *[log_row(kl_k1=12.0)] * 2], 64) == {}
+    long = [row | {"response_length": 500.0} for row in BEGINNING]
+    assert alarms([*long, *[log_row(kl_k1=99.0, response_length=500.0)] * 2], 64) == {}
+    assert set(alarms([*long, *[log_row(kl_k1=103.0, response_length=500.0)] * 2], 64)) == {"kl"}
+
+
+def test_a_fall_of_a_constant_reward_by_rounding_is_none():
+    start = [log_row(reward=0.3)] * 2
+    assert alarms([*start, *[log_row(reward=0.3 - 3e-8)] * 2], 64) == {}
+
+
 def test_values_that_run_away_are_told_whatever_the_reward():
     """A critic that is worse than a constant is usual at first, and a loss near 0 can grow."""
     assert raised(*[log_row(reward=0.9, explained_variance=-11.0, value_loss=0.9)] * 2) == {}

@@ -388,6 +388,16 @@ def shared_state() -> list:
     ]
 
 
+def test_a_function_may_leave_the_process_in_a_folder_that_is_gone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    body = (
+        "import os, tempfile\ndef gone(prompts, responses, rows):\n    with tempfile.TemporaryDirectory() as folder:\n"
+    )
+    (tmp_path / "gone.py").write_text(body + "        os.chdir(folder)\n    return [2.0] * len(responses)\n")
+    assert load_reward_function("gone.py:gone")(["a"], ["b"], [{}]).tolist() == [2.0]
+    assert os.getcwd() == str(tmp_path)
+
+
 def test_what_a_function_changes_for_all_is_put_back(tmp_path):
     """When its file is run as when it is called, and where it raises something."""
     before = shared_state()
