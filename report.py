@@ -56,7 +56,7 @@ def rollout_stats(rollout: Rollout) -> dict[str, float]:
         "explained_variance": explained_variance(values=rollout.values, returns=rollout.returns, mask=mask).item(),
         "response_length": mask.sum(1).float().mean().item(),
         "distinct_bigrams": diversity(rollout.texts)["distinct_bigrams"],
-        "ref_perplexity": math.exp(-masked_mean(rollout.ref_logprobs, mask).item()),
+        "ref_perplexity": math.exp(min(-masked_mean(rollout.ref_logprobs, mask).item(), 700)),  # beyond, no float is
         "entropy": masked_mean(rollout.entropy, mask).item(),
         "ended": rollout.has_eos.float().mean().item(),
     }
@@ -88,7 +88,8 @@ def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
     error = math.sqrt(squared_error(first, batch_size) + squared_error(latest, batch_size))
     rise = now["reward"] - start["reward"]
     raised = bought_dearly(start, now) if rise > 2 * error else {}
-    if rise <= 2 * error and now["kl_k1"] - start["kl_k1"] > max(FAR, FAR_A_TOKEN * now["response_length"]):
+    gone = now["kl_k1"] - history[0]["kl_k1"]  # since before the first update: the second may be far already
+    if rise <= 2 * error and gone > max(FAR, FAR_A_TOKEN * now["response_length"]):
         raised["kl"] = (
             f"the policy is {now['kl_k1']:.3g} nats a response from the reference, and the reward has not risen: "
             f"it was {start['reward']:.3g} and is {now['reward']:.3g}"

@@ -173,6 +173,11 @@ def test_far_from_the_reference_for_nothing_is_told():
     }
 
 
+def test_a_policy_that_is_lost_with_the_first_update_is_told_on():
+    first = [log_row(kl_k1=0.0), log_row(kl_k1=453.0)]
+    assert set(alarms([*first, *[log_row(kl_k1=19.0)] * 2], 64)) == {"kl"}
+
+
 def test_a_distance_that_was_there_from_the_start_or_is_little_a_token_is_not_told():
     """An 8-bit reference is not what the policy starts as; 10 nats on 500 tokens are next to nothing."""
     far = [row | {"kl_k1": 12.0} for row in BEGINNING]
