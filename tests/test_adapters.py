@@ -356,6 +356,16 @@ def test_a_reference_in_8_bits_is_what_its_policy_starts_as(start, tmp_path):
     assert torch.equal(logprobs(reference), theirs)
 
 
+def test_weights_that_were_saved_in_8_bits_score_alike_in_training_too(tmp_path):
+    """No flag says that they are."""
+    BUILDERS["llama"](**WHOLE_BLOCKS["llama"]).save_pretrained(tmp_path / "base")
+    load_language_model(str(tmp_path / "base"), "float32", CPU, in_8bit=True).save_pretrained(tmp_path / "small")
+    policy = new_policy(Config(lora_r=4), str(tmp_path / "small"), CPU)
+    mask = mask_of(policy)
+    assert_close(logprobs(policy.train())[mask], logprobs(policy.eval())[mask], atol=1e-6)
+    assert {module.state.threshold for module in policy.modules() if hasattr(module, "state")} == {0.0}
+
+
 def test_4_bits_are_those_of_normally_distributed_weights():
     """NF4, whose levels are a normal distribution's quantiles, rounds such weights less than FP4 does."""
     bitsandbytes = pytest.importorskip("bitsandbytes")
