@@ -207,7 +207,7 @@ def gap_between(one: torch.Tensor, other: torch.Tensor, mask: torch.Tensor) -> G
     return Gap(mean=gaps.mean().item(), most=gaps.max().item())
 
 
-def is_within(gap: Gap, tolerance: Gap) -> bool:
+def is_close(gap: Gap, tolerance: Gap) -> bool:
     """Whether neither is exceeded; not of NaN. The mean is what gives a fault away among coarse numbers."""
     return gap.mean <= tolerance.mean and gap.most <= tolerance.most
 
@@ -240,17 +240,17 @@ def compare_logprobs(
     """Five log-probabilities of the same tokens, (batch, time), that must be one; RunError says which are not."""
     allowed = tolerance(config)
     gap = gap_between(sampled, scored, mask)
-    if not is_within(gap, allowed):
+    if not is_close(gap, allowed):
         raise RunError(
             f"sampling and scoring disagree by {gap.mean:.2g} nats a token and {gap.most:.2g} at most, expected "
             f"{allowed.mean:g} and {allowed.most:g}: likely causes are positions that count padding, a logits "
             "processor that only one of them applies, or a wrong shift"
         )
-    if not is_within(gap_between(scored_again, scored, mask), allowed):
+    if not is_close(gap_between(scored_again, scored, mask), allowed):
         ratio = ppo.importance_ratio(logprobs=scored_again, old_logprobs=scored, mask=mask)
         raise RunError(f"the importance ratio is {ratio.max().item():.4f} before any update, not 1: scoring is random")
     gap = gap_between(scored_again, padded, mask)
-    if not is_within(gap, allowed):
+    if not is_close(gap, allowed):
         raise RunError(
             f"three more columns of padding beside the prompts move a token's log-probability by {gap.most:.2g} nats: "
             "this family of models does not leave padding out, so that a row would depend on those beside it"
@@ -259,7 +259,7 @@ def compare_logprobs(
     if config.reference_in_8bit:
         told = f"{gap.mean:.2g} nats a token and {gap.most:.2g} at most"
         print(f"policy and 8-bit reference differ by {told} before any update")
-    elif not is_within(gap, allowed):
+    elif not is_close(gap, allowed):
         raise RunError(
             f"policy and reference differ by {gap.most:.2g} nats on a token before any update: other weights"
         )

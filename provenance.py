@@ -106,7 +106,7 @@ def usable_stage(config: Config, path: str, stage: str, part: str = "train") -> 
     if not record:
         print(f"note: {path} does not say on which rows it was trained; some may be held out now, to judge it by")
         return True
-    check_start(path, record["starts_from"])
+    check_starting_weights(path, record["starts_from"])
     check_rows(config, path, record["trained_on"], part)
     print(described(path, record))
     return True
@@ -117,7 +117,7 @@ def has_other_start(start: dict[str, str]) -> bool:
     return start["sha256"] != "" and weights_hash(start["path"]) not in ("", start["sha256"])
 
 
-def check_start(path: str, start: dict[str, str]) -> None:
+def check_starting_weights(path: str, start: dict[str, str]) -> None:
     """Raise UsageError if the stage started from weights that are not there any more, but others."""
     if has_other_start(start):
         raise UsageError(

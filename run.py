@@ -35,7 +35,7 @@ from preflight import (
     check_invariants,
     count_parameters,
     gap_of_policies,
-    is_within,
+    is_close,
     memory_estimate,
     show_samples,
     tolerance,
@@ -183,7 +183,7 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
         gap = gap_of_policies(saved, policy, fixed, prompts[: config.mini_batch_size], config)
     except (MemoryError, RuntimeError, UsageError) as error:  # the policy is there, whole, and the run has not failed
         return print(f"the policy in {folder} could not be loaded again and compared: {first_line(error)}")
-    if is_within(gap, tolerance(config)):
+    if is_close(gap, tolerance(config)):
         return
     told = (
         f"warning: the policy in {folder} is not the trained one: log-probabilities differ by up to {gap.most:.2g} nats"
