@@ -102,8 +102,8 @@ def load_weights(
     there, and leaves out what has no place, as with a configuration of another depth.
 
     Raises UsageError for weights that are missing or of another shape, and for those that a part of the model has no
-    place for. Files may have parts that the model lacks, as other heads have. With `is_new` the model may have parts
-    that its files lack altogether, such as a head to be trained.
+    place for. Files may have parts that the model lacks, as other heads have. With `is_new` the model's head and pooler
+    are to be trained, and need not be there, or be alike.
     """
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model, found = load(factory.from_pretrained, flag, path, **settings)

@@ -180,17 +180,15 @@ def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], c
         "query_ids": pad(drawn.query_ids, side, value=fixed.tokenizer.pad_token_id),
         "query_mask": pad(drawn.query_mask, side, value=False),
     }
-    scored = score_responses(policy, drawn, config).logprobs
-    compare_logprobs(
+    return compare_logprobs(
         config,
         mask=drawn.mask,
         sampled=drawn.logprobs,
-        scored=scored,
+        scored=score_responses(policy, drawn, config).logprobs,
         scored_again=policy(**rows).logprobs,
         padded=policy(**rows | more_padding).logprobs,
         reference=score_responses(fixed.reference, drawn, config).logprobs,
     )
-    return gap_between(drawn.logprobs, scored, drawn.mask)
 
 
 @torch.no_grad()
@@ -236,13 +234,16 @@ def compare_logprobs(
     scored_again: torch.Tensor,
     padded: torch.Tensor,
     reference: torch.Tensor,
-) -> None:
-    """Five log-probabilities of the same tokens, (batch, time), that must be one; RunError says which are not."""
+) -> Gap:
+    """Five log-probabilities of the same tokens, (batch, time), that must be one; RunError says which are not.
+
+    Returns by how much the first two differ.
+    """
     allowed = tolerance(config)
-    gap = gap_between(sampled, scored, mask)
-    if not is_close(gap, allowed):
+    drawn = gap_between(sampled, scored, mask)
+    if not is_close(drawn, allowed):
         raise RunError(
-            f"sampling and scoring disagree by {gap.mean:.2g} nats a token and {gap.most:.2g} at most, expected "
+            f"sampling and scoring disagree by {drawn.mean:.2g} nats a token and {drawn.most:.2g} at most, expected "
             f"{allowed.mean:g} and {allowed.most:g}: likely causes are positions that count padding, a logits "
             "processor that only one of them applies, or a wrong shift"
         )
@@ -263,6 +264,7 @@ def compare_logprobs(
         raise RunError(
             f"policy and reference differ by {gap.most:.2g} nats on a token before any update: other weights"
         )
+    return drawn
 
 
 def show_samples(rollout: Rollout, count: int = 3) -> None:

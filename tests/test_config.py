@@ -817,6 +817,14 @@ def test_a_flag_with_effect_is_not_remarked_on(given, capsys, tmp_path, monkeypa
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_model_named_to_generate_is_said_to_be_that_of_the_run(capsys):
+    config.parse_args(["--task", "generate", "--base_model_name", "gpt2"], lambda settings: {"output_dir": "run"})
+    assert (
+        capsys.readouterr().err
+        == "note: --base_model_name has no effect: the model is that of the run (--output_dir)\n"
+    )
+
+
 def test_the_settings_that_may_be_idle_are_settings():
     named = [name for names in config.WITHOUT_EFFECT for name in names.split()]
     assert set(named) | set(config.PATHS.split()) <= set(FIELDS) and len(named) == len(set(named))

@@ -65,6 +65,11 @@ def constant(value: float):
     return lambda prompts, responses, rows: torch.full((len(responses),), value)
 
 
+def test_a_term_that_is_given_two_weights_is_refused():
+    with pytest.raises(UsageError, match=r"--reward_weights 'length=1,reward_fn=1, length=2' gives length two weights"):
+        term_weights(micro_config(reward_weights="length=1,reward_fn=1, length=2"))
+
+
 def test_weights_are_read_from_text():
     def weights(text: str, **settings) -> dict[str, float]:
         return term_weights(micro_config(reward_weights=text, **settings))
