@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import check_writable, write_whole
 from config import Config, RunError, UsageError, template_fields
 from dataset import Row
 from device import prepare_device
+from files import check_writable, write_whole
 from generate import respond
 from loading import load_policy, load_tokenizer, one_sentence
 from model import PolicyModel

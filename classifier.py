@@ -16,10 +16,10 @@ from torch.nn.functional import logsigmoid
 from torchtyping import TensorType, is_float
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from checkpoint import notice, stage_folder
 from config import Config, UsageError
 from dataset import column, load_rows, pad
 from device import prepare_device
+from folders import notice, stage_folder
 from intervals import wilson_interval
 from loading import load_tokenizer, load_weights
 from plot import plot_reliability

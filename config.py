@@ -35,6 +35,14 @@ class RunError(Exception):
     exit_code = 1
 
 
+class Stopped(RunError):
+    """Work that was ended in good order, because a signal asked for it."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number  # as in a shell
+
+
 VERSION = "0.1.0"
 TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")
 USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finished run and its settings
@@ -64,8 +72,8 @@ READERS = {  # the tasks that read a group's settings, but for those of SOME_REA
     "generate": ("generate",),
 }
 SOME_READ = {  # tasks: the settings that these alone read
-    ("train",): "final_dir lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
-    "missing_eos_penalty whiten_scores normalize_scores score_clip",
+    ("train",): "resume save_every keep_checkpoints final_dir lora_r lora_alpha merge reference_in_8bit "
+    "gradient_checkpointing sft_first missing_eos_penalty whiten_scores normalize_scores score_clip",
     ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
     "prompt_template chat",
     ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
@@ -79,6 +87,8 @@ SOME_READ = {  # tasks: the settings that these alone read
     ("evaluate", "plot"): "policies",
 }
 
+
+MAY_CHANGE = "resume output_dir n_updates epochs save_every keep_checkpoints final_dir device dry_run"  # on --resume
 
 # settings that are, or begin with, a file or folder
 PATHS = "output_dir final_dir base_model_name peft_model_path dataset_path reward_model_path reward_fn prompts output"
@@ -106,6 +116,9 @@ class Config:
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
     matmul_precision: str = option("task", "auto", MATMUL_PRECISION, ("auto", "highest", "high", "medium"))
+    resume: bool = option("task", False, "go on with a run that was interrupted: the newest, or that of --output_dir")
+    save_every: int = option("task", 0, "updates between checkpoints; 0: as often as costs 1 % of the time", "[0, inf)")
+    keep_checkpoints: int = option("task", 2, "the newest so many are kept; 0: none is made, no resuming", "[0, inf)")
     dry_run: bool = option("task", False, "check all that can be, show three samples, write nothing")
 
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
@@ -552,7 +565,7 @@ def notes(config: Config, given: Iterable[str]) -> list[str]:
 
 
 def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict], dict] | None = None) -> Config:
-    """Resolve flags, file, and preset into a Config; a task that uses a run needs `run_settings` of checkpoint.py.
+    """Resolve flags, file, and preset into a Config; a task that uses a run needs `run_settings` of folders.py.
 
     Raises UsageError, which names the nearest valid choice, and SystemExit where --help or --version is all.
     """
@@ -576,14 +589,29 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
             raise UsageError(f"--config {path} has an unknown field {name!r}{nearest(str(name), specs)}")
     settings = {name: coerce(specs[name], value) for name, value in (from_file | given).items()}
     check_value(specs["preset"], settings.get("preset", ""))
-    uses_a_run = settings.get("task") in USES_A_RUN
+    resumes = settings.get("task", Config.task) == "train" and settings.get("resume", False)
+    uses_a_run = settings.get("task") in USES_A_RUN or resumes
     base = run_settings(settings) if uses_a_run else preset_settings(settings)
     known = {name: value for name, value in base.items() if name in specs}  # an older run may have had others
     lent = {name: coerce(specs[name], value) for name, value in known.items()}
+    if resumes:
+        check_unchanged(settings, lent)
     config = Config(**(lent | settings))
     for note in notes(config, [name for name in settings if is_read(specs[name], config.task)]):
         tell(note)
     return config
+
+
+def check_unchanged(given: dict, before: dict) -> None:
+    """Raise UsageError for a setting that a resumed run may not have another value of than it began with."""
+    for name, value in given.items():
+        if name in before and value != before[name] and name not in MAY_CHANGE.split():
+            may = ", ".join(
+                f"--{each}" for each in MAY_CHANGE.split() if each not in ("resume", "output_dir", "dry_run")
+            )
+            raise UsageError(
+                f"--resume: --{name} is {value!r}, and the run began with {before[name]!r}; what may change is {may}"
+            )
 
 
 def describe(config: Config) -> str:

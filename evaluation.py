@@ -14,10 +14,11 @@ from statistics import fmean
 import numpy as np
 import torch
 
-from checkpoint import check_writable, policy_folder, run_above, stage_folder, write_table, write_whole
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
 from device import prepare_device
+from files import check_writable, write_table, write_whole
+from folders import policy_folder, run_above, stage_folder
 from generate import respond, score_responses
 from intervals import bootstrap_interval, paired_share_interval, wilson_interval
 from loading import load_language_model, load_policy, load_tokenizer

@@ -21,8 +21,9 @@ from tokenizers import processors
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, logging
 
-from checkpoint import read_object, whole_folder, write_manifest, write_settings
 from config import Config, RunError, UsageError, first_line
+from files import read_object, whole_folder
+from folders import write_manifest, write_settings
 from model import PolicyModel, frozen_copy
 from probe import difference, is_exact, read_in_three_ways, special_ends
 

@@ -22,8 +22,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while t
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but some microseconds of it halve sampling's time with a small model
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept, one a shape, some with 9 MB of room
 
-from checkpoint import new_ppo_folder, new_stage_folder, notice, run_above, run_settings, stage_folder, starting_model
 from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
+from folders import (
+    interrupted_runs,
+    new_ppo_folder,
+    new_stage_folder,
+    notice,
+    run_above,
+    run_settings,
+    stage_folder,
+    starting_model,
+)
 from progress import tell
 
 OUT_OF_MEMORY = (
@@ -69,7 +78,8 @@ def begin() -> None:
 def run_training(config: Config, base_model: str, reward_model: str) -> None:
     """The task sft, reward or train, and before it the stages whose folders are not there yet."""
     folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
-    print(*filter(None, [notice(config), describe(config)]), sep="\n")
+    others = [] if config.resume else interrupted_runs(config.run_folder)
+    print(*filter(None, [notice(config), describe(config), *others]), sep="\n")
     import torch
 
     from classifier import run_reward

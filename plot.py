@@ -7,11 +7,12 @@ import textwrap
 from pathlib import Path
 from statistics import fmean
 
-from checkpoint import check_writable, run_of, write_whole
 from config import UsageError
+from files import check_writable, read_rows, write_whole
+from folders import STATS, run_of
 from intervals import wilson_interval
 
-PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
+PANELS = {  # quantity and unit: the columns of training_stats.jsonl that are drawn; reward has its terms, too
     "reward": ["reward"],
     "KL (nats a response)": ["kl_k1", "kl_k3"],
     "entropy (nats a token)": ["entropy"],
@@ -73,6 +74,15 @@ def read_json(path: Path, pick):
         return pick(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UsageError(f"{path.parent} holds no {path.name} of a run, or a damaged one") from None
+
+
+def read_curves(run: Path) -> dict[str, list[float]]:
+    """The columns of a run's statistics that are drawn. Raises UsageError if it has none, or they are damaged."""
+    path = run / STATS
+    try:
+        return mean_columns(read_rows(path))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise UsageError(f"{run} holds no {path.name} of a run, or a damaged one") from None
 
 
 def verdict(name: str, before: float, after: float, paired: dict | None = None) -> str:
@@ -281,7 +291,7 @@ def plot_training(folder: Path, notice: str = "", runs: dict[str, Path] | None =
     """Draw a run's curves into its plots/training.png, or those of named runs into plots/runs.png; return the path."""
     path = folder / "plots" / ("runs.png" if runs else "training.png")
     runs = runs or {folder.name: folder}
-    stats = {name: read_json(run / "training_stats.json", mean_columns) for name, run in runs.items()}
+    stats = {name: read_curves(run) for name, run in runs.items()}
     panels = training_panels(stats)
     *axes, frontier = new_figure(len(panels) + 1)
     for number, own in enumerate(stats.values()):
@@ -413,7 +423,7 @@ def show_comparison(folder: Path, notice: str = "") -> None:
 def say_figures(folder: Path, runs: dict[str, Path]) -> None:
     """What a dry run says of the `plot` task: which runs' curves could be drawn, and where."""
     for run in runs.values() or [folder]:
-        stats = read_json(run / "training_stats.json", mean_columns)
+        stats = read_curves(run)
         print(f"dry run: the curves of {run}, {len(stats['step'])} points each, would be drawn into {folder / 'plots'}")
     check_writable(folder / "plots")
 

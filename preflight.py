@@ -6,11 +6,11 @@ import torch
 from torch.nn.functional import pad
 
 import ppo
-from checkpoint import stage_folder
 from classifier import check_labels
 from config import Config, RunError, UsageError
 from dataset import column, load_rows
 from device import prepare_device
+from folders import stage_folder
 from generate import respond, score_responses
 from loading import check_can_be_sampled, check_is_whole, load_language_model
 from model import PolicyModel

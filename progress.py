@@ -24,16 +24,17 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress(total: int, name: str, unit: str) -> Iterator[Callable[[dict[str, str], int], None]]:
-    """Yield a function to be told of each part that is done: the numbers that matter now, and how many units it had.
+def progress(total: int, name: str, unit: str, done: int = 0) -> Iterator[Callable[[dict[str, str], int], None]]:
+    """Yield a function to be told of each part that is done: the numbers that matter now, and how many units it had;
+    `done` units were done before.
 
     On a terminal it draws a bar, which vanishes at its end if it is within another one. Elsewhere it writes a line
     every 30 seconds, and one at the end.
     """
     is_terminal = bool(sys.stderr) and sys.stderr.isatty()
     started = told = time.monotonic()
-    done = 0
-    with tqdm(total=total, desc=name, unit=unit, leave=None, disable=not is_terminal) as bar:
+    initial = done
+    with tqdm(total=total, initial=initial, desc=name, unit=unit, leave=None, disable=not is_terminal) as bar:
 
         def advance(numbers: dict[str, str], count: int = 1) -> None:
             nonlocal done, told
@@ -46,7 +47,8 @@ def progress(total: int, name: str, unit: str) -> Iterator[Callable[[dict[str, s
             if done >= total or now - told >= SECONDS:
                 shown = ", ".join(f"{key}={value}" for key, value in numbers.items())
                 elapsed = now - started
-                tell(tqdm.format_meter(done, total, elapsed, prefix=name, unit=unit, postfix=shown, bar_format=LINE))
+                form = {"prefix": name, "unit": unit, "postfix": shown, "bar_format": LINE, "initial": initial}
+                tell(tqdm.format_meter(done, total, elapsed, **form))
                 told = now
 
         yield advance

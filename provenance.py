@@ -11,9 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from checkpoint import read_object, run_above, trained_stage, write_whole
 from config import Config, UsageError, template_fields
 from dataset import PARTS, load_rows
+from files import read_object, write_whole
+from folders import run_above, trained_stage
 
 RECORD = "stage.json"
 ROWS = "rows.txt"
@@ -152,6 +153,18 @@ def check_rows(config: Config, path: str, trained_on: dict, part: str) -> None:
         f"{path} was trained on {trained_on['rows']:,} rows, and {config.dataset_path or 'the built-in data'} now has "
         f"{len(now):,} for it, {same}: give the data as it was{own_name}, or move {path} away to have it trained anew"
     )
+
+
+def check_same_rows(run: Path, source: Source) -> None:
+    """Raise UsageError if a run that is resumed would go on with other prompts than it began with."""
+    record = read_record(run)
+    now = fingerprint(row_hashes(source.rows, source.columns))
+    before = {name: record.get("trained_on", now)[name] for name in now}
+    if now != before:
+        raise UsageError(
+            f"--resume: {run} began with {before['rows']:,} prompts of other rows than the {now['rows']:,} that there "
+            "are now; give the data as it was"
+        )
 
 
 def described(path: str, record: dict) -> str:

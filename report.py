@@ -1,17 +1,19 @@
 """What a run says of itself while it goes on: its log rows, the numbers on its progress bar, its alarms."""
 
-import csv
-import json
 import math
 import time
 from pathlib import Path
 from statistics import fmean
 
-from checkpoint import write_whole
-from config import RunError
+from config import Config
 from evaluation import diversity
+from files import append_row, append_to_table, cut, cut_rows, flush, write_whole
+from folders import FINISHED, STATS
 from ppo import explained_variance, kl_estimate, masked_mean
-from train import Rollout
+from train import Rollout, learning_rate
+
+TIMINGS = "timings.jsonl"  # what two equal runs do not share
+RESPONSES = "training_log.csv"
 
 WINDOW = 128  # responses, and two rollouts, at least: alarms compare the latest so many with the first
 
@@ -62,6 +64,11 @@ def rollout_stats(rollout: Rollout) -> dict[str, float]:
     }
 
 
+def log_row(update: int, rollout: Rollout, stats: dict[str, float], config: Config) -> dict:
+    """An update's row of statistics: its rollout's, and those of its steps."""
+    return {"step": update} | rollout_stats(rollout) | stats | {"learning_rate": learning_rate(config, update)}
+
+
 def log_rows(update: int, rollout: Rollout) -> list[dict]:
     """A rollout's rows of training_log.csv: what was asked, what was answered, what it earned."""
     rows = []
@@ -73,22 +80,37 @@ def log_rows(update: int, rollout: Rollout) -> list[dict]:
     return rows
 
 
+def window(batch_size: int) -> int:
+    """How many rollouts the alarms compare with as many."""
+    return max(2, math.ceil(WINDOW / batch_size))
+
+
 def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
     """What is wrong with the latest rollouts, in words, by statistic.
 
-    `history` holds the rows of training_stats.json. A rise of the reward is more than two standard errors of the
-    difference, a fall more than four.
+    `history` holds a run's rows of statistics, or those that are `remembered`.
     """
-    n = max(2, math.ceil(WINDOW / batch_size))
-    if len(history) < 2 * n:
-        return {}
-    first, latest = history[:n], history[-n:]
+    raised = {}
+    if history[-1].get("skipped_steps"):
+        raised["skipped_steps"] = (
+            f"{history[-1]['skipped_steps']} of the update's steps were not taken, as their loss or gradient was not "
+            "finite; try a lower --learning_rate"
+        )
+    n = window(batch_size)
+    return raised | compared(history[:n], history[-n:], batch_size) if len(history) >= 2 * n else raised
+
+
+def compared(first: list[dict], latest: list[dict], batch_size: int) -> dict[str, str]:
+    """The alarms that come from a run's latest rows, beside its first.
+
+    A rise of the reward is more than two standard errors of the difference, a fall more than four.
+    """
     names = ("reward", "kl_k1", "explained_variance", "value_loss", *LIMITS)
     start, now = ({name: fmean(row[name] for row in rows) for name in names} for rows in (first, latest))
     error = math.sqrt(squared_error(first, batch_size) + squared_error(latest, batch_size))
     rise = now["reward"] - start["reward"]
     raised = bought_dearly(start, now) if rise > 2 * error else {}
-    gone = now["kl_k1"] - history[0]["kl_k1"]  # since before the first update: the second may be far already
+    gone = now["kl_k1"] - first[0]["kl_k1"]  # since before the first update: the second may be far already
     if rise <= 2 * error and gone > max(FAR, FAR_A_TOKEN * now["response_length"]):
         raised["kl"] = (
             f"the policy is {now['kl_k1']:.3g} nats a response from the reference, and the reward has not risen: "
@@ -148,16 +170,37 @@ def timing(update: int, started: float, rollout: Rollout) -> dict[str, float]:
     }
 
 
-def write_logs(folder: Path, stats: list[dict], timings: list[dict], responses: list[dict]) -> None:
-    """training_stats.json and timings.json rewritten whole; training_log.csv grows by a row a response."""
-    write_whole(folder / "training_stats.json", json.dumps(stats, indent=1))
-    write_whole(folder / "timings.json", json.dumps(timings, indent=1))
-    path = folder / "training_log.csv"
-    try:
-        with path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, responses[0])
-            if file.tell() == 0:
-                writer.writeheader()
-            writer.writerows(responses)
-    except OSError as error:
-        raise RunError(f"{path} cannot be written: {error.strerror}") from None
+def write_logs(folder: Path, row: dict, timings: dict, responses: list[dict]) -> None:
+    """What is logged of an update, added to the files: its statistics the last, by which it counts as done."""
+    append_to_table(folder / RESPONSES, responses)
+    append_row(folder / TIMINGS, timings)
+    append_row(folder / STATS, row)
+
+
+def flush_logs(folder: Path) -> int:
+    """Have the logs on the disk; the size of that of the responses in bytes."""
+    for name in (STATS, TIMINGS, RESPONSES):
+        flush(folder / name)
+    return (folder / RESPONSES).stat().st_size
+
+
+def cut_logs(folder: Path, n_updates: int, n_bytes: int) -> None:
+    """Cut what was logged after so many updates, when the log of the responses had so many bytes.
+
+    Raises RunError if the logs are shorter than that.
+    """
+    cut_rows(folder / STATS, n_updates)
+    cut_rows(folder / TIMINGS, n_updates)
+    cut(folder / RESPONSES, n_bytes)
+
+
+def finish_logs(folder: Path) -> None:
+    """Leave the statistics as a list, too: the run is over."""
+    rows = (folder / STATS).read_text(encoding="utf-8").splitlines()
+    write_whole(folder / FINISHED, "[" + ",\n".join(rows) + "]\n")
+
+
+def remembered(history: list[dict], batch_size: int) -> list[dict]:
+    """The rows of a run's history that the alarms read: the first few and the latest few."""
+    n = window(batch_size)
+    return history[:n] + history[max(n, len(history) - n) :]

@@ -156,24 +156,50 @@ def checked_scores(function, spec: str, prompts: list[str], responses: list[str]
 
     It gets copies, and may do with them what it likes.
     """
-    with on_its_own(spec, f"--reward_fn {spec} raised", RunError):
-        values = function(list(prompts), list(responses), copy.deepcopy(rows))
+
+    def asked(first: int, last: int):
+        return function(prompts[first:last], responses[first:last], copy.deepcopy(rows[first:last]))
+
+    def shown(row: int) -> str:
+        return f"the prompt {reprlib.repr(prompts[row])} and the response {reprlib.repr(responses[row])}"
+
+    try:
+        with on_its_own(spec, f"--reward_fn {spec} raised", RunError):
+            values = asked(0, len(responses))
+    except RunError as error:
+        row = first_to_fail(asked, spec, len(responses))
+        where = shown(row) if row is not None else f"all of {len(responses)} responses, and none of them alone"
+        raise RunError(f"{error}, for {where}") from error
     found = values.tolist() if hasattr(values, "tolist") else values
     if not isinstance(found, Sequence) or isinstance(found, (str, bytes, bytearray)):
         kind = type(values).__name__
         raise RunError(f"--reward_fn {spec} returned {kind}, expected a list of numbers, one a response")
     if len(found) != len(responses):
-        raise RunError(f"--reward_fn {spec} returned {len(found)} scores, expected {len(responses)}, one a response")
+        raise RunError(
+            f"--reward_fn {spec} returned {len(found)} scores, expected {len(responses)}, one a response; the first of "
+            f"them is for {shown(0)}"
+        )
     scores = []
     for row, value in enumerate(found):
         try:
             scores.append(as_score(value))
         except (TypeError, ValueError, OverflowError, RuntimeError):
-            shown = " ".join(reprlib.repr(value).split())
+            given = " ".join(reprlib.repr(value).split())
             raise RunError(
-                f"--reward_fn {spec} returned {shown} for response {row}, expected a finite number"
+                f"--reward_fn {spec} returned {given} for response {row}, expected a finite number: {shown(row)}"
             ) from None
     return torch.tensor(scores, dtype=torch.float32)
+
+
+def first_to_fail(asked: Callable, spec: str, n_responses: int) -> int | None:
+    """The first response for which the user's function raises when it is asked for that one alone, if there is one."""
+    for row in range(n_responses):
+        try:
+            with on_its_own(spec, "", RunError):
+                asked(row, row + 1)
+        except RunError:
+            return row
+    return None
 
 
 def load_reward_function(spec: str) -> RewardTerm:

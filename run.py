@@ -1,12 +1,13 @@
-"""The run around the loop: preflight, `train` with everything that is logged of it, and what came of it, saved.
+"""The run around the loop: preflight, `train` with everything that is logged and saved of it, and what came of it.
 
 The algorithm is in train.py; nothing here changes what it computes.
 """
 
-import math
 import shlex
 import shutil
+import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -15,10 +16,24 @@ from typing import NamedTuple
 import torch
 
 import report
-from checkpoint import best_of, claim_folder, move_into, notice
-from config import Config, RunError, UsageError, first_line, template_fields
+from checkpoint import (
+    BYTES_A_SECOND,
+    Began,
+    check_reference,
+    in_order,
+    is_time_to_save,
+    n_bytes,
+    newest_checkpoint,
+    parameters_hash,
+    read_numbers,
+    restore,
+    save_state,
+)
+from config import Config, RunError, Stopped, UsageError, first_line, template_fields
 from device import prepare_device
 from evaluation import compare, evaluate_policy
+from files import move_into, read_object, read_rows
+from folders import POLICY_MARKER, STATS, best_of, claimed, how_to_resume, notice
 from loading import (
     load_policy,
     load_reference,
@@ -42,9 +57,12 @@ from preflight import (
 )
 from progress import progress, say
 from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
-from provenance import Source, columns_read, write_record
+from provenance import Source, check_same_rows, columns_read, write_record
 from reward import load_reward_terms
+from signals import requests_to_stop
 from train import Best, Fixed, State, collect_rollout, learning_rate, new_state, train
+
+MOST_IDLE_UPDATES = 3  # in a row, without a step: then the run ends
 
 
 class Prompts(NamedTuple):
@@ -57,7 +75,9 @@ class Prompts(NamedTuple):
 
 def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
-    policy, fixed, prompts = load_models(config, base_model, reward_model_path)
+    checkpoint = newest_checkpoint(folder) if config.resume else None
+    began = read_numbers(checkpoint)["began"] if checkpoint else None
+    policy, fixed, prompts = load_models(config, base_model, reward_model_path, began)
     config = replace(config, n_updates=n_rollouts(config, len(prompts.train)))
     check_context(config, policy, prompts.train + prompts.validation + prompts.held_out)
     say_what_will_run(config, policy, base_model, len(prompts.train))
@@ -70,27 +90,75 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         with one_sentence("--merge cannot fold this adapter in"):
             merged(policy.language_model)
-    if config.dry_run:
-        show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
-        return print(f"dry run: {folder} would be the run; nothing was trained or written")
+    source = source_of(prompts, policy, config)
     state = new_state(policy, config)
-    run_updates(state, fixed, prompts, config, folder)
+    if checkpoint:
+        resume(state, fixed, checkpoint, source, config)
+    elif config.resume:
+        print(f"{folder} has no checkpoint: it begins again")
+    if config.dry_run:
+        show_samples(collect_rollout(policy, fixed, first, config, update_number=state.next_update))
+        return print(f"dry run: {folder} would be the run; nothing was trained or written")
+    began = began or what_it_began_with(fixed, config)
+    with claimed(folder, config):
+        if checkpoint is None:
+            write_record(folder, source)
+        report.cut_logs(folder, state.next_update, read_numbers(checkpoint)["log_bytes"] if checkpoint else 0)
+        run_updates(state, fixed, prompts, config, folder, began)
+        keep_result(state, fixed, prompts, config, folder)
+        report.finish_logs(folder)
+
+
+def what_it_began_with(fixed: Fixed, config: Config) -> Began:
+    return Began(
+        reference=parameters_hash(fixed.reference.language_model),
+        n_prompts=most_prompts(config),
+        matmul_precision=torch.get_float32_matmul_precision(),
+    )
+
+
+def most_prompts(config: Config) -> int | None:
+    """How many prompts a run takes from the data, where there are more; None: all of them."""
+    return None if config.epochs else config.n_updates * config.batch_size
+
+
+def resume(state: State, fixed: Fixed, checkpoint: Path, source: Source, config: Config) -> None:
+    """Bring the state to where the checkpoint was, and say so. Raises UsageError if models or data are others now."""
+    run = checkpoint.parents[1]
+    numbers = read_numbers(checkpoint)
+    check_reference(fixed.reference.language_model, numbers["began"], run)
+    check_same_rows(run, source)
+    restore(state, checkpoint, config)
+    print(f"{run} goes on after {state.next_update} of {config.n_updates} updates")
+    before = read_object(run / "run_config.json")["n_updates"]
+    if before != config.n_updates:
+        rate = learning_rate(config, state.next_update)
+        print(f"--n_updates was {before}: the learning rate, which falls to 0 over all updates, goes on at {rate:.3g}")
+
+
+def keep_result(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path) -> None:
+    """Save the policy, or the best that there was, check what was saved, and show what has changed."""
+    policy = state.policy
     if state.best:
         policy.load_state_dict(state.best.weights, strict=False)
         reward = f"a reward of {state.best.reward:.3f} on validation prompts"
         print(f"the policy of update {state.best.update} is kept, with {reward}")
     save_result(policy, fixed, config, folder)
-    del state  # the moments of Adam leave room for the policy that is loaded again
+    state.optimizer.state.clear()  # the moments of Adam leave room for the policy that is loaded again
     check_saved(policy, fixed, prompts.held_out, config, folder)
     show_result(policy, fixed, prompts.held_out, config, folder)
 
 
-def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[PolicyModel, Fixed, Prompts]:
-    """The policy, what it is held to and rewarded by, and the prompts."""
-    device = prepare_device(config)
+def load_models(
+    config: Config, base_model: str, reward_model_path: str, began: Began | None = None
+) -> tuple[PolicyModel, Fixed, Prompts]:
+    """The policy, what it is held to and rewarded by, and the prompts; of a run that is resumed as it `began`."""
+    if began:
+        device = prepare_device(replace(config, matmul_precision=began.matmul_precision))
+    else:
+        device = prepare_device(config)
     tokenizer = load_tokenizer(base_model, adapter=config.peft_model_path)
-    limit = None if config.epochs else config.n_updates * config.batch_size
-    training = load_prompts(config, tokenizer, "train", limit)
+    training = load_prompts(config, tokenizer, "train", began.n_prompts if began else most_prompts(config))
     policy = new_policy(config, base_model, device)
     terms = load_reward_terms(config, reward_model_path, device, policy.separator)
     fixed = Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
@@ -114,34 +182,82 @@ def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_pr
     print(memory_estimate(config, policy))
 
 
-def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path) -> None:
-    """Train, and log every update as it ends, into a folder that is claimed with the first of them."""
-    log, timings, announced = [], [], set()
-    started = time.perf_counter()
-    with progress(config.n_updates, "PPO", "update") as advance:
-        for rollout, stats in train(state, fixed, prompts.train, config):
-            number = state.next_update - 1
-            if not math.isfinite(stats["loss"]):
-                raise RunError(f"the loss is {stats['loss']} at update {number}; try a lower --learning_rate")
-            if number == 0:
-                claim_folder(folder, config)
-                write_record(folder, source_of(prompts, state.policy, config))
-            row = {"step": number, **report.rollout_stats(rollout), **stats}
-            row["learning_rate"] = learning_rate(config, number)
-            log.append(row)
-            raised = report.alarms(log, config.batch_size)
-            row["alarms"] = list(raised.values())
-            for name in [name for name in raised if name not in announced]:
-                say(f"alarm at update {number}: {raised[name]}")
-            announced |= raised.keys()
-            timings.append(report.timing(number, started, rollout))
+def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path, began: Began) -> None:
+    """Train, log every update as it ends, and save the state now and then, and before the run ends for any reason."""
+    history = report.remembered(read_rows(folder / STATS), config.batch_size)
+    announced = set()
+    save = saver(state, config, folder, began)
+    with requests_to_stop() as stop, progress(config.n_updates, "PPO", "update", state.next_update) as advance:
+        started = time.perf_counter()
+        for rollout, stats in saved_before_an_error(train(state, fixed, prompts.train, config), save, folder):
+            row = report.log_row(state.next_update - 1, rollout, stats, config)
+            history = report.remembered([*history, row], config.batch_size)
+            announce(row, report.alarms(history, config.batch_size), announced)
+            timing = report.timing(row["step"], started, rollout)
             if is_time_to_evaluate(config, state.next_update):
                 row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
-            report.write_logs(folder, log, timings, report.log_rows(number, rollout))
+            report.write_logs(folder, row, timing, report.log_rows(row["step"], rollout))
             advance(report.bar_numbers(row))
+            ending = reason_to_end(state, stop(), config, folder)
+            save(at_once=ending is not None)
+            if ending:
+                raise ending
             started = time.perf_counter()
-    for alarm in log[-1]["alarms"]:
+    for alarm in history[-1]["alarms"]:
         print(f"alarm at the end: {alarm}")
+
+
+def announce(row: dict, raised: dict[str, str], announced: set[str]) -> None:
+    """Put the alarms that are raised into the row, and say those of a kind that there has not been."""
+    row["alarms"] = list(raised.values())
+    for name in [name for name in raised if name not in announced]:
+        say(f"alarm at update {row['step']}: {raised[name]}")
+    announced.update(raised)
+
+
+def saver(state: State, config: Config, folder: Path, began: Began) -> Callable[[bool], None]:
+    """A function that saves the state where it has moved on, if it is time to, or `at_once`."""
+    saved = state.next_update
+    saved_at = time.monotonic()
+    cost = n_bytes(state) / BYTES_A_SECOND
+
+    def save(at_once: bool = False) -> None:
+        nonlocal saved, saved_at, cost
+        now = time.monotonic()
+        is_due = at_once or is_time_to_save(config, state.next_update, now - saved_at, cost)
+        if not is_due or not config.keep_checkpoints or saved == state.next_update:
+            return
+        save_state(state, began, report.flush_logs(folder), folder, config.keep_checkpoints)
+        saved = state.next_update
+        saved_at = time.monotonic()
+        cost = saved_at - now
+
+    return save
+
+
+def saved_before_an_error(updates: Iterator, save: Callable[[bool], None], folder: Path) -> Iterator:
+    """The updates; where one of them fails, the state before it is saved, which none of them leaves half changed."""
+    try:
+        yield from updates
+    except RunError as error:
+        save(at_once=True)
+        if in_order(folder):
+            raise RunError(f"{error}; what was trained before is saved: {how_to_resume(folder)}") from error
+        raise
+
+
+def reason_to_end(state: State, signal_number: int, config: Config, folder: Path) -> RunError | None:
+    """Why a run must end before its time, if it must, and how it goes on."""
+    done = f"after {state.next_update} of {config.n_updates} updates"
+    saved = f"how it goes on: {how_to_resume(folder)}" if config.keep_checkpoints else "nothing is saved of it"
+    if signal_number:
+        return Stopped(f"stopped {done}, as {signal.Signals(signal_number).name} asked; {saved}", signal_number)
+    if state.idle_updates >= MOST_IDLE_UPDATES:
+        return RunError(
+            f"stopped {done}: in the last {state.idle_updates} no loss or gradient was finite, and no step was taken; "
+            f"the weights are those before them; try a lower --learning_rate; {saved}"
+        )
+    return None
 
 
 def is_time_to_evaluate(config: Config, n_updates: int) -> bool:
@@ -164,9 +280,9 @@ def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config,
 
 def save_result(policy: PolicyModel, fixed: Fixed, config: Config, folder: Path) -> None:
     """The policy into the run's folder, and where --final_dir says."""
-    save_policy(policy, fixed.tokenizer, folder / "policy", config.merge)
-    move_into(folder / "policy", folder)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    save_policy(policy, fixed.tokenizer, folder / "policy", config.merge, replaces=".")
+    move_into(folder / "policy", folder, last=POLICY_MARKER)
+    shutil.rmtree(best_of(folder), ignore_errors=True)
     if config.final_dir:
         final = Path(config.final_dir).resolve()
         save_policy(policy, fixed.tokenizer, final, config.merge, replaces="manifest.json")

@@ -10,6 +10,7 @@ the parts to the whole: what a rollout is and how one is collected, the loss of 
     minibatch   rows that share a forward pass: at most mini_batch_size (elsewhere often called a micro-batch)
 """
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -56,6 +57,7 @@ class State:
     kl_coef: float
     moments: ppo.Moments = field(default_factory=ppo.Moments)  # of all scores so far
     next_update: int = 0  # its number
+    idle_updates: int = 0  # the latest ones, in a row, in which no step could be taken
     best: Best | None = None  # noted by run.py
 
 
@@ -253,24 +255,30 @@ def update(
     """ppo_epochs passes over the rollout, an optimizer step for every few rows; the means of the steps' statistics.
 
     With `target_kl` (`kl_target` is another thing: for the price of KL), the update ends before a step whose k3 to the
-    policy that sampled exceeds 1.5 target_kl, in nats a token; that step's statistics count.
+    policy that sampled exceeds 1.5 target_kl, in nats a token; that step's statistics count. A step whose loss or
+    gradient is not finite is not taken, and counted in `skipped_steps`; its statistics do not count.
     """
     policy.train()  # for activation checkpointing, which sleeps in eval mode; models are loaded without dropout
     optimizer.param_groups[0]["lr"] = learning_rate(config, update_number)
     device = rollout.mask.device
     history = []
+    n_skipped = 0
     for rows in shuffled_steps(len(rollout.mask), config, update_number):
         optimizer.zero_grad()
         stats = accumulate_gradient(policy, rollout, rows.to(device), config)
+        stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
+        if not math.isfinite(stats["loss"] + stats["grad_norm"]):
+            n_skipped += 1  # Adam would carry it into every weight, for good
+            continue
         history.append(stats)
         if config.target_kl and stats["approx_kl_k3"] > 1.5 * config.target_kl:
             break
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
         optimizer.step()
     optimizer.zero_grad()  # nothing keeps gradients while the next rollout is sampled
     if device.type == "cpu":
         keep_freed_memory()  # else it goes back to the system, and returns page by page
-    return combine(history, fmean)
+    means = combine(history or [dict.fromkeys(stats, math.nan)], fmean)
+    return means | {"skipped_steps": n_skipped}
 
 
 def new_state(policy: PolicyModel, config: Config) -> State:
@@ -295,10 +303,10 @@ def train(
 
         # Shape: a price for every nat of KL to the reference, token by token, and the text's score on its last token.
         penalised = ppo.penalise_missing_eos(rollout.raw_scores, rollout.has_eos, config.missing_eos_penalty)
-        state.moments = ppo.update_moments(state.moments, penalised)  # first, or the first rollout would have none
+        moments = ppo.update_moments(state.moments, penalised)  # first, or the first rollout would have none
         scores = ppo.shape_scores(
             penalised,
-            moments=state.moments if config.normalize_scores else None,
+            moments=moments if config.normalize_scores else None,
             whiten=config.whiten_scores,
             clip=config.score_clip or None,
         )
@@ -332,5 +340,8 @@ def train(
                 horizon=config.kl_horizon,
                 n_responses=config.batch_size,
             )
+        # Only now, so that what fails on the way leaves the state as it was before the update.
+        state.moments = moments
+        state.idle_updates = state.idle_updates + 1 if math.isnan(stats["loss"]) else 0
         state.next_update = update_number + 1
         yield rollout, stats

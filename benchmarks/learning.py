@@ -24,6 +24,8 @@ from matplotlib.figure import Figure
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from files import read_rows  # noqa: E402
+
 COLOURS = {"this project": "#332288", "TRL 0.11.4": "#e69f00"}
 
 
@@ -33,7 +35,7 @@ def run_ours(models: Path, folder: Path, seed: int, flags: list[str]) -> list[di
     fixed = ["--preset", "tiny", "--temperature", "1", "--missing_eos_penalty", "0", "--seed", str(seed)]
     command = [sys.executable, str(ROOT / "main.py"), "--task", "train", *fixed, *stages, "--output_dir", str(folder)]
     subprocess.run([*command, *flags], check=True, stdout=subprocess.DEVNULL)
-    stats, timings = (json.loads((folder / name).read_text()) for name in ("training_stats.json", "timings.json"))
+    stats, timings = (read_rows(folder / name) for name in ("training_stats.jsonl", "timings.jsonl"))
     rows, seconds = [], 0.0
     for stat, timing in zip(stats, timings, strict=True):
         seconds += timing["seconds_rollout"] + timing["seconds_update"]

@@ -1,10 +1,11 @@
 """What many tests compare with, and how they read what a run leaves."""
 
 import csv
-import json
 from pathlib import Path
 
 import torch
+
+from files import read_rows
 
 
 def assert_close(actual, expected, atol: float | None = None) -> None:
@@ -40,4 +41,4 @@ def read_log(run: Path) -> list[dict]:
 
 def read_stats(run: Path) -> list[dict]:
     """A row an update."""
-    return json.loads((run / "training_stats.json").read_text(encoding="utf-8"))
+    return read_rows(run / "training_stats.jsonl")

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 import generate
 import train
 from config import PRESETS
+from files import read_rows
 
 pytest_plugins = ["micro"]
 pytestmark = pytest.mark.usefixtures("no_figures")
@@ -74,8 +75,10 @@ def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
         "generation_config.json",
         "value_head.safetensors",
         "training_log.csv",
+        "training_stats.jsonl",
         "training_stats.json",
-        "timings.json",
+        "timings.jsonl",
+        "checkpoints",
         "plots",
         "NOTICE.txt",
         "manifest.json",
@@ -136,7 +139,7 @@ def test_the_statistics_agree_with_the_log_and_the_settings(chain):
 
 
 def test_timings_are_in_a_file_of_their_own(chain):
-    timings = json.loads((chain.root / PPO / "timings.json").read_text())
+    timings = read_rows(chain.root / PPO / "timings.jsonl")
     assert [set(row) for row in timings] == [{"step", "seconds_rollout", "seconds_update", "tokens_per_second"}] * 2
 
 

@@ -11,7 +11,6 @@ from tiny_models import letter_tokenizer
 
 import classifier
 import dataset
-from checkpoint import notice
 from classifier import (
     bradley_terry_loss,
     class_batches,
@@ -26,6 +25,7 @@ from classifier import (
     told_accuracy,
 )
 from config import UsageError
+from folders import notice
 from probe import special_ends
 from sft import new_tokenizer
 

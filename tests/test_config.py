@@ -14,19 +14,19 @@ import pytest
 import torch
 from micro import SETTINGS, flags, micro_config, review_texts, run_main
 
-import checkpoint
 import classifier
 import config
 import evaluation
+import folders
 import main
 import report
 import run
 import sft
 import train
-from checkpoint import new_ppo_folder, run_settings, stage_folder
 from config import PRESETS, Config, UsageError, coerce, divisors, parse_args, to_json
 from dataset import load_rows
 from device import pick_device
+from folders import new_ppo_folder, run_settings, stage_folder
 from generate import respond
 from loading import load_tokenizer
 from prompts import Prompt, load_prompts, n_rollouts
@@ -175,7 +175,7 @@ def test_a_finished_run_lends_its_settings_to_what_uses_it(tmp_path, monkeypatch
     folder = tmp_path / "saved_models/tiny/ppo"
     folder.mkdir(parents=True)
     (folder / "value_head.safetensors").write_text("")
-    (folder / "training_stats.json").write_text("[]")
+    (folder / "training_stats.jsonl").write_text("")
     (folder / "run_config.json").write_text(to_json(micro_config(kl_coef=0.3, temperature=0.7)))
     for task in ("generate", "evaluate", "plot"):
         used = parse("--task", task, "--max_new_tokens", 5)
@@ -370,7 +370,8 @@ class Bench:
         torch.manual_seed(config.seed)
         policy, fixed, prompts = run.load_models(config, self.base(config), self.reward)
         folder = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
-        run.run_updates(train.new_state(policy, config), fixed, prompts, config, folder)
+        began = run.what_it_began_with(fixed, config)
+        run.run_updates(train.new_state(policy, config), fixed, prompts, config, folder, began)
         return [parameter.tolist() for parameter in policy.parameters()]
 
     def policy(self, config: Config) -> list:
@@ -609,7 +610,7 @@ def test_without_a_change_nothing_changes(bench):
 # Every field is read
 # ----------------------------------------------------------------------------------------------------------------
 
-# Where fields are read by getattr(config, name) and the names are texts in the same function. checkpoint.TRAINED_ON and
+# Where fields are read by getattr(config, name) and the names are texts in the same function. folders.TRAINED_ON and
 # its like are not among these: what is only compared with an earlier run's changes nothing.
 BY_NAME = {"sampling_options"}
 
@@ -872,8 +873,8 @@ def test_what_a_task_reads_is_never_called_unread(workplace, monkeypatch, no_fig
     ):
         assert run_main("--task", task, *arguments) == 0
     # a stage is looked up with its folder's settings, and first words are switched off for generate by a setting
-    looked_up = {*checkpoint.TRAINED_ON, *checkpoint.REWARD_COLUMNS, *checkpoint.TRAINED_BY["sft"]}
-    looked_up |= {*checkpoint.TRAINED_BY["reward"], "prompt_tokens"}
+    looked_up = {*folders.TRAINED_ON, *folders.REWARD_COLUMNS, *folders.TRAINED_BY["sft"]}
+    looked_up |= {*folders.TRAINED_BY["reward"], "prompt_tokens"}
     # and these are checked, or set up, before any stage
     checked = {"reward_fn", "reward_weights", "reward_model_path", "length_range", "mixed_precision"}
     checked |= {"max_prompt_length", "max_new_tokens"}

@@ -99,8 +99,8 @@ def test_a_dry_run_of_evaluate_compares_a_few_responses(workplace, capsys):
 def test_a_dry_run_of_plot_reads_the_curves(workplace, capsys):
     output = dry_run(workplace, capsys, "--task", "plot")
     assert f"dry run: the curves of {PPO}, 2 points each, would be drawn into {PPO}/plots" in output
-    (workplace / PPO / "training_stats.json").write_text("[]")
-    assert_refused(capsys, workplace, ["--task", "plot", "--dry_run"], "training_stats.json")
+    (workplace / PPO / "training_stats.jsonl").write_text("[]")
+    assert_refused(capsys, workplace, ["--task", "plot", "--dry_run"], "training_stats.jsonl")
 
 
 def test_a_dry_run_compiles_no_reward_function_beside_itself(questions, t5_folder, monkeypatch, capsys):

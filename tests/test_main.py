@@ -188,12 +188,6 @@ def test_what_cannot_be_printed_is_told(monkeypatch, capsys):
     assert capsys.readouterr().err == words
 
 
-def test_a_loss_that_is_no_number_ends_the_run(workplace, update, capsys):
-    update.return_value = {"loss": float("nan")}
-    assert run_main("--task", "train", *flags()) == 1
-    assert last_line_of_errors(capsys).startswith("error: the loss is nan at update 0; try a lower --learning_rate")
-
-
 def test_an_interrupted_run_says_so_without_a_traceback(workplace, update, capsys):
     update.side_effect = KeyboardInterrupt
     assert run_main("--task", "train", *flags()) == 130

@@ -97,7 +97,7 @@ def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(
     folder = workplace / "best"
     noted = [row.get("eval_reward") for row in read_stats(folder)]
     assert noted == [None, pytest.approx(0.2), None, 0.5, pytest.approx(0.3)]
-    assert not (folder / "checkpoints").exists()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_5"]
     assert "the policy of update 3 is kept, with a reward of 0.500 on validation prompts" in capsys.readouterr().out
     config = parse_args(["--task", "train", *flags()])
     tokenizer = load_tokenizer(str(folder))

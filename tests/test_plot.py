@@ -43,7 +43,7 @@ def statistics(n_updates: int, shift: float = 0.0, **terms) -> list[dict]:
 
 def write_run(folder, rows: list[dict]):
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "training_stats.json").write_text(json.dumps(rows))
+    (folder / "training_stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "run_config.json").write_text(to_json(Config()))
     return folder
 
@@ -224,25 +224,28 @@ def test_a_long_run_is_drawn_as_means_of_neighbours(n_updates, steps):
         assert columns["reward_length"][:2] == pytest.approx([(0 + 1 + 4) / 3, (9 + 16 + 25) / 3])
 
 
+def as_lines(rows: list) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
 DAMAGES = {
     "missing": None,
-    "broken": "[{",
-    "empty": "[]",
-    "no rows": '{"step": 0}',
-    "numbers": "[1, 2]",
-    "a column lost": json.dumps([*statistics(2), {"step": 2}]),
-    "a value lost": json.dumps([statistics(1)[0] | {"entropy": None}]),
-    "text": json.dumps([statistics(1)[0] | {"entropy": "high"}]),
+    "broken": "[{\n",
+    "empty": "",
+    "a list": "[]\n",
+    "numbers": "1\n2\n",
+    "a column lost": as_lines([*statistics(2), {"step": 2}]),
+    "text": as_lines([statistics(1)[0] | {"entropy": "high"}]),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_folder_without_whole_statistics_is_refused(damage, run, tmp_path):
     broken = write_run(tmp_path / "broken", statistics(3))
-    path = broken / "training_stats.json"
+    path = broken / "training_stats.jsonl"
     path.unlink() if DAMAGES[damage] is None else path.write_text(DAMAGES[damage])
     for plotted in (lambda: plot_training(broken), lambda: plot(run, "", (str(run), f"b={broken}"))):
-        with pytest.raises(UsageError, match=r"broken holds no training_stats\.json of a run, or a damaged one$"):
+        with pytest.raises(UsageError, match=r"broken holds no training_stats\.jsonl of a run, or a damaged one$"):
             plotted()
     assert not (broken / "plots").exists() and not (run / "plots").exists()
 

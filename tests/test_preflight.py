@@ -15,8 +15,8 @@ from transformers import BartConfig, BartForConditionalGeneration
 
 import generate
 import preflight
-from checkpoint import notice
 from config import Config, RunError, UsageError
+from folders import notice
 from model import PolicyModel, frozen_copy
 from preflight import check_context, check_invariants, compare_logprobs, memory_estimate
 from prompts import Prompt

@@ -2,7 +2,6 @@
 
 import csv
 import itertools
-import json
 import math
 import subprocess
 import sys
@@ -10,9 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import read_stats
 
 import report
 from evaluation import diversity
+from files import read_rows
 from prompts import Prompt
 from report import LIMITS, alarms, bar_numbers, log_rows, rollout_stats
 from train import Rollout
@@ -246,7 +247,7 @@ def tiny_run(tmp_path_factory):
         done = subprocess.run(
             [*command, "--output_dir", name, *arguments], cwd=root, capture_output=True, text=True, check=True
         )
-        return done.stdout, json.loads((root / name / "training_stats.json").read_text())
+        return done.stdout, read_stats(root / name)
 
     return run
 
@@ -277,11 +278,11 @@ def test_a_good_run_raises_no_alarm(seed, tiny_run):
 
 def test_logs_grow_by_a_rollout_and_keep_every_character(tmp_path):
     responses = [{"step": 0, "query": 'A "film",', "response": "\nnaïve; ", "reward": 0.5}]
-    report.write_logs(tmp_path, [{"step": 0}], [{"step": 0}], responses)
+    report.write_logs(tmp_path, {"step": 0}, {"step": 0, "seconds": 0.5}, responses)
     more = [{"step": 1, "query": "B", "response": "", "reward": -1.0}] * 2
-    report.write_logs(tmp_path, [{"step": 0}, {"step": 1}], [{"step": 0}, {"step": 1}], more)
-    assert json.loads((tmp_path / "training_stats.json").read_text()) == [{"step": 0}, {"step": 1}]
-    assert json.loads((tmp_path / "timings.json").read_text()) == [{"step": 0}, {"step": 1}]
+    report.write_logs(tmp_path, {"step": 1}, {"step": 1, "seconds": 0.25}, more)
+    assert (tmp_path / "training_stats.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+    assert read_rows(tmp_path / "timings.jsonl") == [{"step": 0, "seconds": 0.5}, {"step": 1, "seconds": 0.25}]
     with (tmp_path / "training_log.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     assert rows == [{name: str(value) for name, value in row.items()} for row in responses + more]

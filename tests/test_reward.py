@@ -316,7 +316,7 @@ def test_scores_that_cannot_be_trained_on_end_the_run(values, words):
 )
 def test_an_error_in_the_function_ends_the_run_and_is_named(body, words, tmp_path):
     (tmp_path / "mine.py").write_text(f"def f(prompts, responses, rows):\n    {body}\n")
-    with pytest.raises(RunError, match=rf"{words} \(.*/mine\.py, line 2\)$"):
+    with pytest.raises(RunError, match=rf"{words} \(.*/mine\.py, line 2\), for the prompt 'a' and the response 'b'$"):
         load_reward_function(f"{tmp_path / 'mine.py'}:f")(["a"], ["b"], [{}])
 
 
@@ -326,7 +326,7 @@ def test_the_innermost_line_of_the_users_own_file_is_named(tmp_path):
     path.write_text(
         "import json\ndef inner(text):\n    return json.loads(text)\n\ndef f(p, r, rows):\n    return inner('{')\n"
     )
-    with pytest.raises(RunError, match=rf"raised JSONDecodeError: .*\({path}, line 3\)$"):
+    with pytest.raises(RunError, match=rf"raised JSONDecodeError: .*\({path}, line 3\), for the prompt"):
         load_reward_function(f"{path}:f")(["a"], ["b"], [{}])
 
 

@@ -11,10 +11,10 @@ import torch
 from micro import micro_config
 from safetensors.torch import save_file
 
-from checkpoint import (
-    check_writable,
-    claim_folder,
-    move_into,
+from config import Config, RunError, UsageError, to_json
+from files import check_writable, move_into, whole_folder, write_table, write_whole
+from folders import (
+    claimed,
     new_ppo_folder,
     new_stage_folder,
     newest_run,
@@ -23,11 +23,7 @@ from checkpoint import (
     stage_folder,
     starting_model,
     trained_stage,
-    whole_folder,
-    write_table,
-    write_whole,
 )
-from config import Config, RunError, UsageError, to_json
 from model import PolicyModel
 from sft import new_language_model
 
@@ -136,12 +132,12 @@ def test_write_whole_replaces_a_file_only_at_the_end(tmp_path, monkeypatch):
     fsync = os.fsync
 
     def watched(number):
-        seen.append(path.read_text())
+        seen.append(path.read_text(encoding="utf-8"))
         fsync(number)
 
     monkeypatch.setattr(os, "fsync", watched)
     write_whole(path, "nëw")
-    assert seen == ["old"]
+    assert seen == ["old", "nëw"]  # the file's, and that of the folder that names it
     assert path.read_text(encoding="utf-8") == "nëw"
     assert names(tmp_path) == {"log"}
 
@@ -176,7 +172,7 @@ def test_move_into_moves_every_file_over_what_is_there(tmp_path):
         folder.mkdir()
         for name in files:
             (folder / name).write_text(folder.name)
-    move_into(source, target)
+    move_into(source, target, last="b")
     assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "source", "b": "source", "c": "target"}
     assert not source.exists()
 
@@ -333,15 +329,17 @@ def test_what_is_no_final_policy_does_not_give_way_to_one(change, words, tmp_pat
 def test_a_folder_that_another_run_took_meanwhile_is_left_alone(tmp_path):
     folder = tmp_path / "deep" / "ppo"
     config = micro_config()
-    claim_folder(folder, config)
-    assert names(folder) == {"run_config.json", "NOTICE.txt"}
-    assert (folder / "run_config.json").read_text() == to_json(config)
-    assert (folder / "NOTICE.txt").read_text() == notice(config) + "\n"
-    with pytest.raises(RunError, match="has been taken by another run"):
-        claim_folder(folder, config)
+    with claimed(folder, config):
+        assert names(folder) == {"run_config.json", "NOTICE.txt"}
+        assert (folder / "run_config.json").read_text() == to_json(config)
+        assert (folder / "NOTICE.txt").read_text() == notice(config) + "\n"
+        with pytest.raises(RunError, match="has been taken by another run"), claimed(folder, config):
+            pass
+    with pytest.raises(RunError, match="has been taken by another run"), claimed(folder, config):
+        pass
     (tmp_path / "empty").mkdir()
-    claim_folder(tmp_path / "empty", micro_config(base_model_name="gpt2"))
-    assert names(tmp_path / "empty") == {"run_config.json"}
+    with claimed(tmp_path / "empty", micro_config(base_model_name="gpt2")):
+        assert names(tmp_path / "empty") == {"run_config.json"}
 
 
 @pytest.mark.parametrize("change", [{"label_column": "stars"}, {"dataset_split": "test"}, {"base_model_name": "x"}])
@@ -354,5 +352,5 @@ def test_a_reward_model_of_other_data_is_not_reused(change, tmp_path):
 
 def test_a_run_that_was_not_finished_is_called_so(tmp_path):
     (tmp_path / "run_config.json").write_text("{}")
-    with pytest.raises(UsageError, match="a run that was not finished, and no policy: with --eval_every"):
+    with pytest.raises(UsageError, match="a run that was not finished, and no policy: --task train --resume"):
         newest_run(str(tmp_path))
