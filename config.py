@@ -126,7 +126,7 @@ class Config:
     mixed_precision: str = option("model", "no", "autocast forward passes to bfloat16", ("no", "bf16"))
     peft_model_path: str = option("model", "", "LoRA adapter to go on training, on the base model: Hub id or folder")
     lora_r: int = option("model", 0, "rank of a new LoRA adapter; 0: none, all weights are trained", "[0, 10000]")
-    lora_alpha: float = option("model", 16, "the adapter's output is scaled by this over its rank", "(0, inf)")
+    lora_alpha: float = option("model", 16.0, "the adapter's output is scaled by this over its rank", "(0, inf)")
     merge: bool = option("model", False, "save the whole model with the adapter folded in, not the adapter alone")
     load_in_8bit: bool = option("model", False, "base weights under LoRA in 8 bits, by bitsandbytes")
     load_in_4bit: bool = option("model", False, "base weights under LoRA in 4 bits, by bitsandbytes")
@@ -186,7 +186,7 @@ class Config:
     kl_coef: float = option("ppo", 0.05, "price of one nat of KL to the reference, in reward units", "[0, inf)")
     kl_estimator: str = option("ppo", "k1", "in the reward: only k1 has the right optimum", ("k1", "k2", "k3", "abs"))
     kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
-    kl_horizon: float = option("ppo", 10000, "responses over which kl_coef adapts", "(0, inf)")
+    kl_horizon: float = option("ppo", 10000.0, "responses over which kl_coef adapts", "(0, inf)")
     target_kl: float = option("ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 x this; 0: off", "[0, inf)")
     eval_every: int = option("ppo", 0, "updates between looks at held-out prompts to keep the best; 0: off", "[0, inf)")
 
