@@ -369,6 +369,7 @@ class Bench:
         """The policy and its values after two updates."""
         torch.manual_seed(config.seed)
         policy, fixed, prompts = run.load_models(config, self.base(config), self.reward)
+        config = dataclasses.replace(config, keep_checkpoints=0)
         folder = self.folder / f"run-{len(list(self.folder.glob('run-*')))}"
         began = run.what_it_began_with(fixed, config)
         run.run_updates(train.new_state(policy, config), fixed, prompts, config, folder, began)

@@ -93,7 +93,7 @@ def test_the_best_policy_by_held_out_reward_is_kept_and_judged_on_other_prompts(
         return rows if reward is None else [row | {"reward": reward} for row in rows]
 
     monkeypatch.setattr("run.evaluate_policy", scripted)
-    assert run_main("--task", "train", *flags(n_updates=5, eval_every=2, output_dir="best")) == 0
+    assert run_main("--task", "train", *flags(n_updates=5, eval_every=2, save_every=5, output_dir="best")) == 0
     folder = workplace / "best"
     noted = [row.get("eval_reward") for row in read_stats(folder)]
     assert noted == [None, pytest.approx(0.2), None, 0.5, pytest.approx(0.3)]
