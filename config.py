@@ -48,6 +48,7 @@ POLICIES = (
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
 )
 MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest that measures as exact as float32"
+TRACKERS = ("", "tensorboard", "wandb", "trackio", "swanlab")
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on Linux as on macOS
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
@@ -64,7 +65,7 @@ READERS = {  # the tasks that read a group's settings, but for those of SOME_REA
     "generate": ("generate",),
 }
 SOME_READ = {  # tasks: the settings that these alone read
-    ("train",): "final_dir lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
+    ("train",): "final_dir log_with lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
     "missing_eos_penalty whiten_scores normalize_scores score_clip",
     ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
     "prompt_template chat",
@@ -106,6 +107,7 @@ class Config:
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
     matmul_precision: str = option("task", "auto", MATMUL_PRECISION, ("auto", "highest", "high", "medium"))
+    log_with: str = option("task", "", "tracker that is told of the run as well: docs/usage.md", TRACKERS)
     dry_run: bool = option("task", False, "check all that can be, show three samples, write nothing")
 
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")

@@ -44,6 +44,7 @@ from progress import progress, say
 from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
 from provenance import Source, columns_read, write_record
 from reward import load_reward_terms
+from trackers import NO_TRACKING, Tracking, tracking
 from train import Best, Fixed, State, collect_rollout, learning_rate, new_state, train
 
 
@@ -74,15 +75,16 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
         show_samples(collect_rollout(policy, fixed, first, config, update_number=0))
         return print(f"dry run: {folder} would be the run; nothing was trained or written")
     state = new_state(policy, config)
-    run_updates(state, fixed, prompts, config, folder)
-    if state.best:
-        policy.load_state_dict(state.best.weights, strict=False)
-        reward = f"a reward of {state.best.reward:.3f} on validation prompts"
-        print(f"the policy of update {state.best.update} is kept, with {reward}")
-    save_result(policy, fixed, config, folder)
-    del state  # the moments of Adam leave room for the policy that is loaded again
-    check_saved(policy, fixed, prompts.held_out, config, folder)
-    show_result(policy, fixed, prompts.held_out, config, folder)
+    with tracking(config, folder, state.next_update) as tracker:
+        run_updates(state, fixed, prompts, config, folder, tracker)
+        if state.best:
+            policy.load_state_dict(state.best.weights, strict=False)
+            reward = f"a reward of {state.best.reward:.3f} on validation prompts"
+            print(f"the policy of update {state.best.update} is kept, with {reward}")
+        save_result(policy, fixed, config, folder)
+        del state  # the moments of Adam leave room for the policy that is loaded again
+        check_saved(policy, fixed, prompts.held_out, config, folder)
+        show_result(policy, fixed, prompts.held_out, config, folder, tracker)
 
 
 def load_models(config: Config, base_model: str, reward_model_path: str) -> tuple[PolicyModel, Fixed, Prompts]:
@@ -114,7 +116,9 @@ def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_pr
     print(memory_estimate(config, policy))
 
 
-def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path) -> None:
+def run_updates(
+    state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path, tracker: Tracking = NO_TRACKING
+) -> None:
     """Train, and log every update as it ends, into a folder that is claimed with the first of them."""
     log, timings, announced = [], [], set()
     started = time.perf_counter()
@@ -138,6 +142,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
             if is_time_to_evaluate(config, state.next_update):
                 row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
             report.write_logs(folder, log, timings, report.log_rows(number, rollout))
+            tracker.log(number, row)
             advance(report.bar_numbers(row))
             started = time.perf_counter()
     for alarm in log[-1]["alarms"]:
@@ -194,7 +199,9 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
     print(told)
 
 
-def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path) -> None:
+def show_result(
+    policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path, tracker: Tracking
+) -> None:
     """Print what PPO has changed, on held-out prompts, and where to go on from there."""
     policies = {"before": fixed.reference, "after": policy}
     kind = "test" if config.eval_every else "validation"
@@ -203,6 +210,7 @@ def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
         tables[name] = evaluate_policy(each, fixed, prompts, config, name=f"{name}, {kind} prompts")
     comparison = compare(tables)
     print(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
+    tracker.log_samples(config.n_updates - 1, comparison["samples"])
     print(f"policy, tokenizer, logs: {folder}")  # first: where there is no room for a figure, that ends the run
     print(f"training curves: {plot_training(folder, notice(config))}")
     print(f"now try: python main.py --task generate --output_dir {shlex.quote(str(folder))}{example(prompts, config)}")
