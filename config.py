@@ -56,6 +56,7 @@ POLICIES = (
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
 )
 MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest that measures as exact as float32"
+TRACKERS = ("", "tensorboard", "wandb", "trackio", "swanlab")
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on Linux as on macOS
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
@@ -72,8 +73,9 @@ READERS = {  # the tasks that read a group's settings, but for those of SOME_REA
     "generate": ("generate",),
 }
 SOME_READ = {  # tasks: the settings that these alone read
-    ("train",): "resume save_every keep_checkpoints final_dir lora_r lora_alpha merge reference_in_8bit "
-    "gradient_checkpointing sft_first missing_eos_penalty whiten_scores normalize_scores score_clip",
+    ("train",): "resume save_every keep_checkpoints final_dir log_with lora_r lora_alpha merge "
+    "reference_in_8bit gradient_checkpointing sft_first missing_eos_penalty whiten_scores normalize_scores "
+    "score_clip",
     ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
     "prompt_template chat",
     ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
@@ -119,6 +121,7 @@ class Config:
     resume: bool = option("task", False, "go on with a run that was interrupted: the newest, or that of --output_dir")
     save_every: int = option("task", 0, "updates between checkpoints; 0: as often as costs 1 % of the time", "[0, inf)")
     keep_checkpoints: int = option("task", 2, "the newest so many are kept; 0: none is made, no resuming", "[0, inf)")
+    log_with: str = option("task", "", "tracker that is told of the run as well: docs/usage.md", TRACKERS)
     dry_run: bool = option("task", False, "check all that can be, show three samples, write nothing")
 
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")

@@ -89,7 +89,10 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     from reward import needs_reward_model
     from run import run_ppo
     from sft import run_sft
+    from trackers import check_tracker
 
+    if config.task == "train":
+        check_tracker(config, folder)
     begin()
     config = with_prompt_column(config)
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path

@@ -60,6 +60,7 @@ from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_r
 from provenance import Source, check_same_rows, columns_read, write_record
 from reward import load_reward_terms
 from signals import requests_to_stop
+from trackers import NO_TRACKING, Tracking, tracking
 from train import Best, Fixed, State, collect_rollout, learning_rate, new_state, train
 
 MOST_IDLE_UPDATES = 3  # in a row, without a step: then the run ends
@@ -104,8 +105,9 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
         if checkpoint is None:
             write_record(folder, source)
         report.cut_logs(folder, state.next_update, read_numbers(checkpoint)["log_bytes"] if checkpoint else 0)
-        run_updates(state, fixed, prompts, config, folder, began)
-        keep_result(state, fixed, prompts, config, folder)
+        with tracking(config, folder, state.next_update) as tracker:
+            run_updates(state, fixed, prompts, config, folder, began, tracker)
+            keep_result(state, fixed, prompts, config, folder, tracker)
         report.finish_logs(folder)
 
 
@@ -136,7 +138,7 @@ def resume(state: State, fixed: Fixed, checkpoint: Path, source: Source, config:
         print(f"--n_updates was {before}: the learning rate, which falls to 0 over all updates, goes on at {rate:.3g}")
 
 
-def keep_result(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path) -> None:
+def keep_result(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path, tracker: Tracking) -> None:
     """Save the policy, or the best that there was, check what was saved, and show what has changed."""
     policy = state.policy
     if state.best:
@@ -146,7 +148,7 @@ def keep_result(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
     save_result(policy, fixed, config, folder)
     state.optimizer.state.clear()  # the moments of Adam leave room for the policy that is loaded again
     check_saved(policy, fixed, prompts.held_out, config, folder)
-    show_result(policy, fixed, prompts.held_out, config, folder)
+    show_result(policy, fixed, prompts.held_out, config, folder, tracker)
 
 
 def load_models(
@@ -182,7 +184,15 @@ def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_pr
     print(memory_estimate(config, policy))
 
 
-def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path, began: Began) -> None:
+def run_updates(
+    state: State,
+    fixed: Fixed,
+    prompts: Prompts,
+    config: Config,
+    folder: Path,
+    began: Began,
+    tracker: Tracking = NO_TRACKING,
+) -> None:
     """Train, log every update as it ends, and save the state now and then, and before the run ends for any reason."""
     history = report.remembered(read_rows(folder / STATS), config.batch_size)
     announced = set()
@@ -197,6 +207,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
             if is_time_to_evaluate(config, state.next_update):
                 row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
             report.write_logs(folder, row, timing, report.log_rows(row["step"], rollout))
+            tracker.log(row["step"], row)
             advance(report.bar_numbers(row))
             ending = reason_to_end(state, stop(), config, folder)
             save(at_once=ending is not None)
@@ -310,7 +321,9 @@ def check_saved(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
     print(told)
 
 
-def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path) -> None:
+def show_result(
+    policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, folder: Path, tracker: Tracking
+) -> None:
     """Print what PPO has changed, on held-out prompts, and where to go on from there."""
     policies = {"before": fixed.reference, "after": policy}
     kind = "test" if config.eval_every else "validation"
@@ -319,6 +332,7 @@ def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
         tables[name] = evaluate_policy(each, fixed, prompts, config, name=f"{name}, {kind} prompts")
     comparison = compare(tables)
     print(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
+    tracker.log_samples(config.n_updates - 1, comparison["samples"])
     print(f"policy, tokenizer, logs: {folder}")  # first: where there is no room for a figure, that ends the run
     print(f"training curves: {plot_training(folder, notice(config))}")
     print(f"now try: python main.py --task generate --output_dir {shlex.quote(str(folder))}{example(prompts, config)}")
