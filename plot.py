@@ -173,16 +173,21 @@ def new_figure(n_panels: int, height: float = 2.4) -> list:
 
 
 def save_figure(figure, path: Path, title: str, caption: str = "", notice: str = "") -> Path:
-    """Write a figure with a title, and under it a caption and the notice's gist.
+    """Write a figure with a title, and under it a caption and the notice's gist. All text is drawn letter by letter:
+    a name or a setting with `$` in it is no formula.
 
     Raises UsageError for a folder that cannot be written, RunError if the disk is full.
     """
+    from matplotlib.text import Text
+
     width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(title, int(12 * width)), fontsize=10)
     first_line = notice.partition("\n")[0]
     gist = first_line.rpartition(".")[0]  # the sentence that the next line goes on with is left out
     notes = [textwrap.fill(note, int(16 * width)) for note in (caption, gist) if note]
     figure.supxlabel("\n".join(notes), fontsize=7)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     check_writable(path.parent)
     path.parent.mkdir(exist_ok=True)
     image = io.BytesIO()
