@@ -20,7 +20,7 @@ from typing import get_args
 
 import yaml
 
-from progress import tell
+from progress import tell, visible
 
 
 class UsageError(Exception):
@@ -349,7 +349,7 @@ def check_value(spec: dataclasses.Field, value) -> None:
 def first_line(error: BaseException) -> str:
     """What a library said went wrong, short enough for a sentence of ours."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    return visible(text.splitlines()[0][:200])
 
 
 def nearest(word: str, choices) -> str:

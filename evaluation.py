@@ -25,7 +25,7 @@ from model import PolicyModel
 from plot import sample_pairs
 from ppo import kl_estimate
 from preflight import check_context
-from progress import progress
+from progress import progress, say
 from prompts import Prompt, load_prompts
 from provenance import Source, columns_read, other_start, overlaps, usable_stage
 from randomness import uniforms
@@ -383,7 +383,7 @@ def try_evaluation(
     """What a dry run shows of an evaluation: a few prompts with each policy's response, and what would be left."""
     few = next(iter(prompts.values()))[:3]
     tables = {name: evaluate_policy(policy, fixed, few, config) for name, policy in policies.items()}
-    print(sample_pairs(compare(tables)))
+    say(sample_pairs(compare(tables)))
     counts = " and ".join(f"{len(some)} {split} prompts" for split, some in prompts.items())
     print(f"dry run: {', '.join(policies)} would be compared on {counts}, in {results}")
     judge = str(stage_folder(config, "judge"))
@@ -405,7 +405,8 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     notes = other_start(run_above(Path(config.output_dir)))
     if config.dataset_path:  # reviews made here are alike by chance
         notes += overlaps(models_used(config, paths, reward_model_path), rows_to_judge_by(config, prompts))
-    print("".join(note + "\n" for note in notes), end="")
+    for note in notes:
+        say(note)
     results = run_above(Path(config.output_dir)) / "results"
     check_writable(results)
     if config.dry_run:

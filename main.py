@@ -24,7 +24,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept,
 
 from checkpoint import new_ppo_folder, new_stage_folder, notice, run_above, run_settings, stage_folder, starting_model
 from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
-from progress import tell
+from progress import say, tell, visible
 
 OUT_OF_MEMORY = (
     "out of memory; less is needed with a smaller --mini_batch_size (and a larger --gradient_accumulation_steps), "
@@ -85,7 +85,8 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
     trains_reward = config.task == "reward" or (wants_reward and not usable_stage(config, reward_model, "reward"))
     check_before_training(config, trains_reward)
-    print("".join(note + "\n" for note in overlaps_of_named(config)), end="")
+    for note in overlaps_of_named(config):
+        say(note)
     wants_model = base_model == str(stage_folder(config, "sft"))
     trains_model = config.task == "sft" or (wants_model and not usable_stage(config, base_model, "sft"))
     if trains_model:
@@ -134,7 +135,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, exit_code = "interrupted", 128 + signal.SIGINT
     with suppress(OSError):
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {visible(message, keep='')}", file=sys.stderr)
     return exit_code
 
 

@@ -10,6 +10,7 @@ from statistics import fmean
 from checkpoint import check_writable, run_of, write_whole
 from config import UsageError
 from intervals import wilson_interval
+from progress import say
 
 PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
     "reward": ["reward"],
@@ -410,7 +411,7 @@ def show_comparison(folder: Path, notice: str = "") -> None:
             parts += [comparison_table(comparison), reward_difference(comparison), sample_pairs(comparison)]
         return "\n".join(parts)
 
-    print(read_json(folder / "results/comparison.json", text_of))
+    say(read_json(folder / "results/comparison.json", text_of))
     print(f"figures and every sample: {folder / 'results'}")
     print(f"comparison: {plot_comparison(folder, notice)}")
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from checkpoint import read_object, run_above, trained_stage, write_whole
 from config import Config, UsageError, template_fields
 from dataset import PARTS, load_rows
+from progress import say
 
 RECORD = "stage.json"
 ROWS = "rows.txt"
@@ -108,7 +109,7 @@ def usable_stage(config: Config, path: str, stage: str, part: str = "train") -> 
         return True
     check_starting_weights(path, record["starts_from"])
     check_rows(config, path, record["trained_on"], part)
-    print(described(path, record))
+    say(described(path, record))
     return True
 
 
