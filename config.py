@@ -66,8 +66,8 @@ READERS = {  # the tasks that read a group's settings, but for those of SOME_REA
 SOME_READ = {  # tasks: the settings that these alone read
     ("train",): "final_dir lora_r lora_alpha merge reference_in_8bit gradient_checkpointing sft_first "
     "missing_eos_penalty whiten_scores normalize_scores score_clip",
-    ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
-    "prompt_template chat",
+    ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name allow_pickle "
+    "prompt_column prompt_template chat",
     ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
     "sft_batch_size sft_learning_rate",
     ("train", "evaluate"): "peft_model_path min_prompt_chars max_prompt_chars mini_batch_size",
@@ -111,6 +111,7 @@ class Config:
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
     dtype: str = option("model", "float32", "of the weights", ("float32", "bfloat16", "float16"))
     mixed_precision: str = option("model", "no", "autocast forward passes to bfloat16", ("no", "bf16"))
+    allow_pickle: bool = option("model", False, "read weights that are in a pickle (.bin) alone: its numbers, no code")
     peft_model_path: str = option("model", "", "LoRA adapter to go on training, on the base model: Hub id or folder")
     lora_r: int = option("model", 0, "rank of a new LoRA adapter; 0: none, all weights are trained", "[0, 10000]")
     lora_alpha: float = option("model", 16, "the adapter's output is scaled by this over its rank", "(0, inf)")
