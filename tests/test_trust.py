@@ -7,9 +7,12 @@ import json
 import os
 import pickle
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
+import datasets
 import peft
+import pyarrow.parquet
 import pytest
 import torch
 from huggingface_hub import constants
@@ -20,6 +23,7 @@ from transformers import GPT2ForSequenceClassification
 
 from classifier import new_classifier
 from config import Config, UsageError
+from dataset import check_places, load_splits
 from loading import load_critic, load_language_model, load_policy, load_tokenizer, new_policy
 from prompts import chat_text
 from reward import load_classifier
@@ -365,6 +369,121 @@ def test_a_chat_template_does_nothing_but_write_a_text(template, model, tmp_path
     with pytest.raises(UsageError, match=r"the chat template of .* refuses"):
         chat_text(messages, {}, load_tokenizer(str(model)))
     assert len(messages) == 1 and not (tmp_path / "ran").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Data
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def rows_in(folder: Path, text: str = "own") -> Path:
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text(json.dumps({"text": text}) + "\n")
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch) -> Path:
+    """The folder of a dataset; beside it is another one, which nobody has named."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows_in(tmp_path / "secret", "secret")
+    return rows_in(tmp_path / "data")
+
+
+def card(folder: Path, **settings) -> None:
+    """A README that says how the folder is to be loaded."""
+    settings = {"configs": [{"config_name": "default"} | settings]}
+    (folder / "README.md").write_text(f"---\n{json.dumps(settings)}\n---\n# Data\n")  # JSON is YAML
+
+
+CARDS = {
+    "climbing": {"data_files": "../secret/rows.jsonl"},
+    "absolute": {"data_files": "{there}/secret/rows.jsonl"},
+    "a list": {"data_files": ["rows.jsonl", "../secret/*.jsonl"]},
+    "by split": {"data_files": [{"split": "train", "path": ["../secret/rows.jsonl"]}]},
+    "a folder": {"data_dir": "../secret"},
+    "another host": {"data_files": "http://localhost:9/rows.jsonl"},
+    "another protocol": {"data_files": "file://{there}/secret/rows.jsonl"},
+    "a chain of them": {"data_files": "simplecache::http://localhost:9/rows.jsonl"},
+    "another repository": {"data_files": "hf://datasets/made/up/rows.jsonl"},
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_card_names_no_rows_elsewhere(name, data, tmp_path):
+    """In the README as in the file that goes before it."""
+    card(data, **json.loads(json.dumps(CARDS[name]).replace("{there}", str(tmp_path))))
+    with pytest.raises(
+        UsageError, match=r"^--dataset_path .*: its README.md names .*, expected a file in its own folder"
+    ):
+        load_splits(str(data))
+    (data / ".huggingface.yaml").write_text((data / "README.md").read_text().split("---")[1])
+    card(data, data_files="rows.jsonl")
+    with pytest.raises(UsageError, match=r"its .huggingface.yaml names"):
+        load_splits(str(data))
+
+
+@pytest.mark.parametrize(
+    "own", [{"data_files": "rows.jsonl"}, {"data_files": [{"split": "train", "path": "r*.jsonl"}]}, {}]
+)
+def test_a_card_that_names_the_folders_own_rows_is_followed(own, data):
+    card(data, **own)
+    assert load_splits(str(data))["train"].to_list() == [{"text": "own"}]
+
+
+def test_a_card_on_the_hub_names_no_rows_elsewhere(data, tmp_path, monkeypatch):
+    snapshot = tmp_path / "hub/datasets--made--up/snapshots" / ("0" * 40)
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs/main").write_text("0" * 40)
+    card(data, data_files=f"{tmp_path}/secret/rows.jsonl")
+    shutil.copytree(data, snapshot)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UsageError, match=r"^--dataset_path made/up: its README.md names '/"):
+        check_places("made/up")
+
+
+def test_rows_behind_a_link_are_not_read(data):
+    (data / "more.jsonl").symlink_to("../secret/rows.jsonl")
+    with pytest.raises(UsageError, match=r"more.jsonl is a link to ../secret/rows.jsonl, which is outside"):
+        load_splits(str(data))
+
+
+def test_a_saved_dataset_names_no_rows_elsewhere(data, tmp_path):
+    for name in ("own", "secret"):
+        datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": [name]})}).save_to_disk(
+            tmp_path / f"to-{name}"
+        )
+    own = tmp_path / "to-own"
+    assert load_splits(str(own))["train"].to_list() == [{"text": "own"}]
+    elsewhere = "../../to-secret/train/data-00000-of-00001.arrow"
+    edit(own / "train/state.json", _data_files=[{"filename": elsewhere}])
+    with pytest.raises(UsageError, match=f"its train/state.json names '{elsewhere}', expected a file in its own"):
+        load_splits(str(own))
+    edit(own / "dataset_dict.json", splits=["../to-secret/train"])
+    with pytest.raises(UsageError, match=r"its dataset_dict.json names '../to-secret/train', expected"):
+        load_splits(str(own))
+
+
+@pytest.mark.parametrize("name", ["data.py", "rows.py"])
+def test_no_script_of_a_dataset_is_run(name, data, tmp_path):
+    (data / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with suppress(UsageError):
+        assert load_splits(str(data))["train"].to_list() == [{"text": "own"}]
+    pickled_rows = rows_in(tmp_path / "pickles") / "rows.pkl"
+    pickled_rows.write_bytes(pickle.dumps(Payload(tmp_path / "ran")))
+    assert load_splits(str(pickled_rows.parent))["train"].to_list() == [{"text": "own"}]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_a_row_names_as_an_image_is_not_opened(data, tmp_path):
+    """A file of one row is looked at by itself; it may say that a column holds images, and where they are."""
+    features = datasets.Features({"text": datasets.Image()})
+    table = pyarrow.table({"text": [{"path": str(tmp_path / "secret/rows.jsonl"), "bytes": None}]})
+    pyarrow.parquet.write_table(table.cast(features.arrow_schema), data / "rows.parquet")
+    rows = load_splits(str(data / "rows.parquet"))["train"]
+    with pytest.raises(Exception, match="cannot identify image file"):
+        rows[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
