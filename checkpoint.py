@@ -14,6 +14,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from config import Config, RunError, UsageError, first_line, to_json
+from trust import check_function, check_links, remember_function
 
 # The settings that a stage's result depends on: its data and size, always, and how it was trained.
 TRAINED_ON = (
@@ -37,6 +38,18 @@ TRAINED_BY = {
     "sft": ("completion_column", "sft_epochs", "sft_steps", "sft_batch_size", "sft_learning_rate"),
     "reward": ("reward_steps", "reward_batch_size", "reward_learning_rate"),
 }
+NOT_LENT = (  # what a command alone can say, be it in a run's settings or not
+    "allow_pickle",
+    "dry_run",
+    "final_dir",
+    "policies",
+    "prompt",
+    "prompts",
+    "num_samples",
+    "stop",
+    "output",
+    "without_reward",
+)
 COMPLETIONS_BY = ("prompt_tokens", "max_prompt_length", "max_new_tokens", "long_prompts")  # where answers are learned
 
 
@@ -273,7 +286,11 @@ def newest_run(output_dir: str, name: str = "", preset: str = "", marker: str = 
 
 
 def run_settings(settings: dict) -> dict:
-    """The settings of a finished run, as the base of the tasks that use it; takes its folder out of `settings`."""
+    """The settings of a finished run, as the base of the tasks that use it; takes its folder out of `settings`.
+
+    The folder may have come from anywhere: raises UsageError for links out of it, and for a reward function that the
+    task would run because the folder names it.
+    """
     folder = settings.pop("output_dir", "")
     name = settings.pop("run_name", "")
     preset = settings.pop("preset", "")
@@ -284,7 +301,12 @@ def run_settings(settings: dict) -> dict:
         if policies and not folder:
             _, folder = run_of(policies[0])
     run = newest_run(folder, name=name, preset=preset, marker=marker)
-    return read_object(run / "run_config.json") | {"output_dir": str(run)}
+    check_links(run_above(run), "output_dir")
+    own = read_object(run / "run_config.json")
+    asks_reward = settings["task"] == "evaluate" or (settings.get("output") and not settings.get("without_reward"))
+    if asks_reward and "reward_fn" not in settings and own.get("reward_fn"):
+        check_function(str(own["reward_fn"]), run)
+    return {name: value for name, value in own.items() if name not in NOT_LENT} | {"output_dir": str(run)}
 
 
 def read_object(path: Path) -> dict:
@@ -365,6 +387,8 @@ def claim_folder(folder: Path, config: Config) -> None:
     if any(folder.iterdir()):
         raise RunError(f"{folder} has been taken by another run meanwhile; start again")
     write_settings(folder, config)
+    if config.reward_fn:
+        remember_function(config.reward_fn)
 
 
 def write_settings(folder: Path, config: Config) -> None:

@@ -231,6 +231,8 @@ class Config:
             if self.chat:
                 raise UsageError("--chat puts a text into the model's own template: leave --prompt_template out")
         check_place("run_name", str(self.run_folder))
+        if ".." in self.run_folder.parts or self.run_folder.is_absolute():
+            raise UsageError(f"--run_name {str(self.run_folder)!r} is not under saved_models/: expected no / before it")
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
         truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop

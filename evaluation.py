@@ -25,7 +25,7 @@ from model import PolicyModel
 from plot import sample_pairs
 from ppo import kl_estimate
 from preflight import check_context
-from progress import progress, say
+from progress import progress, say, tell
 from prompts import Prompt, load_prompts
 from provenance import Source, columns_read, other_start, overlaps, usable_stage
 from randomness import uniforms
@@ -391,8 +391,22 @@ def try_evaluation(
         print(f"dry run: {judge} would be a language model, the judge of fluency, trained on rows of its own")
 
 
+def tell_what_is_named(config: Config) -> None:
+    """The models, data and function that the run's settings name, before any is read: they may be anybody's."""
+    named = {
+        "base_model_name": config.base_model_name,
+        "peft_model_path": config.peft_model_path,
+        "dataset_path": config.dataset_path,
+        "reward_model_path": config.reward_model_path,
+        "reward_fn": config.reward_fn,
+    }
+    if any(named.values()):
+        tell("using " + ", ".join(f"--{name} {value}" for name, value in named.items() if value))
+
+
 def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     """The `evaluate` task: every policy on the same held-out prompts, by every judge, written into results/."""
+    tell_what_is_named(config)
     device = prepare_device(config)
     paths = policy_paths(config, base_model)
     tokenizer, policies = load_policies(config, paths, device)

@@ -11,6 +11,7 @@ from checkpoint import check_writable, run_of, write_whole
 from config import UsageError
 from intervals import wilson_interval
 from progress import say
+from trust import check_links
 
 PANELS = {  # quantity and unit: the columns of training_stats.json that are drawn; reward has its terms, too
     "reward": ["reward"],
@@ -429,6 +430,7 @@ def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = (), dry_run
     runs = {}
     for entry in policies:
         name, run = run_of(entry)
+        check_links(Path(run), "policies")
         runs[name] = Path(run)
     if len(set(runs.values())) < len(policies):
         raise UsageError(f"--policies {' '.join(policies)}: expected NAME=FOLDER of each run, each of them once")

@@ -5,6 +5,7 @@ elsewhere. Its links, the names in its files and the function that a run of it w
 import math
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from config import UsageError
@@ -46,3 +47,47 @@ def check_names(names: Iterable, place: str) -> None:
         is_elsewhere = is_text and (name.startswith("/") or ":" in name or "\\" in name)
         if not is_text or is_elsewhere or any(part.startswith((".", "~")) for part in PurePosixPath(name).parts):
             raise UsageError(f"{place} names {name!r}, expected a file in its own folder")
+
+
+def known_file() -> Path:
+    """Where it is noted which functions this user's runs were trained with, beyond the reach of any run's folder.
+
+    Raises RuntimeError for a user without a home.
+    """
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "ppo" / "reward_functions"
+
+
+def known_functions() -> list[str]:
+    with suppress(OSError, ValueError, RuntimeError):
+        return known_file().read_text(encoding="utf-8").split("\n")
+    return []
+
+
+def whole_name(spec: str) -> str:
+    """FILE.py:NAME with the file as it is found from anywhere."""
+    path, _, name = spec.rpartition(":")
+    return f"{os.path.abspath(path)}:{name}"
+
+
+def remember_function(spec: str) -> None:
+    """Note a --reward_fn with which a run is trained, so that the run's folder may name it later on. Where nothing can
+    be noted, it has to be given again.
+    """
+    if whole_name(spec) in known_functions():
+        return
+    with suppress(OSError, ValueError, RuntimeError):
+        known_file().parent.mkdir(parents=True, exist_ok=True)
+        with known_file().open("a", encoding="utf-8") as file:
+            file.write(whole_name(spec) + "\n")
+
+
+def check_function(spec: str, run: Path) -> None:
+    """Raise UsageError for a --reward_fn that a run's folder names and this user has never trained with: whoever made
+    the folder may have written the function, too.
+    """
+    if whole_name(spec) not in known_functions():
+        raise UsageError(
+            f"{run} was rewarded by the function {spec}, which no run of yours was trained with, and code is not run "
+            f"because a folder says so: look at it, and give --reward_fn {spec}"
+        )

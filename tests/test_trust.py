@@ -16,7 +16,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from huggingface_hub import constants
-from micro import assert_refused, flags, run_main
+from micro import assert_refused, flags, question_flags, run_main
 from safetensors.torch import load_file
 from tiny_models import PAD, letter_tokenizer, tiny_gpt2
 from transformers import GPT2ForSequenceClassification
@@ -27,7 +27,7 @@ from dataset import check_places, load_splits
 from loading import load_critic, load_language_model, load_policy, load_tokenizer, new_policy
 from prompts import chat_text
 from reward import load_classifier
-from trust import check_links, check_names
+from trust import check_function, check_links, check_names, remember_function
 
 pytest_plugins = ["micro"]
 
@@ -532,3 +532,106 @@ def test_names_of_files_elsewhere_are_refused(name):
     check_names(["a", "a/b-00001.safetensors", "./a", "data/**/*.jsonl", "train-*"], "flag")
     with pytest.raises(UsageError, match=r"^x.json names .*, expected a file in its own folder$"):
         check_names(["a", name], "x.json")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------------------------
+
+REWARD = "def reward(prompts, responses, rows):\n    return [len(response) for response in responses]\n"
+
+
+@pytest.fixture
+def foreign(workplace, monkeypatch) -> Path:
+    """A run's folder that has come from elsewhere; the code in it, and beside it, would leave a file."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(workplace / "state"))
+    run = Path("saved_models/tiny/ppo").rename("foreign")
+    for place in (run, workplace):
+        (place / "code.py").write_text(f"open({str(workplace / 'ran')!r}, 'w')\n{REWARD}")
+    return run
+
+
+ASKING = [["--task", "evaluate"], ["--task", "generate", "--prompt", "A", "--output", "out.jsonl"]]
+
+
+@pytest.mark.parametrize("task", ASKING, ids=["evaluate", "generate"])
+@pytest.mark.parametrize("function", ["foreign/code.py:reward", "code.py:reward", "./foreign/../code.py:reward"])
+def test_no_function_is_run_because_a_run_names_it(function, task, foreign, workplace, capsys):
+    edit(foreign / "run_config.json", reward_fn=function, base_model_name="saved_models/tiny/sft")
+    command = [*task, "--output_dir", "foreign"]
+    assert_refused(capsys, workplace, command, f"foreign was rewarded by the function {function}", "--reward_fn")
+    assert run_main("--task", "generate", "--output_dir", "foreign", "--prompt", "A") == 0
+    assert run_main("--task", "plot", "--output_dir", "foreign", "--dry_run") == 0
+    assert not (workplace / "ran").exists()
+    assert run_main(*command, "--dry_run", "--reward_fn", function) == 0
+    assert (workplace / "ran").exists()
+
+
+def test_the_function_of_a_run_of_ones_own_is_run_again(
+    questions, tmp_path, monkeypatch, t5_folder, no_figures, capsys
+):
+    """Where the notes are gone, or none could be left, it has to be named."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    train = ["--task", "train", *question_flags(t5_folder), "--output_dir", str(tmp_path / "run")]
+    evaluate = ["--task", "evaluate", "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    assert run_main(*train, "--dry_run") == 0
+    assert not (tmp_path / "state").exists()
+    assert run_main(*train) == 0
+    assert run_main(*evaluate) == 0
+    assert f"using --base_model_name {t5_folder}, --dataset_path prompts.jsonl, --reward_fn rewards.py:reward\n" in (
+        capsys.readouterr().err
+    )
+    notes = tmp_path / "state/ppo/reward_functions"
+    assert notes.read_text() == f"{questions}/rewards.py:reward\n"
+    shutil.rmtree(tmp_path / "state")
+    assert run_main(*evaluate) == 2
+    (tmp_path / "state").write_text("no folder")
+    remember_function("rewards.py:reward")
+    assert run_main(*evaluate) == 2
+    assert run_main(*evaluate, "--reward_fn", "rewards.py:reward") == 0
+
+
+def test_a_function_is_noted_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for spec in ("a.py:f", f"{tmp_path}/a.py:f", "./a.py:f", "b.py:f"):
+        remember_function(spec)
+    assert (tmp_path / "ppo/reward_functions").read_text() == f"{tmp_path}/a.py:f\n{tmp_path}/b.py:f\n"
+    check_function("x/../b.py:f", Path("run"))
+    with pytest.raises(UsageError, match=r"^run was rewarded by the function a.py:g, which no run of yours was"):
+        check_function("a.py:g", Path("run"))
+
+
+def test_a_run_says_nothing_that_only_a_command_can(foreign, workplace, capsys):
+    """Where its responses go, that a pickle may be read, and the like."""
+    own = {"output": "written", "prompt": ["A"], "allow_pickle": True, "dry_run": True, "policies": ["a=b"]}
+    edit(foreign / "run_config.json", **own)
+    assert run_main("--task", "generate", "--output_dir", "foreign", "--prompt", "The film") == 0
+    assert "The film" in capsys.readouterr().out and not Path("written").exists()
+    pickled(foreign)
+    assert_refused(capsys, workplace, ["--task", "generate", "--output_dir", "foreign", "--prompt", "A"], "in a pickle")
+
+
+@pytest.mark.parametrize("name", ["../../elsewhere", "/elsewhere", "a/../../b"])
+def test_a_run_is_not_named_out_of_the_folder_of_runs(name, foreign, workplace, capsys):
+    """Where `evaluate` would leave a judge."""
+    edit(foreign / "run_config.json", run_name=name)
+    assert_refused(capsys, workplace, ["--task", "evaluate", "--output_dir", "foreign"], "is not under saved_models/")
+    assert_refused(capsys, workplace, ["--task", "train", *flags(run_name=name)], "is not under saved_models/")
+
+
+@pytest.mark.parametrize(
+    "name", ["results", "plots", "checkpoints", "run_config.json", ".comparison.json.1.unfinished"]
+)
+def test_nothing_is_written_through_a_link_of_a_run(name, foreign, workplace, capsys):
+    (workplace / "elsewhere").mkdir()
+    (workplace / "elsewhere/test_results_reviews.csv").write_text("mine")
+    with suppress(OSError):
+        (foreign / name).rename(f"moved-{name}")
+    (foreign / name).symlink_to(workplace / ("moved-run_config.json" if "config" in name else "elsewhere"))
+    for task in ("evaluate", "plot"):
+        words = f"--output_dir foreign: {name} is a link to"
+        assert_refused(capsys, workplace, ["--task", task, "--output_dir", "foreign"], words)
+    others = ["--task", "plot", "--output_dir", "saved_models/tiny/ppo", "--policies", "foreign"]
+    shutil.copytree(foreign, "saved_models/tiny/ppo", symlinks=False)
+    assert_refused(capsys, workplace, others, f"--policies foreign: {name} is a link to")
