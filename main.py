@@ -20,9 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait collapse on a shared core
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but some microseconds of it halve sampling's time with a small model
-os.environ.setdefault(
-    "USE_HUB_KERNELS", "NO"
-)  # code that transformers would fetch, where its package for that is there
+os.environ.setdefault("USE_HUB_KERNELS", "NO")  # they are code, that transformers may fetch without a word
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept, one a shape, some with 9 MB of room
 
 from checkpoint import new_ppo_folder, new_stage_folder, notice, run_above, run_settings, stage_folder, starting_model
