@@ -21,6 +21,7 @@ from generate import respond
 from loading import load_policy, load_tokenizer, one_sentence
 from model import PolicyModel
 from preflight import prompt_room
+from progress import tell, visible
 from prompts import Prompt, asked, limit_length, make_prompts
 from randomness import uniforms
 from reward import RewardTerm, load_reward_terms, total_reward
@@ -61,7 +62,7 @@ def show_responses(groups: Iterable[Group], policy: PolicyModel, tokenizer, conf
             continue
         responses = draw_responses(policy, tokenizer, prompts, random_numbers, config)
         for prompt, response in zip(prompts, responses, strict=True):
-            print(asked(prompt, config) + shown_separator(policy, config) + response)
+            print(as_shown(asked(prompt, config) + shown_separator(policy, config) + response))
 
 
 def write_responses(
@@ -76,7 +77,7 @@ def write_responses(
         problems += [problem] * len(new_rows) if problem else []
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if config.dry_run:
-        print(lines, end="")
+        print(as_shown(lines), end="")
     else:
         output = Path(config.output)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +85,7 @@ def write_responses(
         print(f"{len(rows)} responses: {output}")
     if problems:
         told = f"note: {len(problems)} of {len(rows)} have null for a reward"
-        print(f"{told}: {problems[0]}; --without_reward leaves it out", file=sys.stderr)
+        tell(f"{told}: {problems[0]}; --without_reward leaves it out")
 
 
 def draw_responses(
@@ -125,6 +126,11 @@ def row_config(row: dict, config: Config) -> Config:
     """The config without the run's template where the row is a conversation."""
     is_talk = isinstance(row.get(config.prompt_column), list)
     return replace(config, prompt_template="") if is_talk else config
+
+
+def as_shown(text: str) -> str:
+    """What is printed of a text: on a terminal nothing that it would obey, elsewhere all, to the letter."""
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def shown_separator(policy: PolicyModel, config: Config) -> str:
@@ -289,9 +295,9 @@ def stream(policy: PolicyModel, tokenizer, prompt: Prompt, random_numbers: torch
         nonlocal shown
         drawn.extend(tokens.tolist())
         text = tokenizer.decode(drawn, skip_special_tokens=True)[start:].rstrip("\ufffd")  # half a letter has to wait
-        print(text[len(shown) :], end="", flush=True)
+        print(as_shown(text[len(shown) :]), end="", flush=True)
         shown = max(shown, text, key=len)
 
-    print(asked(prompt, config), end=shown_separator(policy, config), flush=True)
+    print(as_shown(asked(prompt, config)), end=shown_separator(policy, config), flush=True)
     responses = respond(policy, tokenizer, [prompt.ids], random_numbers, config, on_tokens=show)
-    print(responses.texts[0][len(shown) :])
+    print(as_shown(responses.texts[0][len(shown) :]))

@@ -119,13 +119,14 @@ def class_batches(
         yield classifier_batch(parts, [labels[i] for i in group], tokenizer.pad_token_id, device)
 
 
-def new_classifier(base_model: str, names: dict[int, str], pad_id: int) -> PreTrainedModel:
+def new_classifier(base_model: str, names: dict[int, str], pad_id: int, allow_pickle: bool = False) -> PreTrainedModel:
     """The base model's trunk under a new head with these labels. Raises UsageError for an encoder-decoder."""
     model = load_weights(
         AutoModelForSequenceClassification,
         "base_model_name",
         base_model,
         is_new=True,
+        allow_pickle=allow_pickle,
         dtype=torch.float32,
         num_labels=len(names),
         id2label=names,
@@ -213,7 +214,7 @@ def run_reward(config: Config, base_model: str) -> Path:
     rows = load_rows(config, "train")
     held_out = load_rows(config, "validation", 2000)
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
-    model = new_classifier(base_model, names, tokenizer.pad_token_id).to(device)
+    model = new_classifier(base_model, names, tokenizer.pad_token_id, config.allow_pickle).to(device)
     length = min(context_length(model), config.context_length)
     if config.chosen_column:
         model.config.prompt_response_separator = PAIR_SEPARATOR  # saved with it, for those who score with it

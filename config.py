@@ -20,7 +20,7 @@ from typing import get_args
 
 import yaml
 
-from progress import tell
+from progress import tell, visible
 
 
 class UsageError(Exception):
@@ -76,8 +76,8 @@ SOME_READ = {  # tasks: the settings that these alone read
     ("train",): "resume save_every keep_checkpoints final_dir log_with lora_r lora_alpha merge "
     "reference_in_8bit gradient_checkpointing sft_first missing_eos_penalty whiten_scores normalize_scores "
     "score_clip",
-    ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name prompt_column "
-    "prompt_template chat",
+    ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name allow_pickle "
+    "prompt_column prompt_template chat",
     ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
     "sft_batch_size sft_learning_rate",
     ("train", "evaluate"): "peft_model_path min_prompt_chars max_prompt_chars mini_batch_size",
@@ -127,6 +127,7 @@ class Config:
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
     dtype: str = option("model", "float32", "of the weights", ("float32", "bfloat16", "float16"))
     mixed_precision: str = option("model", "no", "autocast forward passes to bfloat16", ("no", "bf16"))
+    allow_pickle: bool = option("model", False, "read weights that are in a pickle (.bin) alone: its numbers, no code")
     peft_model_path: str = option("model", "", "LoRA adapter to go on training, on the base model: Hub id or folder")
     lora_r: int = option("model", 0, "rank of a new LoRA adapter; 0: none, all weights are trained", "[0, 10000]")
     lora_alpha: float = option("model", 16.0, "the adapter's output is scaled by this over its rank", "(0, inf)")
@@ -246,6 +247,8 @@ class Config:
             if self.chat:
                 raise UsageError("--chat puts a text into the model's own template: leave --prompt_template out")
         check_place("run_name", str(self.run_folder))
+        if ".." in self.run_folder.parts or self.run_folder.is_absolute():
+            raise UsageError(f"--run_name {str(self.run_folder)!r} is not under saved_models/: expected no / before it")
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
         truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
@@ -365,7 +368,7 @@ def check_value(spec: dataclasses.Field, value) -> None:
 def first_line(error: BaseException) -> str:
     """What a library said went wrong, short enough for a sentence of ours."""
     text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0][:200]
+    return visible(text.splitlines()[0][:200])
 
 
 def nearest(word: str, choices) -> str:

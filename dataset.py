@@ -6,17 +6,23 @@ PPO), `judge` (the independent judges of an evaluation), `validation` (to choose
 
 import functools
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
+from huggingface_hub import DatasetCard, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 from torch.nn.utils.rnn import pad_sequence
 from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, first_line, nearest
+from files import read_object
 from loading import hub_error, one_sentence
 from reviews import movie_reviews
+from trust import check_links, check_names
 
 PARTS = ("train", "judge", "validation", "test")
 OWN_SPLITS = {  # a dataset's names for parts, of which the last that it has counts
@@ -62,9 +68,10 @@ def load_splits(path: str, name: str = "") -> dict:
             check_is_text(path, kind)
             options = {"encoding": "utf-8-sig"} if kind == "text" else {}  # the others drop a mark by themselves
             splits = datasets.load_dataset(kind, data_files=path, **options)
-            check_is_rows(splits["train"], path)
+            check_is_rows(splits["train"].take(2).to_list(), path)  # by a number, an image it names would be opened
             return splits
-        if (place / "dataset_dict.json").exists() or (place / "state.json").exists():  # by `save_to_disk`
+        check_places(path)
+        if is_saved(place):
             saved = datasets.load_from_disk(path)
             return saved if isinstance(saved, dict) else {"train": saved}
         return datasets.load_dataset(path, name or None)
@@ -84,6 +91,52 @@ def load_splits(path: str, name: str = "") -> dict:
         ) from None
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` has written it."""
+    return (folder / "dataset_dict.json").exists() or (folder / "state.json").exists()
+
+
+def named_files(value) -> list:
+    """The files, patterns and folders in a part of a dataset's card that names them: a text, or several by split."""
+    if isinstance(value, dict):
+        return named_files([each for key, each in value.items() if key != "split"])
+    if isinstance(value, list):
+        return [name for each in value for name in named_files(each)]
+    return [] if value is None else [value]
+
+
+def card_of(path: str, name: str) -> dict:
+    """The settings in a file that says how a dataset, in a folder or on the Hub, is to be loaded."""
+    file = Path(path) / name
+    if not Path(path).is_dir():
+        with suppress(EntryNotFoundError, RepositoryNotFoundError, HFValidationError):
+            file = Path(hf_hub_download(path, name, repo_type="dataset"))
+    if not file.is_file():
+        return {}
+    if name.endswith(".md"):
+        return DatasetCard.load(file).data.to_dict()
+    return yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+
+
+def check_places(path: str) -> None:
+    """Raise UsageError where a dataset, in a folder or on the Hub, names files that are not its own, or links to them:
+    they would be read, and with a protocol be fetched from anywhere.
+    """
+    folder = Path(path)
+    if folder.is_dir():
+        check_links(folder, "dataset_path")
+    names = {}
+    for file in ("README.md", ".huggingface.yaml"):
+        for own in card_of(path, file).get("configs") or []:
+            names[file] = names.get(file, []) + named_files([own.get("data_files"), own.get("data_dir")])
+    for file in folder.glob("dataset_dict.json"):
+        names[file.name] = read_object(file).get("splits", [])
+    for file in folder.rglob("state.json") if is_saved(folder) else ():
+        names[file.relative_to(folder)] = [each["filename"] for each in read_object(file).get("_data_files", [])]
+    for file, found in names.items():
+        check_names(found, f"--dataset_path {path}: its {file}")
+
+
 def check_is_text(path: str, kind: str) -> None:
     """Raise UsageError for an empty file, and for one of text that is not in UTF-8, naming the line."""
     if Path(path).stat().st_size == 0:
@@ -99,11 +152,11 @@ def check_is_text(path: str, kind: str) -> None:
                 raise UsageError(f"--dataset_path {path} is not text in UTF-8: {found}; save it as UTF-8") from None
 
 
-def check_is_rows(split, path: str) -> None:
-    """Raise UsageError for a file that holds one object with the rows inside."""
-    if len(split) != 1:
+def check_is_rows(rows: list[dict], path: str) -> None:
+    """Raise UsageError for a file, of which the first rows are given, that holds one object with the rows inside."""
+    if len(rows) != 1:
         return
-    for name, value in split[0].items():
+    for name, value in rows[0].items():
         if isinstance(value, list) and value and isinstance(value[0], dict) and "role" not in value[0]:
             raise UsageError(
                 f"--dataset_path {path} is one object with its rows in {name!r}; "

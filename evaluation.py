@@ -26,7 +26,7 @@ from model import PolicyModel
 from plot import sample_pairs
 from ppo import kl_estimate
 from preflight import check_context
-from progress import progress
+from progress import progress, say, tell
 from prompts import Prompt, load_prompts
 from provenance import Source, columns_read, other_start, overlaps, usable_stage
 from randomness import uniforms
@@ -384,7 +384,7 @@ def try_evaluation(
     """What a dry run shows of an evaluation: a few prompts with each policy's response, and what would be left."""
     few = next(iter(prompts.values()))[:3]
     tables = {name: evaluate_policy(policy, fixed, few, config) for name, policy in policies.items()}
-    print(sample_pairs(compare(tables)))
+    say(sample_pairs(compare(tables)))
     counts = " and ".join(f"{len(some)} {split} prompts" for split, some in prompts.items())
     print(f"dry run: {', '.join(policies)} would be compared on {counts}, in {results}")
     judge = str(stage_folder(config, "judge"))
@@ -392,8 +392,22 @@ def try_evaluation(
         print(f"dry run: {judge} would be a language model, the judge of fluency, trained on rows of its own")
 
 
+def tell_what_is_named(config: Config) -> None:
+    """The models, data and function that the run's settings name, before any is read: they may be anybody's."""
+    named = {
+        "base_model_name": config.base_model_name,
+        "peft_model_path": config.peft_model_path,
+        "dataset_path": config.dataset_path,
+        "reward_model_path": config.reward_model_path,
+        "reward_fn": config.reward_fn,
+    }
+    if any(named.values()):
+        tell("using " + ", ".join(f"--{name} {value}" for name, value in named.items() if value))
+
+
 def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     """The `evaluate` task: every policy on the same held-out prompts, by every judge, written into results/."""
+    tell_what_is_named(config)
     device = prepare_device(config)
     paths = policy_paths(config, base_model)
     tokenizer, policies = load_policies(config, paths, device)
@@ -406,7 +420,8 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     notes = other_start(run_above(Path(config.output_dir)))
     if config.dataset_path:  # reviews made here are alike by chance
         notes += overlaps(models_used(config, paths, reward_model_path), rows_to_judge_by(config, prompts))
-    print("".join(note + "\n" for note in notes), end="")
+    for note in notes:
+        say(note)
     results = run_above(Path(config.output_dir)) / "results"
     check_writable(results)
     if config.dry_run:

@@ -20,6 +20,7 @@ from files import (
     read_object,
     write_whole,
 )
+from trust import check_function, check_links, remember_function
 
 # The settings that a stage's result depends on: its data and size, always, and how it was trained.
 TRAINED_ON = (
@@ -45,6 +46,18 @@ TRAINED_BY = {
     "sft": ("completion_column", "sft_epochs", "sft_steps", "sft_batch_size", "sft_learning_rate"),
     "reward": ("reward_steps", "reward_batch_size", "reward_learning_rate"),
 }
+NOT_LENT = (  # what a command alone can say, be it in a run's settings or not
+    "allow_pickle",
+    "dry_run",
+    "final_dir",
+    "policies",
+    "prompt",
+    "prompts",
+    "num_samples",
+    "stop",
+    "output",
+    "without_reward",
+)
 COMPLETIONS_BY = ("prompt_tokens", "max_prompt_length", "max_new_tokens", "long_prompts")  # where answers are learned
 
 
@@ -245,21 +258,33 @@ def interrupted_runs(folder: Path) -> list[str]:
 
 
 def run_settings(settings: dict) -> dict:
-    """The settings of a run, as the base of the tasks that use it; takes its folder out of `settings`."""
+    """The settings of a run, as the base of the tasks that use it; takes its folder out of `settings`.
+
+    The folder may have come from anywhere: raises UsageError for links out of it, and for a reward function that the
+    task would run because the folder names it.
+    """
     folder = settings.pop("output_dir", "")
     name = settings.pop("run_name", "")
     preset = settings.pop("preset", "")
-    if settings.get("task", "train") == "train":  # that is resumed
+    task = settings.get("task", "train")
+    if task == "train":
         run = run_to_resume(folder, name=name, preset=preset)
-        return read_object(run / "run_config.json") | {"output_dir": str(run)}
-    marker = POLICY_MARKER
-    if settings["task"] == "plot":
-        marker = STATS
-        policies = settings.get("policies", ())
-        if policies and not folder:
-            _, folder = run_of(policies[0])
-    run = newest_run(folder, name=name, preset=preset, marker=marker)
-    return read_object(run / "run_config.json") | {"output_dir": str(run)}
+    else:
+        marker = POLICY_MARKER
+        if task == "plot":
+            marker = STATS
+            policies = settings.get("policies", ())
+            if policies and not folder:
+                _, folder = run_of(policies[0])
+        run = newest_run(folder, name=name, preset=preset, marker=marker)
+    check_links(run_above(run), "output_dir")
+    own = read_object(run / "run_config.json")
+    writes_rewards = settings.get("output") and not settings.get("without_reward")
+    asks_reward = task in ("train", "evaluate") or writes_rewards
+    if asks_reward and "reward_fn" not in settings and own.get("reward_fn"):
+        check_function(str(own["reward_fn"]), run)
+    lent = {name: value for name, value in own.items() if task == "train" or name not in NOT_LENT}
+    return lent | {"output_dir": str(run)}
 
 
 def check_final_dir(config: Config) -> None:
@@ -354,6 +379,8 @@ def claimed(folder: Path, config: Config) -> Iterator[None]:
             clear_leftovers(folder / "checkpoints")
             (folder / FINISHED).unlink(missing_ok=True)
         write_settings(folder, replace(config, resume=False))
+        if config.reward_fn:
+            remember_function(config.reward_fn)
         try:
             yield
         except BaseException:

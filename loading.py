@@ -26,10 +26,13 @@ from files import read_object, whole_folder
 from folders import write_manifest, write_settings
 from model import PolicyModel, frozen_copy
 from probe import difference, is_exact, read_in_three_ways, special_ends
+from progress import tell
+from trust import check_links, check_names
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
+os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # the Hub's robot is not asked to convert a pickle
 warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes|huggingface_hub")
 
 NO_ERRORS = {  # of `cached_file`: None for what is not there
@@ -38,7 +41,7 @@ NO_ERRORS = {  # of `cached_file`: None for what is not there
     "_raise_exceptions_for_connection_errors": False,
 }
 
-
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 OLD_CONSTANTS = ("attn.bias", "masked_bias", "position_ids", "inv_freq", "causal_mask", "version")  # once saved, too
 
 
@@ -67,6 +70,8 @@ def one_sentence(problem: str) -> Iterator[None]:
         if isinstance(error, MemoryError) or "tried to allocate" in str(error).lower():
             raise
         text = str(error).replace(":\n\t", ": ")  # torch begins a list below
+        if "Weights only load failed" in text:
+            text = "its pickle (.bin) holds more than numbers, and only these are read"
         reason = first_line(Exception(text or type(error).__name__))
         raise UsageError(f"{problem}: {reason}") from None
 
@@ -78,6 +83,7 @@ def load(from_pretrained: Callable, flag: str, path: str, **settings):
     to run it.
     """
     if Path(path).is_dir():
+        check_links(Path(path), flag, depth=2)
         problem = "a folder without a usable model"
     elif Path(path).exists():
         raise UsageError(f"--{flag} {path} is no folder, expected one in which a model is saved, or a Hub id")
@@ -87,7 +93,9 @@ def load(from_pretrained: Callable, flag: str, path: str, **settings):
     with one_sentence(f"--{flag} {path} is {problem}"):
         try:
             return from_pretrained(path, trust_remote_code=False, **settings)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
+            if "cannot be loaded with `safetensors`" in str(error):
+                raise pickle_refused(flag, path) from None
             if "trust_remote_code" not in str(error):
                 raise
             raise UsageError(
@@ -96,17 +104,67 @@ def load(from_pretrained: Callable, flag: str, path: str, **settings):
             ) from None
 
 
+def pickle_refused(flag: str, path: str, name: str = ".bin") -> UsageError:
+    return UsageError(
+        f"--{flag} {path} has its weights in a pickle ({name}), which can hold code: expected safetensors "
+        "(save_pretrained writes it), or --allow_pickle, to have the numbers alone read from it"
+    )
+
+
+def own_settings(path: str, name: str) -> dict:
+    """The object in a JSON file of a folder or a Hub repository; an empty one where there is no such file."""
+    file = None
+    with suppress(OSError):  # of what can be no name of a repository
+        file = cached_file(path, name, **NO_ERRORS)
+    return read_object(Path(file)) if file else {}
+
+
+def named_weights(settings: dict) -> list:
+    """The files of weights that an index of them or a model's configuration names."""
+    shards, whole = settings.get("weight_map"), settings.get("transformers_weights")
+    return [*(shards.values() if isinstance(shards, dict) else ()), *([whole] if whole is not None else [])]
+
+
+def check_weight_files(path: str, flag: str, allow_pickle: bool) -> None:
+    """Raise UsageError where files of the model at `path` name weights elsewhere, where these are in a pickle that is
+    not allowed, or where transformers would put an adapter on it that nobody asked for.
+    """
+    if has_file(path, "adapter_config.json"):
+        raise UsageError(f"--{flag} {path} holds an adapter of another model, expected a whole model")
+    files = ["config.json", *INDEXES]
+    for file in files:
+        names = named_weights(own_settings(path, file))
+        check_names(names, f"--{flag} {path}: its {file}")
+        files += [name for name in names if name.endswith(".index.json") and name not in files]
+        pickles = [name for name in names if not name.endswith((".safetensors", ".safetensors.index.json"))]
+        if pickles and not allow_pickle and file != INDEXES[1]:
+            raise pickle_refused(flag, path, pickles[0])
+    pickles = sorted(Path(path).glob("pytorch_model*.bin*"))
+    has_others = any((Path(path) / name).exists() for name in ("model.safetensors", INDEXES[0]))
+    if pickles and not allow_pickle and not has_others:
+        raise pickle_refused(flag, path, pickles[0].name)
+
+
 def load_weights(
-    factory: type, flag: str, path: str, is_new: bool = False, expected: str = "a whole model", **settings
+    factory: type,
+    flag: str,
+    path: str,
+    is_new: bool = False,
+    expected: str = "a whole model",
+    allow_pickle: bool = False,
+    **settings,
 ) -> PreTrainedModel:
     """The model at `path`, with every weight from its files: transformers fills in random numbers for what is not
     there, and leaves out what has no place, as with a configuration of another depth.
 
     Raises UsageError for weights that are missing or of another shape, and for those that a part of the model has no
-    place for. Files may have parts that the model lacks, as other heads have. With `is_new` the model's head and pooler
-    are to be trained, and need not be there, or be alike.
+    place for, and as `check_weight_files`. Files may have parts that the model lacks, as other heads have. With
+    `is_new` the model's head and pooler are to be trained, and need not be there, or be alike.
     """
+    check_weight_files(path, flag, allow_pickle)
     settings |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    settings |= {"use_safetensors": None if allow_pickle else True, "weights_only": True}
+    settings["attn_implementation"] = None  # what a file names could be code on the Hub
     model, found = load(factory.from_pretrained, flag, path, **settings)
 
     trunk = f"{model.base_model_prefix}."
@@ -230,7 +288,11 @@ def load_tokenizer(
         place, place_flag = path, flag
     else:
         place, place_flag = base, base_flag
+    if base != path:
+        tell(f"{path} is an adapter, by its own settings of {base}, which is loaded")
     config = load(transformers.AutoConfig.from_pretrained, base_flag, base)
+    versions = own_settings(place, "tokenizer_config.json").get("fast_tokenizer_files") or []
+    check_names(versions, f"--{place_flag} {place}: its tokenizer_config.json")
     try:
         tokenizer = load(transformers.AutoTokenizer.from_pretrained, place_flag, place)
     except UsageError as error:
@@ -318,6 +380,7 @@ def load_language_model(
     in_8bit: bool = False,
     in_4bit: bool = False,
     flag: str = "base_model_name",
+    allow_pickle: bool = False,
 ) -> PreTrainedModel:
     """A causal or an encoder-decoder language model, in the given dtype rather than the one it was stored in."""
     settings = quantized(device, in_8bit, in_4bit)
@@ -325,7 +388,7 @@ def load_language_model(
     factory = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
     settings["config"] = config
     settings["dtype"] = getattr(torch, dtype)
-    model = load_weights(factory, flag, path, **settings)
+    model = load_weights(factory, flag, path, allow_pickle=allow_pickle, **settings)
     for module in model.modules():
         if type(module).__name__ == "Linear8bitLt":  # also where the files say so
             module.state.threshold = 0.0
@@ -334,7 +397,7 @@ def load_language_model(
     return model if in_8bit or in_4bit else model.to(device)
 
 
-def adapter_settings(path: str, base: str, name: str):
+def adapter_settings(path: str, base: str, name: str, allow_pickle: bool = False):
     """peft's settings of the adapter at `path`. Raises UsageError unless it is whole, changes weights, and is one of
     the model `base`, which may also be called by its own `name`.
     """
@@ -349,6 +412,10 @@ def adapter_settings(path: str, base: str, name: str):
             f"--peft_model_path {path} is of the kind {kind}, which puts vectors of its own before every text; "
             "expected an adapter that changes weights, such as LoRA"
         )
+    if getattr(settings, "adapters", None):
+        raise UsageError(f"--peft_model_path {path} is made of other adapters, that it names; expected one by itself")
+    if not allow_pickle and not has_file(path, "adapter_model.safetensors"):
+        raise pickle_refused("peft_model_path", path, "adapter_model.bin")
     settings.inference_mode = False
     own = settings.base_model_name_or_path or base
     if Path(own).name not in (Path(base).name, Path(name).name):
@@ -369,7 +436,7 @@ def new_adapter(language_model: PreTrainedModel, config: Config) -> PreTrainedMo
         return peft.get_peft_model(language_model, settings)
 
 
-def with_adapter(language_model: PreTrainedModel, path: str, base: str) -> PreTrainedModel:
+def with_adapter(language_model: PreTrainedModel, path: str, base: str, allow_pickle: bool = False) -> PreTrainedModel:
     """The model, which is that of `base`, under the adapter at `path`, with the ends of a response saved beside it.
 
     The adapter alone is trained, in float32 whatever the base weights are in, and has no dropout. Raises UsageError for
@@ -377,7 +444,7 @@ def with_adapter(language_model: PreTrainedModel, path: str, base: str) -> PreTr
     """
     with one_sentence("--peft_model_path needs peft, pip install peft"):
         import peft
-    settings = adapter_settings(path, base, language_model.name_or_path)
+    settings = adapter_settings(path, base, language_model.name_or_path, allow_pickle)
     own = settings.base_model_name_or_path
     problem = f"--peft_model_path {path} is an adapter of {own}, not of {base}"
     if own in (None, base):
@@ -393,7 +460,12 @@ def with_adapter(language_model: PreTrainedModel, path: str, base: str) -> PreTr
 
 
 def load_critic(
-    kind: str, run: str | None, base_model: str, device: torch.device, flag: str = "base_model_name"
+    kind: str,
+    run: str | None,
+    base_model: str,
+    device: torch.device,
+    flag: str = "base_model_name",
+    allow_pickle: bool = False,
 ) -> PreTrainedModel | None:
     """The critic's own trunk: the one that a run saved, or a copy of the base model's; None for a shared one."""
     if kind == "shared":
@@ -405,7 +477,8 @@ def load_critic(
         raise UsageError(
             f"--critic encoder is for encoder-decoders; {path} has no encoder: --critic separate or shared"
         )
-    critic = load_weights(factory, flag, path, config=critic_config, dtype=torch.float32)
+    settings = {"config": critic_config, "dtype": torch.float32}
+    critic = load_weights(factory, flag, path, allow_pickle=allow_pickle, **settings)
     return critic.to(device)
 
 
@@ -433,9 +506,11 @@ def load_base(
     adapter = adapter if base == path else path
     base_flag = flag if base == path else "base_model_name"
     bits = (config.load_in_8bit, config.load_in_4bit)
-    language_model = load_language_model(base, config.dtype, device, *bits, flag=base_flag)
+    language_model = load_language_model(
+        base, config.dtype, device, *bits, flag=base_flag, allow_pickle=config.allow_pickle
+    )
     check_can_be_sampled(language_model, base, base_flag)
-    return with_adapter(language_model, adapter, base) if adapter else language_model
+    return with_adapter(language_model, adapter, base, config.allow_pickle) if adapter else language_model
 
 
 def with_value_head(
@@ -453,7 +528,7 @@ def load_policy(
     and value head where a run left them there. `adapter` is put on a whole model.
     """
     kind = saved_critic_kind(path, config.critic)
-    critic = load_critic(kind, path, base_of(path), device, flag) if kind else None
+    critic = load_critic(kind, path, base_of(path), device, flag, config.allow_pickle) if kind else None
     policy = with_value_head(load_base(config, path, device, adapter, flag), critic, kind or "shared", config)
     if kind:
         load_value_head(policy, path)
@@ -472,7 +547,7 @@ def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     elif not is_adapted:
         thin_gradient(language_model)
     run = path if saved_critic_kind(path, config.critic) == config.critic else None
-    critic = load_critic(config.critic, run, base_of(path), device)
+    critic = load_critic(config.critic, run, base_of(path), device, allow_pickle=config.allow_pickle)
     policy = with_value_head(language_model, critic, config.critic, config)
     if run:
         load_value_head(policy, run)
@@ -506,10 +581,12 @@ def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyMode
     if not config.reference_in_8bit:
         return frozen_copy(policy)
     base = base_of(path)
-    language_model = load_language_model(base, config.dtype, policy.device, in_8bit=True)
+    language_model = load_language_model(
+        base, config.dtype, policy.device, in_8bit=True, allow_pickle=config.allow_pickle
+    )
     adapter = config.peft_model_path if base == path else path
     if adapter:
-        language_model = with_adapter(language_model, adapter, base)
+        language_model = with_adapter(language_model, adapter, base, config.allow_pickle)
     return PolicyModel(language_model, mixed_precision=policy.mixed_precision).requires_grad_(False).eval()
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait collapse on a shared core
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but some microseconds of it halve sampling's time with a small model
+os.environ.setdefault("USE_HUB_KERNELS", "NO")  # they are code, that transformers may fetch without a word
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept, one a shape, some with 9 MB of room
 
 from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
@@ -33,7 +34,7 @@ from folders import (
     stage_folder,
     starting_model,
 )
-from progress import tell
+from progress import say, tell, visible
 
 OUT_OF_MEMORY = (
     "out of memory; less is needed with a smaller --mini_batch_size (and a larger --gradient_accumulation_steps), "
@@ -98,7 +99,8 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
     trains_reward = config.task == "reward" or (wants_reward and not usable_stage(config, reward_model, "reward"))
     check_before_training(config, trains_reward)
-    print("".join(note + "\n" for note in overlaps_of_named(config)), end="")
+    for note in overlaps_of_named(config):
+        say(note)
     wants_model = base_model == str(stage_folder(config, "sft"))
     trains_model = config.task == "sft" or (wants_model and not usable_stage(config, base_model, "sft"))
     if trains_model:
@@ -147,7 +149,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, exit_code = "interrupted", 128 + signal.SIGINT
     with suppress(OSError):
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {visible(message, keep='')}", file=sys.stderr)
     return exit_code
 
 

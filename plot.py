@@ -11,6 +11,8 @@ from config import UsageError
 from files import check_writable, read_rows, write_whole
 from folders import STATS, run_of
 from intervals import wilson_interval
+from progress import say
+from trust import check_links
 
 PANELS = {  # quantity and unit: the columns of training_stats.jsonl that are drawn; reward has its terms, too
     "reward": ["reward"],
@@ -183,16 +185,21 @@ def new_figure(n_panels: int, height: float = 2.4) -> list:
 
 
 def save_figure(figure, path: Path, title: str, caption: str = "", notice: str = "") -> Path:
-    """Write a figure with a title, and under it a caption and the notice's gist.
+    """Write a figure with a title, and under it a caption and the notice's gist. All text is drawn letter by letter:
+    a name or a setting with `$` in it is no formula.
 
     Raises UsageError for a folder that cannot be written, RunError if the disk is full.
     """
+    from matplotlib.text import Text
+
     width = figure.get_figwidth()
     figure.suptitle(textwrap.fill(title, int(12 * width)), fontsize=10)
     first_line = notice.partition("\n")[0]
     gist = first_line.rpartition(".")[0]  # the sentence that the next line goes on with is left out
     notes = [textwrap.fill(note, int(16 * width)) for note in (caption, gist) if note]
     figure.supxlabel("\n".join(notes), fontsize=7)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     check_writable(path.parent)
     path.parent.mkdir(exist_ok=True)
     image = io.BytesIO()
@@ -415,7 +422,7 @@ def show_comparison(folder: Path, notice: str = "") -> None:
             parts += [comparison_table(comparison), reward_difference(comparison), sample_pairs(comparison)]
         return "\n".join(parts)
 
-    print(read_json(folder / "results/comparison.json", text_of))
+    say(read_json(folder / "results/comparison.json", text_of))
     print(f"figures and every sample: {folder / 'results'}")
     print(f"comparison: {plot_comparison(folder, notice)}")
 
@@ -433,6 +440,7 @@ def plot(folder: Path, notice: str = "", policies: tuple[str, ...] = (), dry_run
     runs = {}
     for entry in policies:
         name, run = run_of(entry)
+        check_links(Path(run), "policies")
         runs[name] = Path(run)
     if len(set(runs.values())) < len(policies):
         raise UsageError(f"--policies {' '.join(policies)}: expected NAME=FOLDER of each run, each of them once")

@@ -68,7 +68,8 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
 
 def check_start(config: Config) -> None:
     """Raise UsageError if PPO could not start from the base model, whatever the stages before it make of it."""
-    model = load_language_model(config.base_model_name, config.dtype, prepare_device(config))
+    device = prepare_device(config)
+    model = load_language_model(config.base_model_name, config.dtype, device, allow_pickle=config.allow_pickle)
     check_can_be_sampled(model, config.base_model_name)
 
 

@@ -8,19 +8,27 @@ from contextlib import contextmanager, suppress
 from tqdm import tqdm
 
 SECONDS = 30  # between two lines in a file
+STEERING = (*range(32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A))  # the last: letters' order
 LINE = "{desc}: {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+
+
+def visible(text: str, keep: str = "\n\t") -> str:
+    """The text with escapes in place of the characters that a terminal would obey: control characters, but for those to
+    keep, and what has the letters behind it stand in another order. What models and data say is only to be read.
+    """
+    return text.translate({code: repr(chr(code))[1:-1] for code in STEERING if chr(code) not in keep})
 
 
 def tell(text: str) -> None:
     """A line on standard error; nothing where it is closed, or its disk is full: no work fails for that."""
     if sys.stderr:
         with suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text, keep=""), file=sys.stderr, flush=True)
 
 
 def say(text: str) -> None:
-    """A line on standard output, above the bars where it is a terminal that has some."""
-    tqdm.write(text)
+    """Text on standard output, above the bars where it is a terminal that has some."""
+    tqdm.write(visible(text))
 
 
 @contextmanager

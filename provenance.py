@@ -15,6 +15,7 @@ from config import Config, UsageError, template_fields
 from dataset import PARTS, load_rows
 from files import read_object, write_whole
 from folders import run_above, trained_stage
+from progress import say
 
 RECORD = "stage.json"
 ROWS = "rows.txt"
@@ -109,7 +110,7 @@ def usable_stage(config: Config, path: str, stage: str, part: str = "train") -> 
         return True
     check_starting_weights(path, record["starts_from"])
     check_rows(config, path, record["trained_on"], part)
-    print(described(path, record))
+    say(described(path, record))
     return True
 
 

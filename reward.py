@@ -360,6 +360,7 @@ def load_classifier(
     settings = {"config": model_config, "dtype": torch.float32} | quantized(
         device, config.reward_in_8bit, outliers_from=6.0
     )
+    settings["allow_pickle"] = config.allow_pickle
     settings["expected"] = "a model saved for sequence classification, or --reward_fn"
     classifier = load_weights(AutoModelForSequenceClassification, "reward_model_path", path, **settings)
     if not config.reward_in_8bit:

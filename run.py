@@ -331,7 +331,7 @@ def show_result(
     for name, each in policies.items():
         tables[name] = evaluate_policy(each, fixed, prompts, config, name=f"{name}, {kind} prompts")
     comparison = compare(tables)
-    print(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
+    say(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     tracker.log_samples(config.n_updates - 1, comparison["samples"])
     print(f"policy, tokenizer, logs: {folder}")  # first: where there is no room for a figure, that ends the run
     print(f"training curves: {plot_training(folder, notice(config))}")
@@ -340,10 +340,12 @@ def show_result(
 
 
 def example(prompts: list[Prompt], config: Config) -> str:
-    """A flag with the first prompt that fits into a line, as a person would ask it; nothing where there is none."""
+    """A flag with the first prompt that fits into a line, as a person would ask it, and has no letter that a terminal
+    or a shell would obey; nothing where there is none.
+    """
     takes_a_text = not config.prompt_template or len(template_fields(config.prompt_template)) == 1
     for prompt in prompts if takes_a_text else []:
         text = asked(prompt, config)
-        if len(text) <= 200 and len(text.splitlines()) == 1:
+        if len(text) <= 200 and text.isprintable():
             return f" --prompt {shlex.quote(text)}"
     return ""

@@ -268,7 +268,7 @@ def start_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> 
         model = new_language_model(config, tokenizer).to(device)
     else:
         check_is_whole(config.base_model_name, "base_model_name")
-        model = load_language_model(config.base_model_name, "float32", device)
+        model = load_language_model(config.base_model_name, "float32", device, allow_pickle=config.allow_pickle)
     thin_gradient(model)
     return model
 

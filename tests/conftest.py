@@ -1,11 +1,16 @@
 """Test-wide settings: torchtyping's runtime checks work, and a skip that nobody agreed to fails the run."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 import pytest
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before its library is imported: what it saves says how it was loaded
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="state-")  # where trust.py keeps notes, in place of the user's
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 # torchtyping 0.1.5 reads Tensor.names, which PyTorch 2.13 no longer has.
 if not hasattr(torch.Tensor, "names"):

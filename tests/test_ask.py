@@ -21,6 +21,7 @@ import main
 from ask import batches, before_stop, given_rows, read_prompts, stream, typed_rows
 from config import Config, UsageError
 from generate import respond
+from progress import visible
 from prompts import Prompt
 from randomness import uniforms
 
@@ -167,7 +168,7 @@ def test_a_stream_shows_word_by_word_what_a_batch_shows_at_once(kind, monkeypatc
             stream(policy, tokenizer, Prompt(prompt, ids[0], {}), numbers, config)
         response = respond(policy, tokenizer, ids, numbers, config).texts[0]
         whole = prompt + policy.separator + response + "\n"
-        assert screen.getvalue() == whole
+        assert screen.getvalue() == visible(whole)
         assert all(after.startswith(before) for before, after in itertools.pairwise(screen.states))
         shown += len(set(screen.states))
     assert shown > 30
@@ -244,7 +245,7 @@ def test_a_terminal_shows_all_of_a_long_prompt(workplace, monkeypatch, capsys):
         patch.setattr(sys, "stdout", screen := Screen())
         assert main.main(command) == 0
     assert main.main(command) == 0
-    assert screen.getvalue() == capsys.readouterr().out and prompt in screen.getvalue()
+    assert screen.getvalue() == visible(capsys.readouterr().out) and prompt in screen.getvalue()
 
 
 def test_no_link_and_no_name_is_written_over(workplace, capsys):
@@ -254,9 +255,40 @@ def test_no_link_and_no_name_is_written_over(workplace, capsys):
     assert os.path.islink("link.jsonl") and not Path("nowhere").exists()
 
 
+def test_no_prompt_and_no_response_can_steer_a_terminal(workplace, monkeypatch, capsys):
+    """One that is drawn token by token, and several at once; a pipe is given every letter as it is."""
+    steering = "\x1b[2J\u202e\r"
+    monkeypatch.setattr(ask, "draw_responses", lambda _, __, prompts, *___: [f"well{steering}"] * len(prompts))
+    for given in (["--prompt", f"The{steering}"], ["--prompt", "The film", "--prompt", f"A{steering}"]):
+        command = ["--task", "generate", *given]
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", screen := Screen())
+            assert main.main(command) == 0
+        assert r"\x1b[2J\u202e\r" in screen.getvalue()
+        assert not set(screen.getvalue()) & set("\x1b\u202e\r")
+    assert main.main(command) == 0
+    assert capsys.readouterr().out == f"The filmwell{steering}\nA{steering}well{steering}\n"
+
+
+def test_a_response_that_is_streamed_cannot_steer_a_terminal(monkeypatch):
+    tokenizer = metaspace_tokenizer()
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: "".join("ab\x1b[c"[i] for i in ids))
+
+    def drawing(*_, on_tokens):
+        for token in (2, 3, 4):
+            on_tokens(torch.tensor([token]))
+        return SimpleNamespace(texts=["\x1b[c\x07"])
+
+    monkeypatch.setattr(ask, "respond", drawing)
+    monkeypatch.setattr(sys, "stdout", screen := Screen())
+    policy = SimpleNamespace(is_encoder_decoder=False, separator="")
+    stream(policy, tokenizer, Prompt("ab", [0, 1], {}), None, micro_config())
+    assert screen.getvalue() == "ab\\x1b[c\\x07\n"
+
+
 @pytest.mark.parametrize("stop", [[], ["--stop", "e", "--stop", "an"]], ids=["", "stop"])
 def test_a_terminal_shows_what_a_pipe_is_given(stop, workplace, monkeypatch, capsys):
-    """Word by word, but with a stop string at once: what follows one is never seen."""
+    """Word by word, but with a stop string at once: what follows one is never seen. Control characters as escapes."""
     for given in (["--prompt", "The film"], ["--prompt", "The film", "--prompt", "A comedy"]):
         command = ["--task", "generate", *given, *stop]
         assert main.main(command) == 0
@@ -264,7 +296,7 @@ def test_a_terminal_shows_what_a_pipe_is_given(stop, workplace, monkeypatch, cap
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", screen := Screen())
             assert main.main(command) == 0
-        assert screen.getvalue() == piped
+        assert screen.getvalue() == visible(piped)
         assert (len(set(screen.states)) > 2) == (len(given) == 2 and not stop)
 
 

@@ -545,6 +545,7 @@ EFFECTS = {
 }
 # Tested where they do their work: each of these decides what a whole command does.
 ELSEWHERE = {
+    "allow_pickle": "test_the_command_reads_a_pickle_where_that_is_asked_for_alone",
     "matmul_precision": "test_a_precision_that_is_asked_for_is_set",
     "mixed_precision": "test_mixed_precision_is_that_of_every_product_in_every_task",
     "peft_model_path": "test_the_reference_is_a_frozen_adapter_on_the_same_weights",

@@ -603,3 +603,27 @@ def test_figures_are_written_where_the_task_says(evaluated, capsys):
     for name in ("training.png", "comparison.png"):
         assert f"{evaluated}/plots/{name}\n" in output
         assert (evaluated / "plots" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_shown_of_a_comparison_cannot_steer_the_terminal(evaluated, monkeypatch, capsys):
+    monkeypatch.setattr("plot.plot_comparison", lambda folder, notice: "figure")
+    steered = (evaluated / "results/comparison.json").read_text().replace(" is p1.", r" is \u001b[2J\u202e p1.")
+    (evaluated / "results/comparison.json").write_text(steered)
+    show_comparison(evaluated)
+    output = capsys.readouterr().out
+    assert output.count(r" is \x1b[2J\u202e p1.") == 6
+    assert not set(output) & set("\x1b\u202e")
+
+
+def test_a_dollar_in_a_name_or_a_setting_is_no_formula(tmp_path):
+    """Drawn, as only then a formula would be read: this one breaks matplotlib's grammar."""
+    name = r"$^$ \frac"
+    runs = {each: write_run(tmp_path / each.replace("\\", ""), statistics(1)) for each in (name, "b")}
+    (runs["b"] / "run_config.json").write_text(to_json(Config(prompt_template="{text} for $_$")))
+    assert plot_training(runs[name], "", runs).exists()
+    (runs[name] / "results").mkdir()
+    both = comparison(1.0, 2.0)
+    for part in ("figures", "intervals", "differences"):
+        both[part] = {f"{policy} {name}": own for policy, own in both[part].items()}
+    (runs[name] / "results/comparison.json").write_text(json.dumps({"splits": {name: both}}))
+    assert plot_comparison(runs[name]).exists()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import progress
-from progress import say, tell
+from progress import say, tell, visible
 
 
 class Terminal(io.StringIO):
@@ -82,3 +82,38 @@ def test_what_is_said_beside_a_bar_is_on_standard_output(capsys):
 def test_every_bar_is_this_one():
     modules = Path(progress.__file__).parent.glob("*.py")
     assert [path.name for path in modules if "tqdm" in path.read_text(encoding="utf-8")] == ["progress.py"]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What a terminal would obey
+# ----------------------------------------------------------------------------------------------------------------
+
+STEERING = {
+    "clears the screen": ("a\x1b[2Jb", r"a\x1b[2Jb"),
+    "a link": ("\x1b]8;;http://x\x07y\x1b]8;;\x07", r"\x1b]8;;http://x\x07y\x1b]8;;\x07"),
+    "one byte of C1": ("\x9b2J\x85", r"\x9b2J\x85"),
+    "writes over": ("good\rbad\x08\x7f", r"good\rbad\x08\x7f"),
+    "another order": ("\u202eabc\u202c \u2066d\u2069", r"\u202eabc\u202c \u2066d\u2069"),
+    "NUL and bell": ("\0\a", r"\x00\x07"),
+}
+
+
+@pytest.mark.parametrize("name", STEERING)
+def test_what_would_steer_a_terminal_is_shown_as_an_escape(name):
+    text, shown = STEERING[name]
+    assert visible(text) == visible(text, keep="") == shown
+    assert shown.isprintable() and visible(shown) == shown
+
+
+def test_letters_of_every_script_are_shown_as_they_are():
+    text = "Ein Café\n\tКино \u200fسينما\u200f 映画 👩\u200d👧 e\u0301\u00a0\\ 'x'"
+    assert visible(text) == text
+    assert visible("a\n\tb", keep="") == r"a\n\tb"
+
+
+def test_what_is_told_and_said_cannot_steer_the_terminal(capsys):
+    tell("no file \x1b[1A\nusing other")
+    say("two lines\nof \x1b[1A")
+    captured = capsys.readouterr()
+    assert captured.err == "no file \\x1b[1A\\nusing other\n"
+    assert captured.out == "two lines\nof \\x1b[1A\n"

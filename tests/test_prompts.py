@@ -213,12 +213,12 @@ def test_a_template_of_several_columns_takes_objects(chat_place, monkeypatch, ca
 
 
 def test_the_printed_command_has_a_prompt_of_one_line_or_none():
-    """A prompt of twenty lines is no example."""
+    """A prompt of twenty lines is no example, and none is what a terminal would obey when it is copied."""
     config = micro_config()
-    rows = [{"text": "a\n" * 20}, {"text": "b" * 300}, {"text": "It's c"}]
+    rows = [{"text": "a\n" * 20}, {"text": "b" * 300}, {"text": "a\x1b[201~\x15"}, {"text": "It's c"}]
     prompts = make_prompts(rows, config, bos_tokenizer("$A").__class__(tokenizer_object=free_tokenizer()))
     assert run.example(prompts, config) == """ --prompt 'It'"'"'s c'"""
-    assert run.example(prompts[:2], config) == ""
+    assert run.example(prompts[:3], config) == ""
 
 
 def free_tokenizer() -> Tokenizer:

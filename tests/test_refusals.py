@@ -6,6 +6,7 @@ import pytest
 from micro import SETTINGS, assert_refused, flags, run_main
 
 import main
+from config import first_line
 
 pytest_plugins = ["micro"]
 
@@ -293,3 +294,17 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(task, workpl
     (workplace / "file").write_text("no folder")
     arguments = ["--task", task, "--output_dir", "file/below", *flags()]
     assert_refused(capsys, workplace, arguments, "file/below cannot be written: ", "file is not a folder")
+
+
+def test_no_sentence_can_steer_the_terminal(empty, capsys):
+    """What was typed, what a file is called, what a user's function raises: one line, with escapes."""
+    (empty / "rewards.py").write_text("raise ValueError('bad \\x1b[1A\\x9b2J\\u202e')")
+    for given, shown in {
+        "--\x1b[2J\r": r"unknown argument --\x1b[2J\r",
+        "--config=\x1b]0;title\x07\nall is well": r"--config \x1b]0;title\x07\nall is well cannot be read",
+        "--reward_fn=rewards.py:f": r"ValueError: bad \x1b[1A\x9b2J\u202e (rewards.py, line 1)",
+    }.items():
+        assert run_main("--task", "train", *flags(), given) == 2
+        (message,) = capsys.readouterr().err.split("\n")[:-1]
+        assert shown in message and message.isprintable(), message
+    assert first_line(ValueError("bad \x1b[2J\nmore")) == r"bad \x1b[2J"  # of a library, where it is printed

@@ -22,7 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import reward
-from config import RunError, UsageError
+from config import Config, RunError, UsageError
 from dataset import Row
 from loading import save_policy
 from reward import (
@@ -522,8 +522,8 @@ def classifier_folder(tmp_path_factory):
     return folder
 
 
-def settings(**overrides):
-    return type("Settings", (), {"reward_label": "2", "reward_output": "logit", "reward_in_8bit": False} | overrides)
+def settings(**overrides) -> Config:
+    return Config(**{"reward_label": "2"} | overrides)
 
 
 def test_reward_model_reads_the_label_that_is_asked_for(classifier_folder):
