@@ -18,6 +18,7 @@ import report
 from checkpoint import best_of, claim_folder, move_into, notice
 from config import Config, RunError, UsageError, first_line, template_fields
 from device import prepare_device
+from distributed import is_first
 from evaluation import compare, evaluate_policy
 from loading import (
     load_policy,
@@ -79,9 +80,10 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
         policy.load_state_dict(state.best.weights, strict=False)
         reward = f"a reward of {state.best.reward:.3f} on validation prompts"
         print(f"the policy of update {state.best.update} is kept, with {reward}")
-    save_result(policy, fixed, config, folder)
     del state  # the moments of Adam leave room for the policy that is loaded again
-    check_saved(policy, fixed, prompts.held_out, config, folder)
+    if is_first():
+        save_result(policy, fixed, config, folder)
+        check_saved(policy, fixed, prompts.held_out, config, folder)
     show_result(policy, fixed, prompts.held_out, config, folder)
 
 
@@ -123,7 +125,7 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
             number = state.next_update - 1
             if not math.isfinite(stats["loss"]):
                 raise RunError(f"the loss is {stats['loss']} at update {number}; try a lower --learning_rate")
-            if number == 0:
+            if number == 0 and is_first():
                 claim_folder(folder, config)
                 write_record(folder, source_of(prompts, state.policy, config))
             row = {"step": number, **report.rollout_stats(rollout), **stats}
@@ -137,7 +139,8 @@ def run_updates(state: State, fixed: Fixed, prompts: Prompts, config: Config, fo
             timings.append(report.timing(number, started, rollout))
             if is_time_to_evaluate(config, state.next_update):
                 row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
-            report.write_logs(folder, log, timings, report.log_rows(number, rollout))
+            if is_first():
+                report.write_logs(folder, log, timings, report.log_rows(number, rollout))
             advance(report.bar_numbers(row))
             started = time.perf_counter()
     for alarm in log[-1]["alarms"]:
@@ -156,7 +159,8 @@ def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config,
     table = evaluate_policy(state.policy, fixed, prompts, config)
     reward = fmean(row["reward"] for row in table)
     if state.best is None or not reward <= state.best.reward:  # so that NaN is not kept
-        save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json", settings=config)
+        if is_first():
+            save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json", settings=config)
         trained = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
         state.best = Best(reward=reward, update=state.next_update - 1, weights=trained)
     return reward
@@ -201,6 +205,8 @@ def show_result(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config
     tables = {}
     for name, each in policies.items():
         tables[name] = evaluate_policy(each, fixed, prompts, config, name=f"{name}, {kind} prompts")
+    if not is_first():
+        return
     comparison = compare(tables)
     print(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     print(f"policy, tokenizer, logs: {folder}")  # first: where there is no room for a figure, that ends the run
