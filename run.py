@@ -18,7 +18,7 @@ import report
 from checkpoint import best_of, claim_folder, move_into, notice
 from config import Config, RunError, UsageError, first_line, template_fields
 from device import prepare_device
-from distributed import is_first
+from distributed import is_first, size
 from evaluation import compare, evaluate_policy
 from loading import (
     load_policy,
@@ -113,6 +113,8 @@ def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_pr
     precision = torch.get_float32_matmul_precision()
     print(f"{base_model}: {count_parameters(policy)}, on {policy.device}, float32 products: {precision}")
     print(batch_arithmetic(config, n_prompts))
+    if size() > 1:
+        print(f"{size()} processes, each with its share of a rollout's prompts and of a step's rows")
     print(memory_estimate(config, policy))
 
 

@@ -168,7 +168,7 @@ def assert_two_are_one(
     return one
 
 
-@pytest.mark.parametrize("family, case", [*(("gpt2", case) for case in CASES), ("t5", "a row each"), ("t5", EARLY)])
+@pytest.mark.parametrize("family, case", [*(("gpt2", case) for case in CASES), ("t5", "a row each")])
 def test_two_processes_train_as_one_does(family, case):
     outcome = assert_two_are_one(family, CASES[case])
     lengths = [length for rollout in outcome.rollouts for length in rollout.mask.sum(1).tolist()]
@@ -180,9 +180,8 @@ def test_two_processes_train_as_one_does(family, case):
     assert (outcome.numbers[0] == 0.1) == (case != "shaped scores")
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
-def test_two_processes_train_as_one_does_in_float32(family):
-    assert_two_are_one(family, CASES["several minibatches a step"], tolerance=1e-4, dtype=torch.float32)
+def test_two_processes_train_as_one_does_in_float32():
+    assert_two_are_one("llama", CASES["several minibatches a step"], tolerance=1e-4, dtype=torch.float32)
 
 
 @pytest.mark.parametrize("family, critic", [("gpt2", "separate"), ("t5", "encoder")])
@@ -387,8 +386,12 @@ def test_a_run_from_nothing_is_that_of_one_process_and_written_once(tmp_path):
     assert second == (0, "", "", [])
     for name in ("training_log.csv", "training.png", "best", "policy"):
         assert any(name in touched for touched in first.touched), name
-    said = [line for line in first.output.splitlines() if not line.startswith("start-up invariants")]
-    assert said == [line for line in alone.output.splitlines() if not line.startswith("start-up invariants")]
+    said, said_alone = (
+        [line for line in told.output.splitlines() if not line.startswith("start-up invariants")]  # their last digits
+        for told in (first, alone)
+    )
+    said.remove("2 processes, each with its share of a rollout's prompts and of a step's rows")
+    assert said == said_alone
     assert listing(tmp_path / "two").keys() == listing(tmp_path / "one").keys()
     one, two = (tmp_path / name / "saved_models/tiny/ppo" for name in ("one", "two"))
     for own, theirs in zip(read_log(one), read_log(two), strict=True):
