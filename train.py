@@ -8,6 +8,9 @@ the parts to the whole: what a rollout is and how one is collected, the loss of 
     rollout     a response to each of batch_size prompts; each update has one, and goes over it ppo_epochs times
     step        rows that share an optimizer step: mini_batch_size x gradient_accumulation_steps
     minibatch   rows that share a forward pass: at most mini_batch_size (elsewhere often called a micro-batch)
+
+Several processes (distributed.py) share the rows, and meet three times: `collect_rollout` gathers their parts of a
+rollout, `accumulate_gradient` the statistics of a step, and `update` sums their gradients. All else they do alike.
 """
 
 import time
