@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import DatasetCard, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+from torch.nn.functional import pad as widen
 from torch.nn.utils.rnn import pad_sequence
 from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
@@ -268,6 +269,15 @@ def pad(
     ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side=side)
     mask = pad_sequence([torch.ones_like(row).bool() for row in rows], batch_first=True, padding_side=side)
     return ids, mask
+
+
+def join_rows(parts: list[torch.Tensor], fill: int = 0, side: str = "right") -> torch.Tensor:
+    """All parts' rows, (rows,) or (rows, columns): as wide as the widest part, with `fill` on the `left` or `right`."""
+    if parts[0].dim() == 1:
+        return torch.cat(parts)
+    missing = [max(other.shape[1] for other in parts) - part.shape[1] for part in parts]
+    margins = [(n, 0) if side == "left" else (0, n) for n in missing]
+    return torch.cat([widen(part, margin, value=fill) for part, margin in zip(parts, margins, strict=True)])
 
 
 def decode_responses(

@@ -1,12 +1,14 @@
 """Where numbers are computed, how float32 is multiplied there, and what becomes of memory that is freed."""
 
 import ctypes
+import os
 import sys
 from contextlib import suppress
 
 import torch
 
 from config import Config, UsageError
+from distributed import size
 
 EXACT = 1e-6  # relative error of a product that is still one of float32
 
@@ -26,13 +28,31 @@ def prepare_device(config: Config) -> torch.device:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU. Raises UsageError for a device that is not here."""
+    """`auto` is CUDA where there is one, else the CPU. Raises UsageError for a device that is not here.
+
+    Of several processes, each takes a GPU of its own.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if size() > 1 and name.startswith("cuda"):
+        own_gpu(name)
     with suppress(RuntimeError, AssertionError):
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.empty(0, device=name).device
     raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda")
+
+
+def own_gpu(name: str) -> None:
+    """Let `cuda` be the GPU that no other process of this machine takes. Raises UsageError if there is none."""
+    number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if name != "cuda":
+        raise UsageError(f"--device {name} is one GPU, and each of {size()} processes needs its own; expected cuda")
+    if number >= there:
+        raise UsageError(
+            f"process {number} of this machine has no GPU of its own: there {'is' if there == 1 else 'are'} {there}; "
+            f"expected torchrun --nproc_per_node {there}, or --device cpu"
+        )
+    torch.cuda.set_device(number)
 
 
 def loosest_exact(device: torch.device) -> str:

@@ -17,6 +17,7 @@ import torch
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
 from device import prepare_device
+from distributed import gathered, own_share
 from files import check_writable, write_table, write_whole
 from folders import policy_folder, run_above, stage_folder
 from generate import respond, score_responses
@@ -48,17 +49,18 @@ def evaluate_policy(
 
     KL to the reference, and log-likelihood under it (`reference_logprob`), in nats a response at the sampling
     temperature. The random numbers are a function of config.seed alone: two policies draw alike. `name` is what the
-    progress bar says.
+    progress bar says. Several processes have a share of the prompts each, and all get the whole table.
     """
     random_numbers = uniforms(config.seed, "evaluation", 0, (len(prompts), config.max_new_tokens))
+    own = own_share(len(prompts))
     table = []
-    with progress(len(prompts), name, "prompt") as advance:
-        for start in range(0, len(prompts), config.batch_size):
-            batch = slice(start, start + config.batch_size)
+    with progress(own.stop - own.start, name, "prompt") as advance:
+        for start in range(own.start, own.stop, config.batch_size):
+            batch = slice(start, min(start + config.batch_size, own.stop))
             rows = evaluate_batch(policy, fixed, prompts[batch], random_numbers[batch], config)
             table += rows
             advance(bar_numbers(table), len(rows))
-    return table
+    return [row for part in gathered(table) for row in part]
 
 
 def bar_numbers(rows: list[dict]) -> dict[str, str]:

@@ -264,7 +264,7 @@ def read_object(path: Path) -> dict:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[bool]:
     """Have a file or folder to oneself in the block, and yield whether nobody else has it.
 
     The lock is the system's: it ends with the process, however that ends, and leaves nothing on the disk. Where a file
@@ -272,7 +272,7 @@ def locked(path: Path) -> Iterator[bool]:
     """
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         is_free = True
     except OSError as error:
         is_free = error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
@@ -280,6 +280,12 @@ def locked(path: Path) -> Iterator[bool]:
         yield is_free
     finally:
         os.close(descriptor)
+
+
+def is_locked(path: Path) -> bool:
+    """Whether some process has a file or folder to itself; several may ask at a time."""
+    with locked(path, fcntl.LOCK_SH) as is_free:
+        return not is_free
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -16,6 +16,7 @@ from files import (
     clear_leftovers,
     described_files,
     is_empty_folder,
+    is_locked,
     locked,
     read_object,
     write_whole,
@@ -220,8 +221,7 @@ def was_interrupted(run: Path) -> bool:
     """Whether a folder is that of a PPO run which was not finished, and which no process is at work on."""
     if not (run / "run_config.json").exists() or (run / FINISHED).exists():
         return False
-    with locked(run) as is_free:
-        return is_free
+    return not is_locked(run)
 
 
 def run_to_resume(output_dir: str, name: str, preset: str) -> Path:
@@ -301,9 +301,8 @@ def check_final_dir(config: Config) -> None:
 
 def check_can_be_resumed(run: Path, config: Config) -> None:
     """Raise UsageError if there is nothing to go on with in a run, or another process is at it."""
-    with locked(run) as is_free:
-        if not is_free:
-            raise UsageError(f"--resume: another process is at work on {run}")
+    if is_locked(run):
+        raise UsageError(f"--resume: another process is at work on {run}")
     before = read_object(run / "run_config.json")
     grows = config.n_updates > before.get("n_updates", 0) or config.epochs > before.get("epochs", 0)
     if (run / FINISHED).exists() and not grows:

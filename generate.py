@@ -47,14 +47,14 @@ def sample(
     max_new_tokens = uniforms.shape[1]
     ends = torch.tensor(eos_ids, device=query_ids.device)
     ids = torch.full(uniforms.shape, eos_ids[0], device=query_ids.device)
-    logprobs = torch.zeros(uniforms.shape, device=query_ids.device)
+    logprobs = torch.zeros(uniforms.shape, device=query_ids.device, dtype=policy.precision)
     rows = torch.arange(len(query_ids), device=query_ids.device)  # those still computed
     ended = torch.zeros_like(query_mask[:, 0])
     with eval_mode(policy), policy.autocast():
         inputs = first_inputs(policy.language_model, query_ids, query_mask)
         for t in range(max_new_tokens):
             output = policy.language_model(**inputs, use_cache=True)
-            logits = policy.drawable(output.logits[:, -1].float())
+            logits = policy.drawable(output.logits[:, -1].to(policy.precision))
             if t < min_new_tokens:
                 logits[:, eos_ids] = float("-inf")
             ids[rows, t], logprobs[rows, t] = draw(logits, uniforms[rows, t], **options)

@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from transformers.utils import cached_file, logging
 
 from config import Config, RunError, UsageError, first_line
+from distributed import size
 from files import read_object, whole_folder
 from folders import write_manifest, write_settings
 from model import PolicyModel, frozen_copy
@@ -331,15 +332,15 @@ def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
 
 def thin_gradient(language_model: PreTrainedModel) -> None:
     """Where the input embedding is the output layer too, let its gradient be the rows read, not a matrix of zeros but
-    for them: the output layer's, to which it is added, is a full one. For a model that is trained whole, in one
-    process: fused Adam takes no gradient that is sparse in the end, DistributedDataParallel none from such a module.
+    for them: the output layer's, to which it is added, is a full one. For a model that is trained whole, as fused Adam
+    takes no gradient that is sparse in the end, and in one process, as several sum theirs in full.
     """
     output_layer = language_model.get_output_embeddings()
     if output_layer is None:
         return
     for module in language_model.modules():
         if isinstance(module, torch.nn.Embedding) and module.weight is output_layer.weight:
-            module.sparse = language_model.device.type == "cpu"  # where it was measured
+            module.sparse = language_model.device.type == "cpu" and size() == 1  # the CPU is where it was measured
 
 
 def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False, outliers_from: float = 0.0) -> dict:

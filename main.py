@@ -15,7 +15,9 @@ if __name__ == "__main__":
         _signal.signal(_signal.SIGINT, stop_at_once)  # until there is something to put in order
 
 import signal
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin while they wait collapse on a shared core
@@ -36,6 +38,9 @@ from folders import (
 )
 from progress import say, tell, visible
 
+N_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says; see distributed.py
+PROCESS = int(os.environ.get("RANK", 0)) if N_PROCESSES > 1 else 0  # this one's number
+
 OUT_OF_MEMORY = (
     "out of memory; less is needed with a smaller --mini_batch_size (and a larger --gradient_accumulation_steps), "
     "--max_new_tokens or --max_prompt_length, or with --gradient_checkpointing"
@@ -46,6 +51,7 @@ def run(config: Config) -> None:
     """Run one task. Each task's modules are imported in its branch, so that --help does not wait for torch."""
     if config.dry_run:
         sys.dont_write_bytecode = True  # a reward function is not compiled beside itself
+    check_processes(config)
     base_model, reward_model = starting_model(config), config.reward_model_path or str(stage_folder(config, "reward"))
     if config.task not in USES_A_RUN:
         return run_training(config, base_model, reward_model)
@@ -83,19 +89,40 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     print(*filter(None, [notice(config), describe(config), *others]), sep="\n")
     import torch
 
-    from classifier import run_reward
-    from preflight import check_before_training
+    from distributed import from_first, processes
     from prompts import with_prompt_column
-    from provenance import overlaps_of_named, usable_stage
-    from reward import needs_reward_model
     from run import run_ppo
-    from sft import run_sft
     from trackers import check_tracker
 
-    if config.task == "train":
+    if config.task == "train" and PROCESS == 0:
         check_tracker(config, folder)
     begin()
-    config = with_prompt_column(config)
+    with processes():
+        config = with_prompt_column(config)
+        missing = from_first(partial(run_stages, config, base_model, reward_model))
+        if config.task == "train" and missing:
+            print(
+                f"dry run: {folder} would be the run; nothing was trained or written, and without "
+                f"{' and '.join(missing)} the start-up invariants, the room for the longest prompt and a rollout's "
+                "rewards are not checked"
+            )
+        elif config.task == "train":
+            torch.manual_seed(config.seed)
+            run_ppo(config, base_model, reward_model, folder)
+
+
+def run_stages(config: Config, base_model: str, reward_model: str) -> list[str]:
+    """The stages sft and reward, where they are the task, or come before it and are not there yet; the models that are
+    still missing, as a dry run trains none.
+    """
+    import torch
+
+    from classifier import run_reward
+    from preflight import check_before_training
+    from provenance import overlaps_of_named, usable_stage
+    from reward import needs_reward_model
+    from sft import run_sft
+
     wants_reward = config.task == "train" and needs_reward_model(config) and not config.reward_model_path
     trains_reward = config.task == "reward" or (wants_reward and not usable_stage(config, reward_model, "reward"))
     check_before_training(config, trains_reward)
@@ -112,15 +139,33 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     elif trains_reward:
         torch.manual_seed(config.seed)
         run_reward(config, base_model)
-    missing += [reward_model] if trains_reward and config.dry_run else []
-    if config.task == "train" and missing:
-        print(
-            f"dry run: {folder} would be the run; nothing was trained or written, and without {' and '.join(missing)} "
-            "the start-up invariants, the room for the longest prompt and a rollout's rewards are not checked"
+    return missing + ([reward_model] if trains_reward and config.dry_run else [])
+
+
+def check_processes(config: Config) -> None:
+    """Raise UsageError for what several processes cannot do together."""
+    if N_PROCESSES == 1:
+        return
+    if config.task != "train":
+        raise UsageError(
+            f"--task {config.task} is work for one process, and torchrun has started {N_PROCESSES}; "
+            f"expected python main.py --task {config.task} ..., or --task train"
         )
-    elif config.task == "train":
-        torch.manual_seed(config.seed)
-        run_ppo(config, base_model, reward_model, folder)
+    if config.batch_size < N_PROCESSES:
+        raise UsageError(
+            f"--batch_size {config.batch_size} leaves some of the {N_PROCESSES} processes without a prompt; "
+            f"expected {N_PROCESSES} at least, or fewer processes (torchrun --nproc_per_node)"
+        )
+
+
+@contextmanager
+def heard_once() -> Iterator[None]:
+    """Of several processes, which all would say the same, let the first alone be heard; errors come after the block."""
+    if PROCESS == 0:
+        yield
+        return
+    with open(os.devnull, "w") as silence, redirect_stdout(silence), redirect_stderr(silence):
+        yield
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,7 +174,8 @@ def main(arguments: list[str] | None = None) -> int:
     As in a shell, 128 and the signal's number for an interruption, and for a reader of the output that has gone away.
     """
     try:
-        run(parse_args(arguments, run_settings))
+        with heard_once():
+            run(parse_args(arguments, run_settings))
         sys.stdout.flush()  # here a full disk can still be told
         return 0
     except (UsageError, RunError) as error:
@@ -149,7 +195,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, exit_code = "interrupted", 128 + signal.SIGINT
     with suppress(OSError):
-        print(f"error: {visible(message, keep='')}", file=sys.stderr)
+        who = f"error in process {PROCESS}" if PROCESS else "error"
+        print(f"{who}: {visible(message, keep='')}", file=sys.stderr)
     return exit_code
 
 

@@ -40,7 +40,7 @@ class PolicyModel(nn.Module):
               As no state after the prompt is valued, only λ = 1 leaves the policy gradient unbiased.
 
     The head starts at zero, so V = 0 until it has learned something, and its first loss leaves the trunk alone. It
-    lives outside the language model, in float32, so that the latter saves and loads as if it were not there.
+    lives outside the language model, in `precision`, so that the latter saves and loads as if it were not there.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class PolicyModel(nn.Module):
         self.critic = critic
         self.critic_kind = critic_kind
         self.undrawable = undrawable_ids(language_model)  # their probability is 0, in sampling and in scoring
-        self.value_head = nn.Linear(self.state_width(), 1).to(self.device)
+        self.value_head = nn.Linear(self.state_width(), 1, device=self.device, dtype=self.precision)
         for parameter in self.value_head.parameters():
             nn.init.zeros_(parameter)
 
@@ -72,6 +72,11 @@ class PolicyModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.language_model.device
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of what comes out: float32, whatever less the language model has, or float64 where that is what it has."""
+        return torch.promote_types(self.language_model.dtype, torch.float32)
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -97,20 +102,20 @@ class PolicyModel(nn.Module):
     ) -> TokenOutputs:
         """log π(y_t | x, y_<t) at the sampling temperature, and V(x, y_<t), for every response position.
 
-        Columns beyond `response_mask` hold numbers without meaning, -inf among them. Logits are taken to float32 before
-        the softmax; no (batch, time, vocab) tensor outlives the call. Raises ValueError unless temperature > 0.
+        Columns beyond `response_mask` hold numbers without meaning, -inf among them. Logits are taken to `precision`
+        before the softmax; no (batch, time, vocab) tensor outlives the call. Raises ValueError unless temperature > 0.
         """
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, got {temperature}")
         logits, states = self.read(
             query_ids=query_ids, query_mask=query_mask, response_ids=response_ids, response_mask=response_mask
         )
-        logits = self.drawable(logits.float())
+        logits = self.drawable(logits.to(self.precision))
         if temperature != 1:  # a pass over a whole vocabulary of numbers
             logits = logits / temperature
         return TokenOutputs(
             logprobs=thin_logprobs(logits, response_ids),
-            values=self.value_head(states.float())[..., 0].expand(response_ids.shape),
+            values=self.value_head(states.to(self.precision))[..., 0].expand(response_ids.shape),
             entropy=thin_entropy(logits) if with_entropy else None,
         )
 
@@ -120,7 +125,7 @@ class PolicyModel(nn.Module):
             return logits
         return logits.index_fill(-1, torch.tensor(self.undrawable, device=logits.device), float("-inf"))
 
-    forward = score  # what a wrapper such as DistributedDataParallel calls
+    forward = score  # what a wrapper such as FSDP2's `fully_shard` calls
 
     def read(
         self,
@@ -291,7 +296,7 @@ def score_in_passes(
     with_entropy: bool = False,
 ) -> TokenOutputs:
     """`score` without gradient, in passes as `length_groups` forms them; 0 beyond a pass's longest response."""
-    logprobs = torch.zeros(response_mask.shape, device=response_mask.device)
+    logprobs = torch.zeros(response_mask.shape, device=response_mask.device, dtype=policy.precision)
     values = torch.zeros_like(logprobs)
     entropy = torch.zeros_like(logprobs) if with_entropy else None
     lengths = response_mask.sum(1).tolist()

@@ -31,6 +31,7 @@ from checkpoint import (
 )
 from config import Config, RunError, Stopped, UsageError, first_line, template_fields
 from device import prepare_device
+from distributed import from_first, gathered, is_first, size
 from evaluation import compare, evaluate_policy
 from files import move_into, read_object, read_rows
 from folders import POLICY_MARKER, STATS, best_of, claimed, how_to_resume, notice
@@ -101,6 +102,9 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
         show_samples(collect_rollout(policy, fixed, first, config, update_number=state.next_update))
         return print(f"dry run: {folder} would be the run; nothing was trained or written")
     began = began or what_it_began_with(fixed, config)
+    if not is_first():
+        run_updates(state, fixed, prompts, config, folder, began)
+        return keep_result(state, fixed, prompts, config, folder)
     with claimed(folder, config):
         if checkpoint is None:
             write_record(folder, source)
@@ -138,16 +142,19 @@ def resume(state: State, fixed: Fixed, checkpoint: Path, source: Source, config:
         print(f"--n_updates was {before}: the learning rate, which falls to 0 over all updates, goes on at {rate:.3g}")
 
 
-def keep_result(state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path, tracker: Tracking) -> None:
+def keep_result(
+    state: State, fixed: Fixed, prompts: Prompts, config: Config, folder: Path, tracker: Tracking = NO_TRACKING
+) -> None:
     """Save the policy, or the best that there was, check what was saved, and show what has changed."""
     policy = state.policy
     if state.best:
         policy.load_state_dict(state.best.weights, strict=False)
         reward = f"a reward of {state.best.reward:.3f} on validation prompts"
         print(f"the policy of update {state.best.update} is kept, with {reward}")
-    save_result(policy, fixed, config, folder)
     state.optimizer.state.clear()  # the moments of Adam leave room for the policy that is loaded again
-    check_saved(policy, fixed, prompts.held_out, config, folder)
+    if is_first():
+        save_result(policy, fixed, config, folder)
+        check_saved(policy, fixed, prompts.held_out, config, folder)
     show_result(policy, fixed, prompts.held_out, config, folder, tracker)
 
 
@@ -181,6 +188,8 @@ def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_pr
     precision = torch.get_float32_matmul_precision()
     print(f"{base_model}: {count_parameters(policy)}, on {policy.device}, float32 products: {precision}")
     print(batch_arithmetic(config, n_prompts))
+    if size() > 1:
+        print(f"{size()} processes, each with its share of a rollout's prompts and of a step's rows")
     print(memory_estimate(config, policy))
 
 
@@ -194,7 +203,7 @@ def run_updates(
     tracker: Tracking = NO_TRACKING,
 ) -> None:
     """Train, log every update as it ends, and save the state now and then, and before the run ends for any reason."""
-    history = report.remembered(read_rows(folder / STATS), config.batch_size)
+    history = from_first(lambda: report.remembered(read_rows(folder / STATS), config.batch_size))
     announced = set()
     save = saver(state, config, folder, began)
     with requests_to_stop() as stop, progress(config.n_updates, "PPO", "update", state.next_update) as advance:
@@ -206,10 +215,11 @@ def run_updates(
             timing = report.timing(row["step"], started, rollout)
             if is_time_to_evaluate(config, state.next_update):
                 row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
-            report.write_logs(folder, row, timing, report.log_rows(row["step"], rollout))
+            if is_first():
+                report.write_logs(folder, row, timing, report.log_rows(row["step"], rollout))
             tracker.log(row["step"], row)
             advance(report.bar_numbers(row))
-            ending = reason_to_end(state, stop(), config, folder)
+            ending = reason_to_end(state, max(gathered(stop())), config, folder)
             save(at_once=ending is not None)
             if ending:
                 raise ending
@@ -227,16 +237,20 @@ def announce(row: dict, raised: dict[str, str], announced: set[str]) -> None:
 
 
 def saver(state: State, config: Config, folder: Path, began: Began) -> Callable[[bool], None]:
-    """A function that saves the state where it has moved on, if it is time to, or `at_once`."""
+    """A function that saves the state where it has moved on, if it is time to, or `at_once`: of several processes, the
+    first one's.
+    """
     saved = state.next_update
     saved_at = time.monotonic()
     cost = n_bytes(state) / BYTES_A_SECOND
 
     def save(at_once: bool = False) -> None:
         nonlocal saved, saved_at, cost
+        if not is_first():
+            return
         now = time.monotonic()
         is_due = at_once or is_time_to_save(config, state.next_update, now - saved_at, cost)
-        if not is_due or not config.keep_checkpoints or saved == state.next_update:
+        if not is_due or not config.keep_checkpoints or saved == state.next_update or state.is_half_done:
             return
         save_state(state, began, report.flush_logs(folder), folder, config.keep_checkpoints)
         saved = state.next_update
@@ -247,7 +261,7 @@ def saver(state: State, config: Config, folder: Path, began: Began) -> Callable[
 
 
 def saved_before_an_error(updates: Iterator, save: Callable[[bool], None], folder: Path) -> Iterator:
-    """The updates; where one of them fails, the state before it is saved, which none of them leaves half changed."""
+    """The updates; where one of them fails before its first step, the state is saved as it was before it."""
     try:
         yield from updates
     except RunError as error:
@@ -283,7 +297,8 @@ def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config,
     table = evaluate_policy(state.policy, fixed, prompts, config)
     reward = fmean(row["reward"] for row in table)
     if state.best is None or not reward <= state.best.reward:  # so that NaN is not kept
-        save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json", settings=config)
+        if is_first():
+            save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json", settings=config)
         trained = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
         state.best = Best(reward=reward, update=state.next_update - 1, weights=trained)
     return reward
@@ -330,6 +345,8 @@ def show_result(
     tables = {}
     for name, each in policies.items():
         tables[name] = evaluate_policy(each, fixed, prompts, config, name=f"{name}, {kind} prompts")
+    if not is_first():
+        return
     comparison = compare(tables)
     say(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     tracker.log_samples(config.n_updates - 1, comparison["samples"])

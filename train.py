@@ -8,12 +8,15 @@ the parts to the whole: what a rollout is and how one is collected, the loss of 
     rollout     a response to each of batch_size prompts; each update has one, and goes over it ppo_epochs times
     step        rows that share an optimizer step: mini_batch_size x gradient_accumulation_steps
     minibatch   rows that share a forward pass: at most mini_batch_size (elsewhere often called a micro-batch)
+
+Several processes (distributed.py) share the rows, and meet three times: `collect_rollout` gathers their parts of a
+rollout, `accumulate_gradient` the statistics of a step, and `update` sums their gradients. All else they do alike.
 """
 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from statistics import fmean
 from typing import NamedTuple
@@ -24,7 +27,9 @@ from transformers import PreTrainedTokenizerBase
 
 import ppo
 from config import Config
+from dataset import join_rows
 from device import keep_freed_memory
+from distributed import gathered, own_of_sorted, own_share, sum_gradients
 from generate import respond, score_responses
 from model import PolicyModel, length_groups
 from prompts import Prompt, batch_of
@@ -58,6 +63,7 @@ class State:
     moments: ppo.Moments = field(default_factory=ppo.Moments)  # of all scores so far
     next_update: int = 0  # its number
     idle_updates: int = 0  # the latest ones, in a row, in which no step could be taken
+    is_half_done: bool = False  # within an update, when some of its steps may have been taken
     best: Best | None = None  # noted by run.py
 
 
@@ -91,14 +97,37 @@ class Rollout:
     advantages: TensorType["batch", "time", is_float] | None = None  # whitened if so configured
     returns: TensorType["batch", "time", is_float] | None = None
 
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same, with its tensors there; those of `term_scores` stay on the CPU."""
+        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
 
-@torch.no_grad()
+
 def collect_rollout(
     policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config, update_number: int
 ) -> Rollout:
-    """Sample a response to every prompt, by that update's random numbers; what policies and reward say of each."""
-    # The ids drawn here are the ones trained on; they are never decoded and tokenised again.
+    """Sample a response to every prompt, by that update's random numbers; what policies and reward say of each.
+
+    Of several processes, each does so for its share of the prompts, and all get the whole rollout.
+    """
     random_numbers = uniforms(config.seed, "sampling", update_number, (len(prompts), config.max_new_tokens))
+    own = own_share(len(prompts))
+    part = collect_part(policy, fixed, prompts[own], random_numbers[own], config)
+    parts = gathered(replace(part, prompts=[]).to("cpu"))
+    query_side = "right" if policy.is_encoder_decoder else "left"
+    whole = join_rollouts(parts, fixed.tokenizer.pad_token_id, query_side)
+    return replace(whole.to(policy.device), prompts=prompts, collected_at=time.perf_counter())
+
+
+@torch.no_grad()
+def collect_part(
+    policy: PolicyModel,
+    fixed: Fixed,
+    prompts: list[Prompt],
+    random_numbers: TensorType["batch", "max_new_tokens"],
+    config: Config,
+) -> Rollout:
+    """`collect_rollout` for some prompts, with the random numbers of theirs."""
+    # The ids drawn here are the ones trained on; they are never decoded and tokenised again.
     drawn = respond(policy, fixed.tokenizer, [prompt.ids for prompt in prompts], random_numbers, config)
 
     # Log-probabilities and values come from the very function that the update differentiates.
@@ -128,6 +157,21 @@ def collect_rollout(
         term_scores=term_scores,
         collected_at=time.perf_counter(),
     )
+
+
+def join_rollouts(parts: list[Rollout], pad_id: int, query_side: str) -> Rollout:
+    """Rollouts one after the other as one, prompts and responses as wide as the widest of them."""
+    sides = {"query_ids": query_side, "query_mask": query_side}
+    fills = {"query_ids": pad_id, "response_ids": pad_id}
+    first = parts[0]
+    joined = {}
+    for name in [spec.name for spec in fields(first) if torch.is_tensor(getattr(first, spec.name))]:
+        rows = [getattr(part, name) for part in parts]
+        joined[name] = join_rows(rows, fill=fills.get(name, 0), side=sides.get(name, "right"))
+    joined["prompts"] = [prompt for part in parts for prompt in part.prompts]
+    joined["texts"] = [text for part in parts for text in part.texts]
+    joined["term_scores"] = {name: torch.cat([part.term_scores[name] for part in parts]) for name in first.term_scores}
+    return replace(first, **joined)
 
 
 class Minibatch(NamedTuple):
@@ -217,15 +261,19 @@ def minibatch_loss(
 def accumulate_gradient(
     policy: PolicyModel, rollout: Rollout, rows: TensorType["rows"], config: Config
 ) -> dict[str, float]:
-    """Add the gradient of the loss over a step's rows to the parameters', a minibatch at a time; its statistics."""
+    """Add the gradient of the loss over a step's rows to the parameters', a minibatch at a time; its statistics.
+
+    Of several processes, each adds that of its share of the rows, which may be none; the statistics are the step's.
+    """
     lengths = rollout.mask.sum(1)[rows]
-    n_tokens = int(lengths.sum())
+    n_tokens = int(lengths.sum())  # of the whole step, so that the processes' parts, too, add up
+    own = own_of_sorted(lengths)
     parts = []
-    for group in length_groups(lengths.tolist(), config.mini_batch_size):
-        loss, stats = minibatch_loss(policy, select_rows(rollout, rows[group]), n_tokens, config)
+    for group in length_groups(lengths[own].tolist(), config.mini_batch_size):
+        loss, stats = minibatch_loss(policy, select_rows(rollout, rows[own[group]]), n_tokens, config)
         loss.backward()
         parts.append(stats)
-    return combine(parts, sum)
+    return combine([stats for some in gathered(parts) for stats in some], sum)
 
 
 def combine(parts: list[dict[str, float]], reduce) -> dict[str, float]:
@@ -266,6 +314,7 @@ def update(
     for rows in shuffled_steps(len(rollout.mask), config, update_number):
         optimizer.zero_grad()
         stats = accumulate_gradient(policy, rollout, rows.to(device), config)
+        sum_gradients(policy.parameters())
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if not math.isfinite(stats["loss"] + stats["grad_norm"]):
             n_skipped += 1  # Adam would carry it into every weight, for good
@@ -325,6 +374,7 @@ def train(
         rollout = replace(rollout, scores=scores, kl=kl, rewards=rewards, advantages=advantages, returns=returns)
 
         # Update policy and values, several times on the same rollout.
+        state.is_half_done = True
         stats = update(state.policy, state.optimizer, rollout, config, update_number)
         stats["kl_coef"] = state.kl_coef
 
@@ -344,4 +394,5 @@ def train(
         state.moments = moments
         state.idle_updates = state.idle_updates + 1 if math.isnan(stats["loss"]) else 0
         state.next_update = update_number + 1
+        state.is_half_done = False
         yield rollout, stats

@@ -182,7 +182,7 @@ def test_without_any_one_piece_of_its_state_a_run_ends_elsewhere(piece, tmp_path
 
 def test_a_piece_that_is_not_in_this_table_would_be_seen():
     """Of all that training changes, and of all that a checkpoint holds beside it."""
-    names = {"policy", "optimizer", "kl_coef", "moments", "next_update", "best", "idle_updates"}
+    names = {"policy", "optimizer", "kl_coef", "moments", "next_update", "best", "idle_updates", "is_half_done"}
     assert {field.name for field in fields(State)} == names
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 import dataset
 import prompts as prompts_module
 from config import UsageError
-from dataset import PARTS, Row, check_is_rows, column, decode_responses, load_rows, pad
+from dataset import PARTS, Row, check_is_rows, column, decode_responses, join_rows, load_rows, pad
 from prompts import (
     Prompt,
     batch_arithmetic,
@@ -232,6 +232,17 @@ def test_padding_is_on_the_side_asked_for():
     assert ids.tolist() == [[5, 6, 7], [8, 3, 3], [9, 0, 3]]
     assert mask.tolist() == [[True, True, True], [True, False, False], [True, True, False]]
     assert ids.dtype == torch.long and mask.dtype == torch.bool
+
+
+def test_parts_of_a_batch_are_joined_as_wide_as_the_widest():
+    """Worked by hand."""
+    parts = [torch.tensor([[1, 2]]), torch.tensor([[3, 4, 5], [6, 7, 8]]), torch.tensor([[9]])]
+    assert join_rows(parts).tolist() == [[1, 2, 0], [3, 4, 5], [6, 7, 8], [9, 0, 0]]
+    assert join_rows(parts, fill=7, side="left").tolist() == [[7, 1, 2], [3, 4, 5], [6, 7, 8], [7, 7, 9]]
+    masks = join_rows([torch.tensor([[True]]), torch.tensor([[True, True]])])
+    assert masks.dtype == torch.bool
+    assert masks.tolist() == [[True, False], [True, True]]
+    assert join_rows([torch.tensor([1.5]), torch.tensor([2.5, 3.5])]).tolist() == [1.5, 2.5, 3.5]
 
 
 def numbered_prompts(n: int) -> list[Prompt]:

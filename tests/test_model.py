@@ -487,6 +487,18 @@ def test_a_bfloat16_policy_scores_in_float32_within_tolerance_of_its_sampler(fam
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_a_policy_in_float64_samples_and_scores_in_float64(family):
+    """The sampler's and the scorer's log-probabilities, of policy and reference, agree to its last digits."""
+    policy = PolicyModel(tiny_policy(family).language_model.double())
+    query_ids, query_mask, _, _ = encode(policy)
+    drawn = sample(policy, query_ids, query_mask, uniforms(0, "sampling", 0, (4, 8)), [EOS], PAD)
+    for each in (policy, frozen_copy(policy)):
+        scores = score_in_passes(each, query_ids, query_mask, *drawn[:2], mini_batch_size=2, with_entropy=True)
+        assert {x.dtype for x in (*scores, drawn.logprobs, each.value_head.weight)} == {torch.float64}
+        assert_close(scores.logprobs[drawn.mask], drawn.logprobs[drawn.mask], atol=1e-13)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_activation_checkpointing_recomputes_in_train_mode_and_changes_no_gradient(family, tmp_path, monkeypatch):
     """Each layer goes through torch's checkpoint in train mode, and only there; the gradients are the same."""
     calls = []
