@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,6 +442,62 @@ def test_a_process_that_ends_brings_the_other_down(questions, t5_folder, what, l
     assert "Traceback" not in first.errors
     assert second == last_words or second.errors.startswith(last_words)
     assert [row["step"] for row in read_stats(questions / "run")] == [0]
+
+
+ONCE = """
+import os, pathlib, signal
+calls = 0
+def reward(prompts, responses, rows):
+    global calls
+    calls += 1
+    marker = pathlib.Path("done")
+    if calls == 3 and os.environ["RANK"] == "1" and not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.{signal})
+    return [len(response) for response in responses]
+"""
+RESUMED = ["--task", "train", "--resume", "--output_dir", "run", "--reward_fn", "rewards.py:reward"]
+
+
+def goes_on(questions: Path, folder: Path, name: str, n: int) -> Path:
+    """What becomes of an interrupted run in so many processes, in a copy of its folder."""
+    place = questions / f"{name}-{n}"
+    shutil.copytree(folder, place)
+    told = in_processes(command, place, RESUMED, n=n)
+    assert [each.code for each in told] == [0] * n, told[0].errors
+    assert [row["step"] for row in read_stats(place / "run")] == [0, 1, 2, 3]
+    return place / "run"
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGKILL", 1), ("SIGTERM", 143)])
+def test_an_interrupted_run_goes_on_in_as_many_processes_and_in_another_number(questions, t5_folder, name, code):
+    """One of two is killed, or is asked to stop, in the third rollout: with two the run ends to the byte as one that
+    was not, with one as one that had one process all along, but for rounding.
+    """
+    settings = ["--n_updates", "4", "--save_every", "2", "--keep_checkpoints", "1", "--kl_target", "3"]
+    arguments = ["--task", "train", *question_flags(t5_folder), *settings, "--normalize_scores", "--output_dir", "run"]
+    for folder in ("whole", "stopped"):
+        (questions / folder).mkdir()
+        shutil.copy(questions / "prompts.jsonl", questions / folder)
+        (questions / folder / "rewards.py").write_text(ONCE.format(signal=name))
+    (questions / "whole/done").touch()
+    whole = in_processes(command, questions / "whole", arguments)
+    assert [each.code for each in whole] == [0, 0]
+    first, second = in_processes(command, questions / "stopped", arguments)
+    assert first.code == code and (second is None if name == "SIGKILL" else second.code == code)
+    assert "Traceback" not in first.errors
+    done = 2 if name == "SIGKILL" else 3  # the update that was begun is finished by those who can
+    assert [path.name for path in (questions / "stopped/run/checkpoints").iterdir()] == [f"step_{done}"]
+
+    one, two = (goes_on(questions, questions / "stopped", name, n) for n in (1, 2))
+    expected = listing(questions / "whole/run")
+    found = listing(two)
+    assert {name for name in expected | found if expected.get(name) != found.get(name)} == {"timings.jsonl"}
+    for own, theirs in zip(read_log(one), read_log(two), strict=True):
+        assert own["response"] == theirs["response"]
+    for own, theirs in zip(read_stats(one), read_stats(two), strict=True):
+        assert theirs.pop("alarms") == own.pop("alarms")
+        assert theirs == pytest.approx(own, rel=1e-3, abs=1e-5)
 
 
 @pytest.mark.parametrize(
