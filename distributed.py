@@ -86,11 +86,6 @@ def gathered(value) -> list:
     return values
 
 
-def any_process(answer: bool) -> bool:
-    """Whether it is so in one of the processes at least: what each would find for itself, all have to act on."""
-    return any(gathered(answer))
-
-
 def from_first(make: Callable):
     """What `make` gives in the first process, which alone calls it; the others wait until they are told."""
     box = [make() if is_first() else None]

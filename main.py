@@ -26,6 +26,7 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")  # they are code, that transforme
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept, one a shape, some with 9 MB of room
 
 from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
+from files import clear_leftovers
 from folders import (
     interrupted_runs,
     new_ppo_folder,
@@ -97,6 +98,9 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     if config.task == "train" and PROCESS == 0:
         check_tracker(config, folder)
     begin()
+    if PROCESS == 0 and not config.dry_run:
+        clear_leftovers(config.run_folder)
+        clear_leftovers(Path(config.final_dir).absolute().parent)
     with processes():
         config = with_prompt_column(config)
         missing = from_first(partial(run_stages, config, base_model, reward_model))

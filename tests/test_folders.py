@@ -1,18 +1,15 @@
 """Files and folders appear whole or not at all, and every stage finds its place."""
 
-import csv
 import json
 import os
 import time
 from dataclasses import replace
 
 import pytest
-import torch
 from micro import micro_config
-from safetensors.torch import save_file
 
 from config import Config, RunError, UsageError, to_json
-from files import check_writable, move_into, whole_folder, write_table, write_whole
+from files import check_writable
 from folders import (
     claimed,
     new_ppo_folder,
@@ -44,137 +41,6 @@ def test_an_adapter_to_go_on_with_needs_its_base_model_named(named, told, tmp_pa
     assert starting_model(replace(config, base_model_name="gpt2")) == "gpt2"
     with pytest.raises(UsageError, match=r"--peft_model_path none is an adapter: .*, --base_model_name MODEL$"):
         starting_model(replace(config, peft_model_path="none"))
-
-
-def test_a_table_is_written_with_all_its_columns_or_those_asked_for(tmp_path):
-    rows = [{"a": 1, "b": 'x, "y",\nz', "c": "é"}, {"a": 2, "b": "", "c": "w"}]
-    read = {}
-    for name, columns in (("all.csv", None), ("some.csv", ["c", "a"])):
-        write_table(tmp_path / name, rows, columns)
-        with (tmp_path / name).open(newline="", encoding="utf-8") as file:
-            read[name] = list(csv.reader(file))
-    assert read["all.csv"] == [["a", "b", "c"], ["1", 'x, "y",\nz', "é"], ["2", "", "w"]]
-    assert read["some.csv"] == [["c", "a"], ["é", "1"], ["w", "2"]]
-    assert names(tmp_path) == {"all.csv", "some.csv"}
-
-
-def test_whole_folder_appears_with_its_files_when_the_block_ends(tmp_path):
-    target = tmp_path / "deep" / "model"
-    with whole_folder(target) as scratch:
-        (scratch / "weights").write_text("all of them")
-        assert not target.exists()
-    assert names(tmp_path) == {"deep", "deep/model", "deep/model/weights"}
-    assert (target / "weights").read_text() == "all of them"
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
-def test_saved_files_have_the_mode_that_the_umask_gives(umask, mode, tmp_path):
-    """safetensors alone would have weights that nobody else can read: another user is told that there is no file."""
-    before = os.umask(umask)
-    try:
-        with whole_folder(tmp_path / "model") as scratch:
-            (scratch / "critic").mkdir()
-            save_file({"a": torch.zeros(1)}, scratch / "critic/model.safetensors")
-            write_whole(scratch / "a.json", "{}")
-    finally:
-        assert os.umask(before) == umask
-    for file in ("critic/model.safetensors", "a.json"):
-        assert (tmp_path / "model" / file).stat().st_mode & 0o777 == mode
-
-
-def test_a_folder_is_saved_where_modes_cannot_be_set(tmp_path, monkeypatch):
-    """As on some network drives: a finished policy is worth more than its mode."""
-
-    def refuse(*_):
-        raise PermissionError(1, "Operation not permitted")
-
-    monkeypatch.setattr("pathlib.Path.chmod", refuse)
-    with whole_folder(tmp_path / "model") as scratch:
-        (scratch / "a.json").write_text("{}")
-    assert (tmp_path / "model/a.json").read_text() == "{}"
-
-
-@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
-def test_whole_folder_leaves_nothing_behind_an_exception(error, tmp_path):
-    with pytest.raises(type(error)), whole_folder(tmp_path / "model") as scratch:
-        (scratch / "weights").write_text("half of them")
-        raise error
-    assert names(tmp_path) == set()
-
-
-def test_whole_folder_tells_a_full_disk_in_one_sentence_and_leaves_nothing(tmp_path):
-    with pytest.raises(RunError, match="model cannot be written: No space left"), whole_folder(tmp_path / "model"):
-        raise OSError(28, "No space left on device")
-    assert names(tmp_path) == set()
-
-
-def test_whole_folder_keeps_what_is_there_already(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "weights").write_text("old")
-    words = "model was made by another run meanwhile; start again"
-    with pytest.raises(RunError, match=words), whole_folder(tmp_path / "model") as scratch:
-        (scratch / "weights").write_text("new")
-    assert names(tmp_path) == {"model", "model/weights"}
-    assert (tmp_path / "model" / "weights").read_text() == "old"
-
-
-def test_whole_folder_below_a_file_is_a_run_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match="file/model cannot be written"), whole_folder(tmp_path / "file" / "model"):
-        pytest.fail("the block must not run")
-
-
-def test_write_whole_replaces_a_file_only_at_the_end(tmp_path, monkeypatch):
-    """Until the rename, a reader finds the old text under the name, whatever has been written aside."""
-    path = tmp_path / "log"
-    write_whole(path, "old")
-    seen = []
-    fsync = os.fsync
-
-    def watched(number):
-        seen.append(path.read_text(encoding="utf-8"))
-        fsync(number)
-
-    monkeypatch.setattr(os, "fsync", watched)
-    write_whole(path, "nëw")
-    assert seen == ["old", "nëw"]  # the file's, and that of the folder that names it
-    assert path.read_text(encoding="utf-8") == "nëw"
-    assert names(tmp_path) == {"log"}
-
-
-def test_write_whole_keeps_the_old_file_when_it_cannot_finish(tmp_path, monkeypatch):
-    path = tmp_path / "log"
-    write_whole(path, "old")
-
-    def fsync(_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(RunError, match="log cannot be written: No space left on device"):
-        write_whole(path, "new")
-    assert path.read_text() == "old"
-    assert names(tmp_path) == {"log"}
-
-
-def test_the_longest_of_names_can_be_written(tmp_path):
-    """What is not finished has a longer name, and is hidden by it."""
-    name = "é" * 127
-    write_whole(tmp_path / name, "text")
-    with whole_folder(tmp_path / f"{name}f") as scratch:
-        assert scratch.name.startswith(".é") and scratch.name.endswith(".unfinished")
-    assert names(tmp_path) == {name, f"{name}f"}
-
-
-def test_move_into_moves_every_file_over_what_is_there(tmp_path):
-    source = tmp_path / "source"
-    target = tmp_path / "target"
-    for folder, files in ((source, "ab"), (target, "bc")):
-        folder.mkdir()
-        for name in files:
-            (folder / name).write_text(folder.name)
-    move_into(source, target, last="b")
-    assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "source", "b": "source", "c": "target"}
-    assert not source.exists()
 
 
 def test_stages_live_under_the_name_of_the_run(tmp_path, monkeypatch):
