@@ -50,6 +50,9 @@ def check_prompts(rows: list[dict], config: Config) -> None:
     """Raise UsageError unless the rows hold what prompts are made of: a template's columns, texts, or messages."""
     if not config.prompt_template:
         column(rows, config.prompt_column, "prompt_column", (str, list))
+        for row in sorted(rows, key=lambda row: getattr(row, "number", 0)):  # the first in the file is named
+            if is_conversation(row, config):
+                conversation(row, config)
     elif isinstance(rows[0].get(config.prompt_column), list):
         raise UsageError(
             f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages, "
@@ -305,17 +308,28 @@ def n_characters(row: dict, config: Config) -> int:
     return len(value or "")
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
-    """Prompts from the rows of a part whose prompt column has a length as configured, `limit` at most."""
+def fitting_rows(config: Config, part: str, limit: int | None) -> list[dict]:
+    """The rows of a part whose prompt column has a length as configured, `limit` at most. Raises UsageError if none."""
     least = config.min_prompt_chars
     most = config.max_prompt_chars or math.inf
     any_length = least == 0 and most == math.inf
     rows = load_rows(config, part, limit if any_length else None)
     fitting = [row for row in rows if least <= n_characters(row, config) <= most][:limit]
-    prompts = make_prompts(fitting, config, tokenizer) if fitting else []
+    if not fitting:
+        raise UsageError(
+            f"--prompt_column {config.prompt_column!r} holds no text of --min_prompt_chars to --max_prompt_chars "
+            f"letters in {part}"
+        )
+    return fitting
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
+    """Prompts from the `fitting_rows` of a part."""
+    prompts = make_prompts(fitting_rows(config, part, limit), config, tokenizer)
     if not prompts:
-        lack = "with a token of the tokenizer's" if fitting else "of --min_prompt_chars to --max_prompt_chars letters"
-        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text {lack} in {part}")
+        raise UsageError(
+            f"--prompt_column {config.prompt_column!r} holds no text with a token of the tokenizer's in {part}"
+        )
     conversations = [prompt.row.get(config.prompt_column) for prompt in prompts]
     n_answered = sum(isinstance(value, list) and value[-1]["role"] == "assistant" for value in conversations)
     if n_answered:

@@ -408,7 +408,7 @@ def test_what_is_no_conversation_is_refused_with_its_row(kind, chat_place, capsy
     rows[6] = {"messages": value}
     if kind == "strings":  # a column of one type
         rows = [{"messages": ["a"]} for _ in range(40)]
-        words = "holds a, expected messages with a text as role and as content"
+        words = "row 1 holds a, expected messages with a text as role and as content"
     name = f"{kind.replace(' ', '-')}.jsonl"
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_refused(capsys, chat_place, command("CHAT", dataset_path=name, n_updates=5), words)
