@@ -1,5 +1,7 @@
 """What is checked and said before a run: data and settings, memory, the model's context, the start-up invariants."""
 
+import io
+from contextlib import redirect_stdout
 from typing import NamedTuple
 
 import torch
@@ -12,10 +14,17 @@ from config import Config, RunError, UsageError
 from dataset import column, load_rows
 from device import prepare_device
 from generate import respond, score_responses
-from loading import check_can_be_sampled, check_encoder, check_is_whole, check_packages, load_language_model
+from loading import (
+    check_can_be_sampled,
+    check_encoder,
+    check_is_whole,
+    check_packages,
+    load_language_model,
+    load_tokenizer,
+)
 from model import PolicyModel
 from probe import context_length
-from prompts import Prompt, check_prompts, fitting_rows
+from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts
 from randomness import uniforms
 from reward import check_weights, load_reward_function
 from train import Fixed, Rollout
@@ -76,6 +85,10 @@ def check_start(config: Config) -> None:
     model = load_language_model(config.base_model_name, config.dtype, prepare_device(config))
     check_can_be_sampled(model, config.base_model_name)
     check_encoder(config.critic, model.config, config.base_model_name)
+    tokenizer = load_tokenizer(config.base_model_name, adapter=config.peft_model_path)
+    with redirect_stdout(io.StringIO()):  # what is cut will be told when it is
+        training, validation, held_out = load_all_prompts(config, tokenizer)
+    check_context(config, PolicyModel(model), training + validation + held_out)
 
 
 def check_own_model(config: Config) -> None:

@@ -48,19 +48,21 @@ def with_prompt_column(config: Config) -> Config:
 
 def check_prompts(rows: list[dict], config: Config) -> None:
     """Raise UsageError unless the rows hold what prompts are made of: a template's columns, texts, or messages."""
+    in_file_order = sorted(rows, key=lambda row: getattr(row, "number", 0))  # the first is named
     if not config.prompt_template:
         column(rows, config.prompt_column, "prompt_column", (str, list))
-        for row in sorted(rows, key=lambda row: getattr(row, "number", 0)):  # the first in the file is named
+        for row in in_file_order:
             if is_conversation(row, config):
                 conversation(row, config)
-    elif isinstance(rows[0].get(config.prompt_column), list):
-        raise UsageError(
-            f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages, "
-            "which go through the tokenizer's own template"
-        )
-    else:
-        for name in template_fields(config.prompt_template):
-            column(rows, name, "prompt_template", object)
+        return
+    for row in in_file_order:
+        if is_conversation(row, config):
+            raise UsageError(
+                f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages "
+                f"in {place_of(row)}, which go through the tokenizer's own template"
+            )
+    for name in template_fields(config.prompt_template):
+        column(rows, name, "prompt_template", object)
 
 
 def conversation(row: dict, config: Config) -> list[dict]:
@@ -304,8 +306,13 @@ def n_characters(row: dict, config: Config) -> int:
     if isinstance(value, list):
         return sum(len(str(message.get("content") or "")) for message in value if isinstance(message, dict))
     if value is None and config.prompt_template:
-        return sum(len(str(row.get(name) or "")) for name in template_fields(config.prompt_template))
-    return len(value or "")
+        return sum(n_letters(row.get(name)) for name in template_fields(config.prompt_template))
+    return n_letters(value)
+
+
+def n_letters(value) -> int:
+    """The length of a value as a template writes it; of a null 0."""
+    return 0 if value is None else len(str(value))
 
 
 def fitting_rows(config: Config, part: str, limit: int | None) -> list[dict]:
@@ -336,6 +343,19 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, 
         told = f"{n_answered} of {len(prompts)} conversations end with an answer of the assistant's"
         print(f"{told}: it is left out, for the policy to write")
     return limit_length(prompts, config, tokenizer)
+
+
+def load_all_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """The prompts of a run: to train on, to choose a policy by, and to judge it by, which are others where one is
+    chosen.
+    """
+    limit = None if config.epochs else config.n_updates * config.batch_size
+    training = load_prompts(config, tokenizer, "train", limit)
+    validation = load_prompts(config, tokenizer, "validation", config.eval_samples)
+    held_out = load_prompts(config, tokenizer, "test", config.eval_samples) if config.eval_every else validation
+    return training, validation, held_out
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ from preflight import (
     tolerance,
 )
 from progress import progress, say
-from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
+from prompts import Prompt, asked, batch_arithmetic, batch_of, load_all_prompts, n_rollouts
 from provenance import Source, columns_read, write_record
 from reward import load_reward_terms
 from train import Best, Fixed, State, collect_rollout, learning_rate, new_state, train
@@ -89,14 +89,11 @@ def load_models(config: Config, base_model: str, reward_model_path: str) -> tupl
     """The policy, what it is held to and rewarded by, and the prompts."""
     device = prepare_device(config)
     tokenizer = load_tokenizer(base_model, adapter=config.peft_model_path)
-    limit = None if config.epochs else config.n_updates * config.batch_size
-    training = load_prompts(config, tokenizer, "train", limit)
+    prompts = Prompts(*load_all_prompts(config, tokenizer))
     policy = new_policy(config, base_model, device)
     terms = load_reward_terms(config, reward_model_path, device, policy.separator)
     fixed = Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
-    validation = load_prompts(config, tokenizer, "validation", config.eval_samples)
-    held_out = load_prompts(config, tokenizer, "test", config.eval_samples) if config.eval_every else validation
-    return policy, fixed, Prompts(train=training, validation=validation, held_out=held_out)
+    return policy, fixed, prompts
 
 
 def source_of(prompts: Prompts, policy: PolicyModel, config: Config) -> Source:

@@ -282,6 +282,10 @@ def test_long_prompts_are_refused_on_request(workplace, capsys):
 
 LATE = {  # what only PPO would meet, behind a language model that is to be fine-tuned first
     "critic": (["--critic", "encoder", "--lam", "1"], "saved_models/tiny/sft has no encoder: --critic separate"),
+    "context": (
+        ["--max_prompt_length", "500", "--max_new_tokens", "46"],
+        "the model can read 2 at most: let prompts be cut",
+    ),
     "held out": (["--eval_every", "1", "--prompt_column", "hole"], "in row 1 holds no message to answer: []"),
 }
 
