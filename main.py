@@ -134,7 +134,9 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         message, exit_code = "interrupted", 128 + signal.SIGINT
     with suppress(OSError):
-        print(f"error: {message}", file=sys.stderr)
+        print(
+            "error:", *message.splitlines(), file=sys.stderr
+        )  # one line, though a name or a library's words have more
     return exit_code
 
 
