@@ -57,6 +57,7 @@ POLICIES = (
 )
 MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest that measures as exact as float32"
 TRACKERS = ("", "tensorboard", "wandb", "trackio", "swanlab")
+LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which a setting meets the tensors
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on Linux as on macOS
 PRESETS = yaml.safe_load(Path(__file__).with_name("presets.yaml").read_text(encoding="utf-8"))
 
@@ -227,6 +228,7 @@ class Config:
             check_value(spec, getattr(self, spec.name))
         if self.task == "train":
             self.check_batches()
+            self.check_horizon()
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise UsageError(
                 f"--temperature is {self.temperature}, expected {MIN_TEMPERATURE} or more, or 0 for greedy choice"
@@ -267,6 +269,17 @@ class Config:
                 f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
                 f"the nearest that does is {closest} rows in all"
+            )
+
+    def check_horizon(self) -> None:
+        """Raise UsageError for a horizon so short that kl_coef could fall below 0, and KL be rewarded: an update takes
+        0.2 batch_size / kl_horizon of it at most.
+        """
+        shortest = 0.2 * self.batch_size
+        if self.kl_target and self.kl_horizon <= shortest:
+            raise UsageError(
+                f"--kl_horizon {self.kl_horizon} would let one update of --batch_size {self.batch_size} take all of "
+                f"kl_coef away; expected more than {shortest:g} responses"
             )
 
     def check_weights_dtype(self) -> None:
@@ -363,6 +376,8 @@ def check_value(spec: dataclasses.Field, value) -> None:
     interval = spec.metadata["interval"]
     if interval and not is_within(value, interval):
         raise UsageError(f"--{spec.name} is {value}, expected a value in {interval}")
+    if isinstance(value, float) and abs(value) > LARGEST_FLOAT:
+        raise UsageError(f"--{spec.name} is {value}, expected {LARGEST_FLOAT:.2g} at most, as float32 holds it")
 
 
 def first_line(error: BaseException) -> str:

@@ -5,7 +5,9 @@ PPO), `judge` (the independent judges of an evaluation), `validation` (to choose
 """
 
 import functools
+import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,6 +36,9 @@ OWN_SPLITS = {  # a dataset's names for parts, of which the last that it has cou
 }
 SHARES = {"judge": 25, "validation": 10, "test": 10}  # per cent of the training split, where there is none of its own
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+# half of a character as JSON escapes it, first or second
+HALF = rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
+UNREADABLE = re.compile(rb"(^|[\[,])\s*null\s*($|[\],])|" + HALF)  # in JSON, what the library may fall over or drop
 
 
 class Row(dict):
@@ -79,7 +84,9 @@ def load_splits(path: str, name: str = "") -> dict:
     except UsageError:
         raise
     except Exception as error:  # the library raises a dozen kinds
-        text = str(error.__cause__ or error)
+        text = str(error.__cause__ or error).removeprefix("An error occurred while generating the dataset").strip()
+        if kind == "json":
+            check_json(path)
         if "corresponds to no data" in text:
             raise UsageError(f"--dataset_path {path} holds no rows") from None
         known = re.search(r"available configs: (\[.*?\])|Available: (\[.*?\])", text, re.DOTALL)
@@ -139,18 +146,72 @@ def check_places(path: str) -> None:
 
 
 def check_is_text(path: str, kind: str) -> None:
-    """Raise UsageError for an empty file, and for one of text that is not in UTF-8, naming the line."""
+    """Raise UsageError for an empty file, for one of text that is not in UTF-8, naming the line, and for JSON that the
+    library would fall over: a null in place of a row ends the process, half a character is dropped without a word.
+    """
     if Path(path).stat().st_size == 0:
         raise UsageError(f"--dataset_path {path} is empty, expected rows")
     if kind == "parquet":
         return
+    is_suspect = False
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            is_suspect = is_suspect or (kind == "json" and UNREADABLE.search(line) is not None)
             try:
                 line.decode()
             except UnicodeDecodeError as error:
                 found = f"line {number} has the byte {line[error.start]:#x}"
                 raise UsageError(f"--dataset_path {path} is not text in UTF-8: {found}; save it as UTF-8") from None
+    if is_suspect:
+        check_json(path)
+
+
+def check_json(path: str) -> None:
+    """Raise UsageError for the first row of a JSON file that cannot be read, naming row and column."""
+    for number, row in enumerate(json_rows(path), 1):
+        if not isinstance(row, dict):
+            raise UsageError(f"--dataset_path {path}: row {number} is {json.dumps(row)[:80]}, expected an object")
+        for name, value in row.items():
+            if isinstance(value, int) and not -(2**63) <= value < 2**64:
+                raise UsageError(f"--dataset_path {path}: column {name!r} holds more than 64 bits in row {number}")
+            try:
+                json.dumps([name, value], ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = f"half a character (\\u{ord(error.object[error.start]):x} alone)"
+                raise UsageError(f"--dataset_path {path}: column {name!r} holds {half} in row {number}") from None
+
+
+def json_rows(path: str) -> Iterator:
+    """The rows of a JSON file: those of a list, be they texts, an object over several lines, or one a line.
+
+    Raises UsageError naming the line that is no JSON.
+    """
+    text = Path(path).read_text(encoding="utf-8-sig")
+    lines = text.split("\n")
+    is_list = text.lstrip().startswith("[")
+    is_one = is_list or lines[0].strip() == "{"
+    for number, part in enumerate([text] if is_one else lines, 1):
+        if not part.strip():
+            continue
+        try:
+            found = json.loads(part, object_pairs_hook=columns_once)
+        except (ValueError, RecursionError) as error:
+            line = number + getattr(error, "lineno", 1) - 1
+            reason = getattr(error, "msg", str(error))
+            raise UsageError(f"--dataset_path {path} cannot be loaded: line {line} is no JSON: {reason}") from None
+        rows = found if is_list else [found]
+        is_texts = is_list and all(isinstance(row, str) for row in rows)
+        yield from ({"text": row} for row in rows) if is_texts else rows
+
+
+def columns_once(pairs: list[tuple]) -> dict:
+    """The object of these names and values. Raises ValueError if a name comes twice."""
+    columns = dict(pairs)
+    if len(columns) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in columns if names.count(name) > 1)
+        raise ValueError(f"the column {twice!r} comes twice")
+    return columns
 
 
 def check_is_rows(rows: list[dict], path: str) -> None:

@@ -343,6 +343,19 @@ def thin_gradient(language_model: PreTrainedModel) -> None:
             module.sparse = language_model.device.type == "cpu" and size() == 1  # the CPU is where it was measured
 
 
+def check_installed(package: str, what: str) -> None:
+    if not importlib.util.find_spec(package):
+        raise UsageError(f"{what} needs {package}: pip install {package}")
+
+
+def check_packages(config: Config) -> None:
+    """Raise UsageError if a package is not installed that is imported only where it is asked for."""
+    if config.load_in_8bit or config.load_in_4bit or config.reference_in_8bit or config.reward_in_8bit:
+        check_installed("bitsandbytes", "loading in 8 or 4 bits")
+    if config.has_adapter:
+        check_installed("peft", "--lora_r" if config.lora_r else "--peft_model_path")
+
+
 def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False, outliers_from: float = 0.0) -> dict:
     """The settings that load weights in 8 or 4 bits. Raises UsageError if bitsandbytes is not installed.
 
@@ -351,8 +364,7 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False, outlie
     """
     if not (in_8bit or in_4bit):
         return {}
-    if not importlib.util.find_spec("bitsandbytes"):
-        raise UsageError("loading in 8 or 4 bits needs bitsandbytes: pip install bitsandbytes")
+    check_installed("bitsandbytes", "loading in 8 or 4 bits")
     settings = transformers.BitsAndBytesConfig(
         load_in_8bit=in_8bit,
         load_in_4bit=in_4bit,
@@ -429,8 +441,9 @@ def adapter_settings(path: str, base: str, name: str, allow_pickle: bool = False
 
 def new_adapter(language_model: PreTrainedModel, config: Config) -> PreTrainedModel:
     """The model under a new LoRA adapter of rank --lora_r, which changes nothing yet. It has no dropout."""
-    with one_sentence("--lora_r needs peft, pip install peft"):
-        import peft
+    check_installed("peft", "--lora_r")
+    import peft
+
     task = "SEQ_2_SEQ_LM" if language_model.config.is_encoder_decoder else "CAUSAL_LM"
     settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type=task)
     with one_sentence(f"--lora_r {config.lora_r} finds no place in {language_model.name_or_path}"):
@@ -443,8 +456,9 @@ def with_adapter(language_model: PreTrainedModel, path: str, base: str, allow_pi
     The adapter alone is trained, in float32 whatever the base weights are in, and has no dropout. Raises UsageError for
     an adapter of another model.
     """
-    with one_sentence("--peft_model_path needs peft, pip install peft"):
-        import peft
+    check_installed("peft", "--peft_model_path")
+    import peft
+
     settings = adapter_settings(path, base, language_model.name_or_path, allow_pickle)
     own = settings.base_model_name_or_path
     problem = f"--peft_model_path {path} is an adapter of {own}, not of {base}"
@@ -458,6 +472,14 @@ def with_adapter(language_model: PreTrainedModel, path: str, base: str, allow_pi
     if has_file(path, "generation_config.json"):
         language_model.generation_config = load(GenerationConfig.from_pretrained, "peft_model_path", path)
     return adapted
+
+
+def check_encoder(kind: str, config: PretrainedConfig, path: str) -> None:
+    """Raise UsageError if a critic of the kind `encoder` is asked of a model that has none."""
+    if kind == "encoder" and not config.is_encoder_decoder:
+        raise UsageError(
+            f"--critic encoder is for encoder-decoders; {path} has no encoder: --critic separate or shared"
+        )
 
 
 def load_critic(
@@ -474,10 +496,8 @@ def load_critic(
     path = base_model if run is None else str(Path(run) / "critic")
     factory = transformers.AutoModel if kind == "separate" else transformers.AutoModelForTextEncoding
     critic_config = prepare_config(load(transformers.AutoConfig.from_pretrained, flag, path))
-    if kind == "encoder" and run is None and not critic_config.is_encoder_decoder:
-        raise UsageError(
-            f"--critic encoder is for encoder-decoders; {path} has no encoder: --critic separate or shared"
-        )
+    if run is None:
+        check_encoder(kind, critic_config, path)
     settings = {"config": critic_config, "dtype": torch.float32}
     critic = load_weights(factory, flag, path, allow_pickle=allow_pickle, **settings)
     return critic.to(device)

@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         message, exit_code = "interrupted", 128 + signal.SIGINT
     with suppress(OSError):
         who = f"error in process {PROCESS}" if PROCESS else "error"
-        print(f"{who}: {visible(message, keep='')}", file=sys.stderr)
+        print(f"{who}: {visible(' '.join(message.splitlines()), keep='')}", file=sys.stderr)
     return exit_code
 
 

@@ -1,5 +1,7 @@
 """What is checked and said before a run: data and settings, memory, the model's context, the start-up invariants."""
 
+import io
+from contextlib import redirect_stdout
 from typing import NamedTuple
 
 import torch
@@ -12,10 +14,17 @@ from dataset import column, load_rows
 from device import prepare_device
 from folders import stage_folder
 from generate import respond, score_responses
-from loading import check_can_be_sampled, check_is_whole, load_language_model
+from loading import (
+    check_can_be_sampled,
+    check_encoder,
+    check_is_whole,
+    check_packages,
+    load_language_model,
+    load_tokenizer,
+)
 from model import PolicyModel
 from probe import context_length
-from prompts import Prompt, check_prompts
+from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts, most_prompts
 from randomness import uniforms
 from reward import check_weights, load_reward_function
 from train import Fixed, Rollout
@@ -40,6 +49,8 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
 def check_before_training(config: Config, trains_reward: bool) -> None:
     """Refuse, before minutes of training, what would be refused after them: data, columns, weights, lengths."""
     check_weights(config)
+    if config.task == "train":
+        check_packages(config)
     if config.reward_fn:
         load_reward_function(config.reward_fn)
     reads_all = config.dataset_path or trains_reward
@@ -56,6 +67,9 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     )
     if comes_later and not config.trains_from_scratch:
         check_start(config)
+    if config.task == "train":
+        for part in ("train", "validation", "test") if config.eval_every else ("train", "validation"):
+            fitting_rows(config, part, limit=1)
     if trains_reward:
         try:
             check_labels(rows, held_out, config)
@@ -63,7 +77,7 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
             hint = "; or name what rewards, --reward_fn or --reward_model_path" if config.task == "train" else ""
             raise UsageError(f"{error}{hint}") from None
     if config.task == "train" and config.trains_from_scratch:
-        check_lengths(config)
+        check_own_model(config)
 
 
 def check_start(config: Config) -> None:
@@ -71,6 +85,23 @@ def check_start(config: Config) -> None:
     device = prepare_device(config)
     model = load_language_model(config.base_model_name, config.dtype, device, allow_pickle=config.allow_pickle)
     check_can_be_sampled(model, config.base_model_name)
+    check_encoder(config.critic, model.config, config.base_model_name)
+    tokenizer = load_tokenizer(config.base_model_name, adapter=config.peft_model_path)
+    with redirect_stdout(io.StringIO()):  # what is cut will be told when it is
+        training, validation, held_out = load_all_prompts(config, tokenizer, most_prompts(config))
+    check_context(config, PolicyModel(model), training + validation + held_out)
+
+
+def check_own_model(config: Config) -> None:
+    """Raise UsageError for what a model that is yet to be trained here, a small GPT-2, will not have."""
+    if config.critic == "encoder":
+        raise UsageError("--critic encoder is for encoder-decoders; the model made here is none: separate or shared")
+    if config.chat:
+        raise UsageError(
+            "the prompts are conversations, and the tokenizer made here has no template for them; "
+            "expected a --base_model_name of chat, or prompts of text"
+        )
+    check_lengths(config)
 
 
 def check_lengths(config: Config) -> None:

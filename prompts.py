@@ -48,16 +48,21 @@ def with_prompt_column(config: Config) -> Config:
 
 def check_prompts(rows: list[dict], config: Config) -> None:
     """Raise UsageError unless the rows hold what prompts are made of: a template's columns, texts, or messages."""
+    in_file_order = sorted(rows, key=lambda row: getattr(row, "number", 0))  # the first is named
     if not config.prompt_template:
         column(rows, config.prompt_column, "prompt_column", (str, list))
-    elif isinstance(rows[0].get(config.prompt_column), list):
-        raise UsageError(
-            f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages, "
-            "which go through the tokenizer's own template"
-        )
-    else:
-        for name in template_fields(config.prompt_template):
-            column(rows, name, "prompt_template", object)
+        for row in in_file_order:
+            if is_conversation(row, config):
+                conversation(row, config)
+        return
+    for row in in_file_order:
+        if is_conversation(row, config):
+            raise UsageError(
+                f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages "
+                f"in {place_of(row)}, which go through the tokenizer's own template"
+            )
+    for name in template_fields(config.prompt_template):
+        column(rows, name, "prompt_template", object)
 
 
 def conversation(row: dict, config: Config) -> list[dict]:
@@ -301,27 +306,60 @@ def n_characters(row: dict, config: Config) -> int:
     if isinstance(value, list):
         return sum(len(str(message.get("content") or "")) for message in value if isinstance(message, dict))
     if value is None and config.prompt_template:
-        return sum(len(str(row.get(name) or "")) for name in template_fields(config.prompt_template))
-    return len(value or "")
+        return sum(n_letters(row.get(name)) for name in template_fields(config.prompt_template))
+    return n_letters(value)
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
-    """Prompts from the rows of a part whose prompt column has a length as configured, `limit` at most."""
+def n_letters(value) -> int:
+    """The length of a value as a template writes it; of a null 0."""
+    return 0 if value is None else len(str(value))
+
+
+def fitting_rows(config: Config, part: str, limit: int | None) -> list[dict]:
+    """The rows of a part whose prompt column has a length as configured, `limit` at most. Raises UsageError if none."""
     least = config.min_prompt_chars
     most = config.max_prompt_chars or math.inf
     any_length = least == 0 and most == math.inf
     rows = load_rows(config, part, limit if any_length else None)
     fitting = [row for row in rows if least <= n_characters(row, config) <= most][:limit]
-    prompts = make_prompts(fitting, config, tokenizer) if fitting else []
+    if not fitting:
+        raise UsageError(
+            f"--prompt_column {config.prompt_column!r} holds no text of --min_prompt_chars to --max_prompt_chars "
+            f"letters in {part}"
+        )
+    return fitting
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
+    """Prompts from the `fitting_rows` of a part."""
+    prompts = make_prompts(fitting_rows(config, part, limit), config, tokenizer)
     if not prompts:
-        lack = "with a token of the tokenizer's" if fitting else "of --min_prompt_chars to --max_prompt_chars letters"
-        raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text {lack} in {part}")
+        raise UsageError(
+            f"--prompt_column {config.prompt_column!r} holds no text with a token of the tokenizer's in {part}"
+        )
     conversations = [prompt.row.get(config.prompt_column) for prompt in prompts]
     n_answered = sum(isinstance(value, list) and value[-1]["role"] == "assistant" for value in conversations)
     if n_answered:
         told = f"{n_answered} of {len(prompts)} conversations end with an answer of the assistant's"
         print(f"{told}: it is left out, for the policy to write")
     return limit_length(prompts, config, tokenizer)
+
+
+def most_prompts(config: Config) -> int | None:
+    """How many prompts a run takes from the data, where there are more; None: all of them."""
+    return None if config.epochs else config.n_updates * config.batch_size
+
+
+def load_all_prompts(
+    config: Config, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """The prompts of a run: to train on, `limit` at most, to choose a policy by, and to judge it by, which are others
+    where one is chosen.
+    """
+    training = load_prompts(config, tokenizer, "train", limit)
+    validation = load_prompts(config, tokenizer, "validation", config.eval_samples)
+    held_out = load_prompts(config, tokenizer, "test", config.eval_samples) if config.eval_every else validation
+    return training, validation, held_out
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,7 @@ from preflight import (
     tolerance,
 )
 from progress import progress, say
-from prompts import Prompt, asked, batch_arithmetic, batch_of, load_prompts, n_rollouts
+from prompts import Prompt, asked, batch_arithmetic, batch_of, load_all_prompts, most_prompts, n_rollouts
 from provenance import Source, check_same_rows, columns_read, write_record
 from reward import load_reward_terms
 from signals import requests_to_stop
@@ -123,11 +123,6 @@ def what_it_began_with(fixed: Fixed, config: Config) -> Began:
     )
 
 
-def most_prompts(config: Config) -> int | None:
-    """How many prompts a run takes from the data, where there are more; None: all of them."""
-    return None if config.epochs else config.n_updates * config.batch_size
-
-
 def resume(state: State, fixed: Fixed, checkpoint: Path, source: Source, config: Config) -> None:
     """Bring the state to where the checkpoint was, and say so. Raises UsageError if models or data are others now."""
     run = checkpoint.parents[1]
@@ -167,13 +162,11 @@ def load_models(
     else:
         device = prepare_device(config)
     tokenizer = load_tokenizer(base_model, adapter=config.peft_model_path)
-    training = load_prompts(config, tokenizer, "train", began.n_prompts if began else most_prompts(config))
+    prompts = Prompts(*load_all_prompts(config, tokenizer, began.n_prompts if began else most_prompts(config)))
     policy = new_policy(config, base_model, device)
     terms = load_reward_terms(config, reward_model_path, device, policy.separator)
     fixed = Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
-    validation = load_prompts(config, tokenizer, "validation", config.eval_samples)
-    held_out = load_prompts(config, tokenizer, "test", config.eval_samples) if config.eval_every else validation
-    return policy, fixed, Prompts(train=training, validation=validation, held_out=held_out)
+    return policy, fixed, prompts
 
 
 def source_of(prompts: Prompts, policy: PolicyModel, config: Config) -> Source:

@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -43,6 +44,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def same_numbers():
     """No test's result hangs on those that ran before it in the same process."""
+    if "dataset" in sys.modules:  # it is not to be imported before typeguard looks
+        sys.modules["dataset"].split_parts.cache_clear()  # of files that have one name in the folders of several tests
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.enable_flash_sdp(True)

@@ -811,7 +811,7 @@ def test_a_flag_without_effect_is_said_and_no_other(given, said, capsys):
         "--length_range 1,2 --reward_weights length=1,reward_model=1",
         "--merge --lora_r 2 --lora_alpha 3",
         "--merge --base_model_name ADAPTER --context_length 64",
-        "--kl_horizon 9 --kl_target 3",
+        "--kl_horizon 90 --kl_target 3",
         "--n_layer 3 --n_reviews 100 --n_updates 3 --label_column stars",
         "--chosen_column better --rejected_column worse",
     ],

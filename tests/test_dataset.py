@@ -543,3 +543,67 @@ def test_no_part_of_a_dataset_is_in_the_order_of_its_file(tmp_path):
             numbers = [row["label"] for row in load_rows(micro_config(dataset_path=str(path)), part)]
             assert len(numbers) > 5 and numbers != sorted(numbers)
             assert numbers == [row["label"] for row in load_rows(micro_config(dataset_path=str(path)), part)]
+
+
+GOOD = json.dumps({"text": "A film.", "label": 1})
+FAULTS = {  # behind 40 good rows: what is wrong with the 41st
+    "null": ("null", "row 41 is null, expected an object"),
+    "number": ("3", "row 41 is 3, expected an object"),
+    "list": ('["a"]', r"row 41 is \[\"a\"\], expected an object"),
+    "cut off": ('{"text": "A fi', "cannot be loaded: line 41 is no JSON: Unterminated string"),
+    "a column twice": (
+        '{"text": "a", "text": "b"}',
+        "cannot be loaded: line 41 is no JSON: the column 'text' comes twice",
+    ),
+    "half a character": ('{"text": "a\\ud83d"}', r"column 'text' holds half a character \(.ud83d alone\) in row 41"),
+    "its other half": ('{"text": "\\uDE00b"}', r"column 'text' holds half a character \(.ude00 alone\) in row 41"),
+    "half a character within": ('{"text": "a", "tags": [["\\ud800"]]}', "column 'tags' holds half a character"),
+    "a long number": ('{"text": 1000000000000000000000}', "column 'text' holds more than 64 bits in row 41"),
+}
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".json"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_row_of_json_that_cannot_be_read_is_named(fault, ending, tmp_path):
+    """Also where the library would say it of another row, drop the character, or end the process."""
+    text, words = FAULTS[fault]
+    path = tmp_path / f"rows{ending}"
+    path.write_text("".join(line + "\n" for line in [*[GOOD] * 40, text]))
+    with pytest.raises(UsageError, match=rf"^--dataset_path {path}:? {words}"):
+        texts_in(path)
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        ("null", "row 1 is null, expected an object"),
+        (f"[null, {GOOD}]", "row 1 is null, expected an object"),
+        (f"[{GOOD},\n null,\n {GOOD}]", "row 2 is null, expected an object"),
+        ('["a", null]', 'row 1 is "a", expected an object'),
+        (f"[{GOOD},\n {GOOD[:9]}", "line 2 is no JSON: Expecting value"),
+        (f'[{GOOD}, {{"text": "a\\ud800"}}]', "column 'text' holds half a character"),
+    ],
+)
+def test_a_list_of_rows_with_one_that_cannot_be_read_is_refused(rows, words, tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(rows)
+    with pytest.raises(UsageError, match=words):
+        texts_in(path)
+
+
+def test_what_looks_like_a_fault_and_is_none_is_read(tmp_path):
+    """Both halves of a character, a backslash before `ud800`, and null among the values."""
+    texts = ["\U0001f600 film", r"C:\ud800\file", "null", "[null]"]
+    rows = [{"text": texts[number % 4], "tags": [None, number]} for number in range(40)]
+    for name in ("rows.jsonl", "rows.json"):
+        assert set(texts_in(write(tmp_path, name, rows))) == set(texts)
+    (tmp_path / "texts.json").write_text(json.dumps(texts * 10, indent=1))
+    assert set(texts_in(tmp_path / "texts.json")) == set(texts)
+
+
+def test_files_of_a_folder_that_have_other_columns_are_told_of_as_that(tmp_path):
+    """Not only that an error occurred."""
+    for name, column_name in (("a", "text"), ("b", "review")):
+        write(tmp_path, f"data/train-{name}.csv", [{column_name: "A film."}] * 20)
+    with pytest.raises(UsageError, match="cannot be loaded: All the data files must have the same columns"):
+        texts_in(tmp_path / "data")

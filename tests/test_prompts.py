@@ -23,6 +23,7 @@ import ask
 import main
 import run
 from config import Config, UsageError
+from dataset import Row
 from loading import load_tokenizer
 from probe import special_ends
 from prompts import (
@@ -408,7 +409,7 @@ def test_what_is_no_conversation_is_refused_with_its_row(kind, chat_place, capsy
     rows[6] = {"messages": value}
     if kind == "strings":  # a column of one type
         rows = [{"messages": ["a"]} for _ in range(40)]
-        words = "holds a, expected messages with a text as role and as content"
+        words = "row 1 holds a, expected messages with a text as role and as content"
     name = f"{kind.replace(' ', '-')}.jsonl"
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert_refused(capsys, chat_place, command("CHAT", dataset_path=name, n_updates=5), words)
@@ -587,6 +588,8 @@ def test_a_conversation_without_a_system_keeps_no_turn_for_it():
         ({"text": [{"role": "user", "content": None}, {"role": "user", "content": "ab"}, 7]}, {}, 2),
         ({"one": "ab", "two": 123, "three": None}, {"prompt_template": "{one}{two}{three}"}, 5),
         ({"text": "abcd", "one": "x"}, {"prompt_template": "{one}{text}"}, 4),
+        ({"text": 120}, {"prompt_template": "{text}"}, 3),
+        ({"one": 0, "two": False}, {"prompt_template": "{one}{two}"}, 6),
     ],
 )
 def test_characters_are_counted_by_hand(row, settings, count):
@@ -687,6 +690,13 @@ def test_a_template_over_messages_is_told_of_as_that(chat_place, capsys):
     assert_refused(
         capsys, chat_place, flags, "--prompt_template is for columns of text; --prompt_column 'messages' holds"
     )
+
+
+def test_a_template_over_texts_and_messages_is_told_of_with_the_row():
+    """Not filled in for some rows and left out for others."""
+    rows = [Row({"text": "a"}, 9), Row({"text": [USER]}, 5), Row({"text": [USER]}, 3)]
+    with pytest.raises(UsageError, match="--prompt_column 'text' holds messages in row 3, which go through"):
+        check_prompts(rows, micro_config(prompt_template="{text}"))
 
 
 def test_a_piped_prompt_for_a_template_of_several_columns_is_refused_as_that(monkeypatch):

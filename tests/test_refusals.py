@@ -1,6 +1,8 @@
 """Mistakes in flags, settings, data and folders are refused in one sentence, before anything is made."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 from micro import SETTINGS, assert_refused, flags, run_main
@@ -29,6 +31,11 @@ MISTAKES = {
     "not whole": (["--task", "train", "--n_updates", "2.5"], "--n_updates is '2.5', expected int"),
     "nan": (["--task", "train", "--kl_coef", "nan"], "--kl_coef is nan, expected a value in [0, inf)"),
     "infinite": (["--task", "train", "--kl_coef", "inf"], "--kl_coef is inf, expected a value in [0, inf)"),
+    "beyond float32": (["--task", "train", "--score_clip", "1e39"], "--score_clip is 1e+39, expected 3.4e+38 at most"),
+    "a horizon that turns the price of KL around": (
+        ["--task", "train", "--batch_size", "64", "--kl_target", "6", "--kl_horizon", "12.8"],
+        "--kl_horizon 12.8 would let one update of --batch_size 64 take all of kl_coef away; expected more than 12.8",
+    ),
     "clip_range": (["--task", "train", "--clip_range", "0"], "--clip_range is 0.0, expected a value in (0, 1)"),
     "gamma": (["--task", "train", "--gamma", "1.5"], "--gamma is 1.5, expected a value in [0, 1]"),
     "lam": (["--task", "train", "--lam", "-0.1"], "--lam is -0.1, expected a value in [0, 1]"),
@@ -63,6 +70,18 @@ MISTAKES = {
         ["--task", "train", "--whiten_scores", "--normalize_scores"],
         "--whiten_scores undoes --normalize_scores",
     ),
+    "critic of no encoder": (
+        ["--task", "train", "--critic", "encoder"],
+        "--critic encoder is for encoder-decoders; the model made here is none",
+    ),
+    "chat of no template": (
+        ["--task", "train", "--chat"],
+        "the tokenizer made here has no template for them; expected a --base_model_name of chat",
+    ),
+    "no text of a length": (
+        ["--task", "train", "--min_prompt_chars", "1000000"],
+        "holds no text of --min_prompt_chars to --max_prompt_chars letters in train",
+    ),
     "heads": (["--task", "train", "--n_embd", "16", "--n_head", "3"], "--n_head 3 does not divide --n_embd 16"),
     "dtype": (["--task", "train", "--dtype", "bfloat16"], "--dtype bfloat16 would round most of Adam's small steps"),
     "top_k": (["--task", "train", "--top_k", "50"], SAMPLING),
@@ -87,6 +106,7 @@ MISTAKES = {
         ["--task", "train", "--config", "nowhere.yaml"],
         "--config nowhere.yaml cannot be read: [Errno 2]",
     ),
+    "a name of two lines": (["--task", "train", "--reward_model_path", "a\nb"], "--reward_model_path a b is no folder"),
     "no dataset file": (["--task", "train", "--dataset_path", "nowhere.csv"], "nowhere.csv does not exist"),
     "no dataset folder": (["--task", "train", "--dataset_path", "nowhere/at/all"], "nowhere/at/all cannot be loaded: "),
     "no base model": (["--task", "train", "--base_model_name", "nowhere/at/all"], "nowhere/at/all is no folder"),
@@ -195,7 +215,7 @@ def test_a_run_whose_settings_are_damaged_is_refused(workplace, capsys):
 # ----------------------------------------------------------------------------------------------------------------
 
 DATA = {
-    "broken.jsonl": ('{"text": "one"}\n{"text": \n', "broken.jsonl cannot be loaded: JSON parse error"),
+    "broken.jsonl": ('{"text": "one"}\n{"text": \n', "broken.jsonl cannot be loaded: line 2 is no JSON: Expecting"),
     "broken.parquet": ("no parquet", "broken.parquet cannot be loaded: Parquet magic bytes not found"),
     "empty.csv": ("", "empty.csv is empty, expected rows"),
     "empty.jsonl": ("", "empty.jsonl is empty, expected rows"),
@@ -260,6 +280,27 @@ LONG = ["--prompt_tokens", "0", "--max_prompt_length", "5"]
 def test_long_prompts_are_refused_on_request(workplace, capsys):
     arguments = ["--task", "train", *LONG, "--long_prompts", "refuse", *flags()]
     assert_refused(capsys, workplace, arguments, "8 of 8 prompts are longer than --max_prompt_length 5")
+
+
+LATE = {  # what only PPO would meet, behind a language model that is to be fine-tuned first
+    "critic": (["--critic", "encoder", "--lam", "1"], "saved_models/tiny/sft has no encoder: --critic separate"),
+    "context": (
+        ["--max_prompt_length", "500", "--max_new_tokens", "46"],
+        "the model can read 2 at most: let prompts be cut",
+    ),
+    "held out": (["--eval_every", "1", "--prompt_column", "hole"], "in row 1 holds no message to answer: []"),
+}
+
+
+@pytest.mark.parametrize("mistake", LATE)
+def test_what_ppo_cannot_do_is_refused_before_the_stage_before_it(mistake, workplace, capsys):
+    arguments, words = LATE[mistake]
+    rows = [{"text": f"A film {n}.", "hole": []} for n in range(40)]
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("r.py").write_text("def reward(prompts, responses, rows):\n    return [1.0 for _ in responses]\n")
+    first = ["--run_name", "new", "--sft_first", "--completion_column", "text", "--dataset_path", "rows.jsonl"]
+    first += ["--base_model_name", "saved_models/tiny/sft", "--reward_fn", "r.py:reward", "--max_prompt_length", "12"]
+    assert_refused(capsys, workplace, ["--task", "train", *flags(), *first, *arguments], words)
 
 
 def test_long_prompts_are_cut_and_counted(workplace, capsys):
