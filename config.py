@@ -91,7 +91,9 @@ SOME_READ = {  # tasks: the settings that these alone read
 }
 
 
-MAY_CHANGE = "resume output_dir n_updates epochs save_every keep_checkpoints final_dir device dry_run"  # on --resume
+# when a run is resumed
+MAY_CHANGE = ("n_updates", "epochs", "save_every", "keep_checkpoints", "final_dir", "log_with", "device")
+OF_A_START = ("resume", "output_dir", "dry_run")  # settings of one start of a run, rather than of the run
 
 # settings that are, or begin with, a file or folder
 PATHS = "output_dir final_dir base_model_name peft_model_path dataset_path reward_model_path reward_fn prompts output"
@@ -626,10 +628,8 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
 def check_unchanged(given: dict, before: dict) -> None:
     """Raise UsageError for a setting that a resumed run may not have another value of than it began with."""
     for name, value in given.items():
-        if name in before and value != before[name] and name not in MAY_CHANGE.split():
-            may = ", ".join(
-                f"--{each}" for each in MAY_CHANGE.split() if each not in ("resume", "output_dir", "dry_run")
-            )
+        if name in before and value != before[name] and name not in (*MAY_CHANGE, *OF_A_START):
+            may = ", ".join(f"--{each}" for each in MAY_CHANGE)
             raise UsageError(
                 f"--resume: --{name} is {value!r}, and the run began with {before[name]!r}; what may change is {may}"
             )
