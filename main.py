@@ -86,7 +86,8 @@ def begin() -> None:
 def run_training(config: Config, base_model: str, reward_model: str) -> None:
     """The task sft, reward or train, and before it the stages whose folders are not there yet."""
     folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
-    others = [] if config.resume else interrupted_runs(config.run_folder)
+    begins_a_run = config.task == "train" and not config.resume
+    others = interrupted_runs(config.run_folder) if begins_a_run else []
     print(*filter(None, [notice(config), describe(config), *others]), sep="\n")
     import torch
 
@@ -100,7 +101,8 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     begin()
     if PROCESS == 0 and not config.dry_run:
         clear_leftovers(config.run_folder)
-        clear_leftovers(Path(config.final_dir).absolute().parent)
+        if config.task == "train" and config.final_dir:
+            clear_leftovers(Path(config.final_dir).absolute().parent)
     with processes():
         config = with_prompt_column(config)
         missing = from_first(partial(run_stages, config, base_model, reward_model))
@@ -200,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
         message, exit_code = "interrupted", 128 + signal.SIGINT
     with suppress(OSError):
         who = f"error in process {PROCESS}" if PROCESS else "error"
-        print(f"{who}: {visible(' '.join(message.splitlines()), keep='')}", file=sys.stderr)
+        print(f"{who}: {visible(message, keep='')}", file=sys.stderr)
     return exit_code
 
 

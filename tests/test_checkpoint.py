@@ -775,34 +775,37 @@ def test_a_run_killed_at_random_moments_goes_on(system, kills, chain, questions,
     """
     root = tmp_path_factory.mktemp("killed")
 
-    def place(name: str) -> Path:
-        shutil.copytree(chain.root / "saved_models", root / name / "saved_models")
-        for file in ("prompts.jsonl", "rewards.py"):
-            shutil.copy(questions / file, root / name)
-        return root / name
+    cwd, whole = root / "here", root / "whole"
 
-    whole = place("whole")
-    arguments = command_of(system_flags(system, whole, t5_folder))
-    started = time.monotonic()
-    subprocess.run(arguments, cwd=whole, check=True, capture_output=True)
-    lasts = time.monotonic() - started
+    def new_place() -> None:
+        shutil.copytree(chain.root / "saved_models", cwd / "saved_models")
+        for file in ("prompts.jsonl", "rewards.py"):
+            shutil.copy(questions / file, cwd)
+
+    new_place()
+    arguments = command_of(system_flags(system, cwd, t5_folder))
+    resumed = [*command_of(["--task", "train", "--resume", "--output_dir", "run"])]
+    subprocess.run(arguments, cwd=cwd, check=True, capture_output=True)
+    cwd.rename(whole)
     numbers = random.Random(kills)
     where = []
     for number in range(kills):
-        cwd = place(f"killed-{number}")
+        new_place()
         for attempt in range(2 if number % 3 == 2 else 1):
-            resumes = attempt > 0 and (cwd / "run/run_config.json").exists()
-            started_with = command_of(["--task", "train", "--resume", "--output_dir", "run"]) if resumes else arguments
-            child = subprocess.Popen(started_with, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            while not (cwd / "run/run_config.json").exists() and child.poll() is None:
-                time.sleep(0.01)
-            time.sleep(numbers.random() * 0.5 * lasts)
+            again = attempt > 0 and (cwd / "run/run_config.json").exists()
+            child = subprocess.Popen(
+                resumed if again else arguments, cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            rows = numbers.randrange(7)
+            while len(read_rows(cwd / "run" / report.STATS)) < rows and child.poll() is None:
+                time.sleep(0.005)
+            time.sleep(numbers.random() * 0.3)
             child.kill()
             child.wait()
             where.append(len(read_rows(cwd / "run" / report.STATS)))
         if not (cwd / "run" / "training_stats.json").exists():
-            resumed = command_of(["--task", "train", "--resume", "--output_dir", "run"])
-            subprocess.run(resumed, cwd=cwd, check=True, capture_output=True)
+            is_begun = (cwd / "run/run_config.json").exists()
+            subprocess.run(resumed if is_begun else arguments, cwd=cwd, check=True, capture_output=True)
         assert run_of(cwd) == run_of(whole), (number, where)
         shutil.rmtree(cwd)
     print(f"{system}: killed after {where} updates of 6")
