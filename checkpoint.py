@@ -103,17 +103,19 @@ def save_state(state: State, began: Began, log_bytes: int, run: Path, keep: int)
             save_tensors(scratch / "best.safetensors", state.best.weights)
         write_whole(scratch / "state.json", json.dumps(numbers, indent=2))
         write_whole(scratch / MANIFEST, json.dumps({"files": described_files(scratch)}, indent=2))
-    for path in outdated(in_order(run), state.next_update, keep):
-        shutil.rmtree(path, ignore_errors=True)
+    remove_outdated(run, state.next_update, keep)
 
 
-def outdated(found: list[Path], n_updates: int, keep: int) -> list[Path]:
-    """Of a run's checkpoints, in order, those that are not among the newest `keep`, once there is one after n_updates.
+def remove_outdated(run: Path, n_updates: int, keep: int) -> None:
+    """Remove a run's checkpoints but for the newest `keep`, once there is one after n_updates.
 
     One after more than that is damaged, or it would have been gone on from.
     """
+    found = in_order(run)
     own = [path for path in found if number_of(path) <= n_updates]
-    return [path for path in found if path not in own[:keep]]
+    for path in found:
+        if path not in own[:keep]:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def number_of(checkpoint: Path) -> int:

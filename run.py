@@ -26,6 +26,7 @@ from checkpoint import (
     newest_checkpoint,
     parameters_hash,
     read_numbers,
+    remove_outdated,
     restore,
     save_state,
 )
@@ -108,6 +109,8 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     with claimed(folder, config):
         if checkpoint is None:
             write_record(folder, source)
+        else:
+            remove_outdated(folder, state.next_update, max(1, config.keep_checkpoints))
         report.cut_logs(folder, state.next_update, read_numbers(checkpoint)["log_bytes"] if checkpoint else 0)
         with tracking(config, folder, state.next_update) as tracker:
             run_updates(state, fixed, prompts, config, folder, began, tracker)

@@ -279,9 +279,10 @@ def test_by_itself_a_run_saves_as_often_as_costs_a_hundredth_of_its_time():
 
 
 def test_what_is_newer_than_the_state_is_not_whole_and_goes(tmp_path):
-    found = [tmp_path / f"step_{n}" for n in (12, 10, 8, 6)]
-    outdated = checkpoint.outdated(found, n_updates=10, keep=2)
-    assert [path.name for path in outdated] == ["step_12", "step_6"]
+    for number in (12, 10, 8, 6):
+        (tmp_path / f"checkpoints/step_{number}").mkdir(parents=True)
+    checkpoint.remove_outdated(tmp_path, n_updates=10, keep=2)
+    assert [path.name for path in in_order(tmp_path)] == ["step_10", "step_8"]
 
 
 # ----------------------------------------------------------------------------------------------------------------

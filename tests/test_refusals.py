@@ -106,7 +106,10 @@ MISTAKES = {
         ["--task", "train", "--config", "nowhere.yaml"],
         "--config nowhere.yaml cannot be read: [Errno 2]",
     ),
-    "a name of two lines": (["--task", "train", "--reward_model_path", "a\nb"], r"--reward_model_path a\nb is no folder"),
+    "a name of two lines": (
+        ["--task", "train", "--reward_model_path", "a\nb"],
+        r"--reward_model_path a\nb is no folder",
+    ),
     "no dataset file": (["--task", "train", "--dataset_path", "nowhere.csv"], "nowhere.csv does not exist"),
     "no dataset folder": (["--task", "train", "--dataset_path", "nowhere/at/all"], "nowhere/at/all cannot be loaded: "),
     "no base model": (["--task", "train", "--base_model_name", "nowhere/at/all"], "nowhere/at/all is no folder"),
