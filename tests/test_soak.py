@@ -32,7 +32,7 @@ def used() -> dict[str, int]:
 
 @pytest.mark.slow
 def test_two_thousand_updates_take_no_more_than_the_first(workplace, no_figures):
-    """With every log, a checkpoint every 50 updates and a look at held-out prompts every 100."""
+    """With every log and a tracker, a checkpoint every 50 updates and a look at held-out prompts every 100."""
 
     def work() -> int:
         real, seen = report.write_logs, []
@@ -47,6 +47,8 @@ def test_two_thousand_updates_take_no_more_than_the_first(workplace, no_figures)
         code = run_main(
             "--task",
             "train",
+            "--log_with",
+            "tensorboard",
             *flags(n_updates=N_UPDATES, output_dir="run", save_every=50, eval_every=100, learning_rate=1e-5),
         )
         Path("used.json").write_text(json.dumps(seen))
