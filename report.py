@@ -17,6 +17,7 @@ RESPONSES = "training_log.csv"
 
 WINDOW = 128  # responses, and two rollouts, at least: alarms compare the latest so many with the first
 
+GAP = 1e-3  # nats a token between sampling and scoring: below it, whether it grows does not matter
 FAR, FAR_A_TOKEN = 10.0, 0.2  # nats further from the reference, a response and a token: a reward should have risen
 
 # What a higher reward must not be bought with. Statistic: its name and its bounds in words, and whether it keeps them.
@@ -42,6 +43,7 @@ def rollout_stats(rollout: Rollout) -> dict[str, float]:
         )
         return estimate.sum(1).mean().item()
 
+    gaps = (rollout.sampled_logprobs - rollout.logprobs).abs()[mask]
     stats = {
         "reward": rollout.raw_scores.mean().item(),
         "variance": rollout.raw_scores.var(correction=0).item(),
@@ -61,6 +63,8 @@ def rollout_stats(rollout: Rollout) -> dict[str, float]:
         "ref_perplexity": math.exp(min(-masked_mean(rollout.ref_logprobs, mask).item(), 700)),  # beyond, no float is
         "entropy": masked_mean(rollout.entropy, mask).item(),
         "ended": rollout.has_eos.float().mean().item(),
+        "sampling_gap": gaps.mean().item(),
+        "sampling_gap_max": gaps.max().item(),
     }
 
 
@@ -105,7 +109,7 @@ def compared(first: list[dict], latest: list[dict], batch_size: int) -> dict[str
 
     A rise of the reward is more than two standard errors of the difference, a fall more than four.
     """
-    names = ("reward", "kl_k1", "explained_variance", "value_loss", *LIMITS)
+    names = ("reward", "kl_k1", "explained_variance", "value_loss", "sampling_gap", *LIMITS)
     start, now = ({name: fmean(row[name] for row in rows) for name in names} for rows in (first, latest))
     error = math.sqrt(squared_error(first, batch_size) + squared_error(latest, batch_size))
     rise = now["reward"] - start["reward"]
@@ -122,6 +126,11 @@ def compared(first: list[dict], latest: list[dict], batch_size: int) -> dict[str
         raised["value_loss"] = (
             f"the value loss went from {start['value_loss']:.3g} to {now['value_loss']:.3g}, "
             "more than ten times what a constant would have"
+        )
+    if now["sampling_gap"] > max(GAP, 3 * start["sampling_gap"]):
+        raised["sampling_gap"] = (
+            f"sampling and scoring differ by {now['sampling_gap']:.2g} nats a token, which were "
+            f"{start['sampling_gap']:.2g} at the start: what is trained on is not what was drawn"
         )
     return raised
 

@@ -80,6 +80,7 @@ class Rollout:
     response_ids: TensorType["batch", "time"]
     mask: TensorType["batch", "time", bool]
     logprobs: TensorType["batch", "time", is_float]  # by `score`, not by the sampler: the ratio's denominator
+    sampled_logprobs: TensorType["batch", "time", is_float]  # by the sampler: the same, but for rounding
     ref_logprobs: TensorType["batch", "time", is_float]
     values: TensorType["batch", "time", is_float]
     entropy: TensorType["batch", "time", is_float]
@@ -147,6 +148,7 @@ def collect_part(
         response_ids=drawn.response_ids,
         mask=drawn.mask,
         logprobs=own.logprobs,
+        sampled_logprobs=drawn.logprobs,
         ref_logprobs=reference.logprobs,
         values=own.values,
         entropy=own.entropy,

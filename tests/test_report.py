@@ -33,6 +33,7 @@ def test_the_statistics_of_a_rollout_by_hand():
         response_ids=torch.zeros(2, 3, dtype=torch.long),
         mask=mask,
         logprobs=torch.tensor([[-1.0, -2.0, -1.0], [-0.5, x, x]]),
+        sampled_logprobs=torch.tensor([[-1.0, -2.25, -0.5], [-0.25, x, x]]),
         ref_logprobs=torch.tensor([[-1.5, -1.0, -1.0], [-1.0, x, x]]),
         values=torch.tensor([[1.0, 2.0, 3.0], [2.0, x, x]]),
         entropy=torch.tensor([[1.0, 2.0, 0.5], [0.5, x, x]]),
@@ -66,6 +67,8 @@ def test_the_statistics_of_a_rollout_by_hand():
         "ref_perplexity": math.exp(4.5 / 4),
         "entropy": 1.0,
         "ended": 0.5,
+        "sampling_gap": 0.25,
+        "sampling_gap_max": 0.5,
     }
     assert stats == pytest.approx(expected, abs=1e-5)
     assert log_rows(7, rollout) == [
@@ -104,6 +107,7 @@ def log_row(**changes) -> dict[str, float]:
         "kl_k1": 2.0,
         "explained_variance": 0.5,
         "value_loss": 0.1,
+        "sampling_gap": 0.01,
     }
     return healthy | changes
 
@@ -134,6 +138,16 @@ def test_an_alarm_is_raised_just_outside_its_bounds(name, inside, outside):
         assert raised(*[log_row(reward=0.52, **{name: value})] * 2) == {}
     for value in outside:
         assert list(raised(*[log_row(reward=0.52, **{name: value})] * 2)) == [name]
+
+
+def test_a_sampler_that_comes_apart_from_scoring_is_told_on():
+    """Three times what it was, from a thousandth of a nat on."""
+    assert raised(*[log_row(sampling_gap=0.0299)] * 2) == {}
+    (told,) = raised(*[log_row(sampling_gap=0.0301)] * 2).values()
+    assert told.startswith("sampling and scoring differ by 0.03 nats a token, which were 0.01 at the start")
+    small = [log_row(sampling_gap=1e-7)] * 2
+    for gap, count in ((0.9e-3, 0), (1.1e-3, 1)):
+        assert len(alarms([*small, *[log_row(sampling_gap=gap)] * 2], 64)) == count
 
 
 def test_an_alarm_says_in_words_what_happened():

@@ -108,7 +108,7 @@ def inputs_of(rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_rollout_carries_no_gradient_and_no_hole(family):
     rollout = first_rollout(other_policy(family).train(), settings(mini_batch_size=4), frozen_copy(tiny_policy(family)))
-    assert len(tensors_of(rollout)) == 15
+    assert len(tensors_of(rollout)) == 16
     for name, tensor in tensors_of(rollout).items():
         assert not tensor.requires_grad, name
         assert len(tensor) == 16, name
@@ -725,6 +725,7 @@ def ragged_rollout(policy: PolicyModel) -> Rollout:
         response_ids=response_ids,
         mask=mask,
         logprobs=outputs.logprobs,
+        sampled_logprobs=outputs.logprobs,
         ref_logprobs=outputs.logprobs,
         values=outputs.values,
         entropy=outputs.entropy,
@@ -796,7 +797,9 @@ def test_gradients_are_finite_whatever_stands_beyond_the_mask(family):
 def widened(rollout: Rollout) -> Rollout:
     """Three more columns behind the responses, and everything beyond the mask changed, except where it must be 0."""
     mask = widen(rollout.mask, (0, 3))
-    junk = {"response_ids": 7} | dict.fromkeys(("logprobs", "ref_logprobs", "values", "returns"), float("nan"))
+    junk = {"response_ids": 7} | dict.fromkeys(
+        ("logprobs", "sampled_logprobs", "ref_logprobs", "values", "returns"), float("nan")
+    )
     junk |= {"advantages": float("nan"), "entropy": float("nan"), "kl": 0.0, "rewards": 0.0}
     wide = {name: torch.where(mask, widen(getattr(rollout, name), (0, 3)), value) for name, value in junk.items()}
     return replace(rollout, mask=mask, **wide)
