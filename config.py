@@ -35,6 +35,10 @@ class RunError(Exception):
     exit_code = 1
 
 
+class BrokenPolicy(RunError):
+    """The policy's probabilities are no numbers: what has been trained is worth nothing."""
+
+
 class Stopped(RunError):
     """Work that was ended in good order, because a signal asked for it."""
 
@@ -92,7 +96,9 @@ SOME_READ = {  # tasks: the settings that these alone read
 
 
 # when a run is resumed
-MAY_CHANGE = ("n_updates", "epochs", "save_every", "keep_checkpoints", "final_dir", "log_with", "device")
+MAY_CHANGE = (
+    *("n_updates", "epochs", "save_every", "keep_checkpoints", "final_dir", "log_with", "allow_pickle", "device"),
+)
 OF_A_START = ("resume", "output_dir", "dry_run")  # settings of one start of a run, rather than of the run
 
 # settings that are, or begin with, a file or folder
@@ -619,6 +625,8 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
     lent = {name: coerce(specs[name], value) for name, value in known.items()}
     if resumes:
         check_unchanged(settings, lent)
+        if "n_updates" in settings:
+            lent["epochs"] = 0.0  # which would take precedence
     config = Config(**(lent | settings))
     for note in notes(config, [name for name in settings if is_read(specs[name], config.task)]):
         tell(note)

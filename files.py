@@ -9,11 +9,14 @@ What a process that was killed leaves of either is put in order by `clear_leftov
 import csv
 import errno
 import fcntl
+import glob
 import hashlib
 import io
 import json
 import math
 import os
+import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,9 +29,14 @@ from config import RunError, UsageError, first_line
 MANIFEST = "manifest.json"  # what a folder's files are, with their hashes: the last to be written
 
 
+OURS = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.(unfinished|replaced)")  # names as `beside` makes them
+HELD: set[int] = set()  # descriptors of this process's locks
+os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in HELD])  # else a child has them, too
+
+
 def beside(path: Path, state: str = "unfinished") -> Path:
     """A name in the same folder for what is not in its place; of a long name the first letters, lest it be too long."""
-    return path.with_name(f".{path.name[:50]}.{os.getpid()}.{state}")
+    return path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.{state}")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -235,7 +243,12 @@ def damage(folder: Path) -> str:
         expected = read_object(folder / MANIFEST)["files"]
     except (UsageError, KeyError, TypeError) as error:
         return f"{MANIFEST} is damaged or missing ({first_line(error)})"
-    found = described_files(folder)
+    if not isinstance(expected, dict):
+        return f"{MANIFEST} is damaged"
+    try:
+        found = described_files(folder)
+    except OSError as error:
+        return f"{error.filename or folder} cannot be read: {error.strerror}"
     found.pop(MANIFEST)
     for name in dict.fromkeys([*expected, *found]):
         if name not in found:
@@ -271,6 +284,7 @@ def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[bool]:
     system knows no locks, everything is free.
     """
     descriptor = os.open(path, os.O_RDONLY)
+    HELD.add(descriptor)
     try:
         fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
         is_free = True
@@ -279,6 +293,7 @@ def locked(path: Path, kind: int = fcntl.LOCK_EX) -> Iterator[bool]:
     try:
         yield is_free
     finally:
+        HELD.discard(descriptor)
         os.close(descriptor)
 
 
@@ -288,9 +303,14 @@ def is_locked(path: Path) -> bool:
         return not is_free
 
 
-def clear_leftovers(folder: Path) -> None:
+def leftovers(folder: Path, name: str = "") -> list[Path]:
+    """What has been begun in a folder and is not finished, if named of that file alone; nothing that is not ours."""
+    return [path for path in folder.glob(f".{glob.escape(name[:50])}*") if OURS.fullmatch(path.name)]
+
+
+def clear_leftovers(folder: Path, name: str = "") -> None:
     """Remove what processes that are dead have begun in a folder; what stepped aside for it comes back."""
-    for path in [*folder.glob(".*.unfinished"), *folder.glob(".*.replaced")]:
+    for path in leftovers(folder, name):
         with suppress(OSError), locked(path) as is_dead:
             if not is_dead:
                 continue
@@ -312,4 +332,5 @@ def check_writable(folder: Path) -> None:
 
 
 def is_empty_folder(path: Path) -> bool:
-    return path.is_dir() and not any(path.iterdir())
+    """Whether a folder has nothing in it, but for what a process has begun there and not finished."""
+    return path.is_dir() and len(list(path.iterdir())) == len(leftovers(path))

@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,12 +15,15 @@ from files import (
     check_writable,
     clear_leftovers,
     described_files,
+    flush,
     is_empty_folder,
     is_locked,
     locked,
     read_object,
+    whole_lines,
     write_whole,
 )
+from progress import tell
 from trust import check_function, check_links, remember_function
 
 # The settings that a stage's result depends on: its data and size, always, and how it was trained.
@@ -59,6 +62,7 @@ NOT_LENT = (  # what a command alone can say, be it in a run's settings or not
     "output",
     "without_reward",
 )
+KEPT_BACK = ("allow_pickle", "final_dir", "log_with")  # by which a run that is resumed could write elsewhere
 COMPLETIONS_BY = ("prompt_tokens", "max_prompt_length", "max_new_tokens", "long_prompts")  # where answers are learned
 
 
@@ -251,9 +255,10 @@ def interrupted_runs(folder: Path) -> list[str]:
     notes = []
     for run in sorted(folder.glob("ppo*")):
         if was_interrupted(run):
-            done = (run / STATS).read_bytes().count(b"\n") if (run / STATS).exists() else 0
-            n_updates = read_object(run / "run_config.json").get("n_updates")
-            notes.append(f"note: {run} was interrupted after {done} of {n_updates} updates: {how_to_resume(run)}")
+            done = len(whole_lines(run / STATS))
+            with suppress(UsageError):  # of a damaged one there is nothing to go on with
+                n_updates = read_object(run / "run_config.json").get("n_updates")
+                notes.append(f"note: {run} was interrupted after {done} of {n_updates} updates: {how_to_resume(run)}")
     return notes
 
 
@@ -264,12 +269,12 @@ def run_settings(settings: dict) -> dict:
     task would run because the folder names it.
     """
     folder = settings.pop("output_dir", "")
-    name = settings.pop("run_name", "")
-    preset = settings.pop("preset", "")
     task = settings.get("task", "train")
     if task == "train":
-        run = run_to_resume(folder, name=name, preset=preset)
+        run = run_to_resume(folder, name=settings.get("run_name", ""), preset=settings.get("preset", ""))
     else:
+        name = settings.pop("run_name", "")
+        preset = settings.pop("preset", "")
         marker = POLICY_MARKER
         if task == "plot":
             marker = STATS
@@ -283,8 +288,13 @@ def run_settings(settings: dict) -> dict:
     asks_reward = task in ("train", "evaluate") or writes_rewards
     if asks_reward and "reward_fn" not in settings and own.get("reward_fn"):
         check_function(str(own["reward_fn"]), run)
-    lent = {name: value for name, value in own.items() if task == "train" or name not in NOT_LENT}
-    return lent | {"output_dir": str(run)}
+    kept_back = NOT_LENT
+    if task == "train":
+        kept_back = KEPT_BACK
+        for name in kept_back:
+            if own.get(name) and name not in settings:
+                tell(f"note: --{name} {own[name]} of {run} has to be given again with --resume, if it is wanted still")
+    return {name: value for name, value in own.items() if name not in kept_back} | {"output_dir": str(run)}
 
 
 def check_final_dir(config: Config) -> None:
@@ -371,12 +381,12 @@ def claimed(folder: Path, config: Config) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"{folder} cannot be made: {error.strerror}") from None
     with locked(folder) as is_free:
-        if not is_free or (any(folder.iterdir()) and not config.resume):
+        if not is_free or not (config.resume or is_empty_folder(folder)):
             raise RunError(f"{folder} has been taken by another run meanwhile; start again")
-        if config.resume:
-            clear_leftovers(folder)
-            clear_leftovers(folder / "checkpoints")
-            (folder / FINISHED).unlink(missing_ok=True)
+        for place in (folder, folder / "checkpoints", folder / "plots"):
+            clear_leftovers(place)
+        flush(folder.parent)
+        (folder / FINISHED).unlink(missing_ok=True)
         write_settings(folder, replace(config, resume=False))
         if config.reward_fn:
             remember_function(config.reward_fn)

@@ -12,7 +12,7 @@ import torch
 from torchtyping import TensorType, is_float
 from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
 
-from config import Config, RunError, UsageError
+from config import BrokenPolicy, Config, UsageError
 from dataset import decode_responses, pad
 from model import PolicyModel, TokenOutputs, eval_mode, position_ids, score_in_passes
 from ppo import response_mask
@@ -192,7 +192,7 @@ def respond(
         **sampling_options(config),
     )
     if not sampled.logprobs.isfinite().all():
-        raise RunError(not_finite(policy))
+        raise BrokenPolicy(not_finite(policy))
     texts = decode_responses(
         tokenizer,
         query_ids=query_ids,

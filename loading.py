@@ -653,6 +653,8 @@ def save_policy(
     if merge and hasattr(language_model, "merge_and_unload"):
         language_model = merged(language_model)
     for adapter in getattr(language_model, "peft_config", {}).values():
+        if isinstance(adapter.target_modules, set):
+            adapter.target_modules = sorted(adapter.target_modules)  # a set's order is another in every process
         adapter.base_model_name_or_path = from_anywhere(adapter.base_model_name_or_path)
     with whole_folder(folder, replaces) as scratch:
         language_model.save_pretrained(scratch)

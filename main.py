@@ -102,7 +102,8 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     if PROCESS == 0 and not config.dry_run:
         clear_leftovers(config.run_folder)
         if config.task == "train" and config.final_dir:
-            clear_leftovers(Path(config.final_dir).absolute().parent)
+            final = Path(config.final_dir).absolute()
+            clear_leftovers(final.parent, final.name)
     with processes():
         config = with_prompt_column(config)
         missing = from_first(partial(run_stages, config, base_model, reward_model))

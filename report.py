@@ -96,9 +96,10 @@ def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
     """
     raised = {}
     if history[-1].get("skipped_steps"):
+        latest = history[-1]
         raised["skipped_steps"] = (
-            f"{history[-1]['skipped_steps']} of the update's steps were not taken, as their loss or gradient was not "
-            "finite; try a lower --learning_rate"
+            f"{latest['skipped_steps']} of the update's steps were not taken, as the loss was not finite in "
+            f"{latest['nonfinite_losses']} of them, and the gradient in all; try a lower --learning_rate"
         )
     n = window(batch_size)
     return raised | compared(history[:n], history[-n:], batch_size) if len(history) >= 2 * n else raised
@@ -190,6 +191,7 @@ def flush_logs(folder: Path) -> int:
     """Have the logs on the disk; the size of that of the responses in bytes."""
     for name in (STATS, TIMINGS, RESPONSES):
         flush(folder / name)
+    flush(folder)
     return (folder / RESPONSES).stat().st_size
 
 

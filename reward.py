@@ -192,14 +192,26 @@ def checked_scores(function, spec: str, prompts: list[str], responses: list[str]
 
 
 def first_to_fail(asked: Callable, spec: str, n_responses: int) -> int | None:
-    """The first response for which the user's function raises when it is asked for that one alone, if there is one."""
-    for row in range(n_responses):
+    """A response for which the user's function raises when it is asked for that one alone, found by halving, as every
+    call may cost something; None if there is none.
+    """
+
+    def fails(first: int, last: int) -> bool:
         try:
             with on_its_own(spec, "", RunError):
-                asked(row, row + 1)
+                asked(first, last)
         except RunError:
-            return row
-    return None
+            return True
+        return False
+
+    first, last = 0, n_responses
+    while last - first > 1:
+        middle = (first + last) // 2
+        if fails(first, middle):
+            last = middle
+        else:
+            first = middle
+    return first if fails(first, last) else None
 
 
 def load_reward_function(spec: str) -> RewardTerm:

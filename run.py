@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -30,11 +31,11 @@ from checkpoint import (
     restore,
     save_state,
 )
-from config import Config, RunError, Stopped, UsageError, first_line, template_fields
+from config import BrokenPolicy, Config, RunError, Stopped, UsageError, first_line, template_fields
 from device import prepare_device
 from distributed import from_first, gathered, is_first, size
 from evaluation import compare, evaluate_policy
-from files import move_into, read_object, read_rows
+from files import append_row, cut_rows, move_into, read_object, read_rows
 from folders import POLICY_MARKER, STATS, best_of, claimed, how_to_resume, notice
 from loading import (
     load_policy,
@@ -57,7 +58,7 @@ from preflight import (
     show_samples,
     tolerance,
 )
-from progress import progress, say
+from progress import progress, say, tell
 from prompts import Prompt, asked, batch_arithmetic, batch_of, load_all_prompts, most_prompts, n_rollouts
 from provenance import Source, check_same_rows, columns_read, write_record
 from reward import load_reward_terms
@@ -78,6 +79,7 @@ class Prompts(NamedTuple):
 
 def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
+    newest = in_order(folder)[:1]
     checkpoint = newest_checkpoint(folder) if config.resume else None
     began = read_numbers(checkpoint)["began"] if checkpoint else None
     policy, fixed, prompts = load_models(config, base_model, reward_model_path, began)
@@ -109,13 +111,15 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     with claimed(folder, config):
         if checkpoint is None:
             write_record(folder, source)
-        else:
-            remove_outdated(folder, state.next_update, max(1, config.keep_checkpoints))
+        elif in_order(folder)[:1] != newest:
+            raise RunError(f"{folder} has gone on in another process meanwhile; start again")
         report.cut_logs(folder, state.next_update, read_numbers(checkpoint)["log_bytes"] if checkpoint else 0)
+        if checkpoint:
+            remove_outdated(folder, state.next_update, max(1, config.keep_checkpoints))
         with tracking(config, folder, state.next_update) as tracker:
             run_updates(state, fixed, prompts, config, folder, began, tracker)
             keep_result(state, fixed, prompts, config, folder, tracker)
-        report.finish_logs(folder)
+            report.finish_logs(folder)
 
 
 def what_it_began_with(fixed: Fixed, config: Config) -> Began:
@@ -202,6 +206,11 @@ def run_updates(
     history = from_first(lambda: report.remembered(read_rows(folder / STATS), config.batch_size))
     announced = set()
     save = saver(state, config, folder, began)
+    evaluate = partial(keep_best, state, fixed, prompts.validation, config, best_of(folder))
+    if history and is_time_to_evaluate(config, state.next_update) and "eval_reward" not in history[-1]:
+        history[-1]["eval_reward"] = evaluate()
+        if is_first():
+            note_late_evaluation(history[-1], state, began, config, folder)
     with requests_to_stop() as stop, progress(config.n_updates, "PPO", "update", state.next_update) as advance:
         started = time.perf_counter()
         for rollout, stats in saved_before_an_error(train(state, fixed, prompts.train, config), save, folder):
@@ -209,19 +218,36 @@ def run_updates(
             history = report.remembered([*history, row], config.batch_size)
             announce(row, report.alarms(history, config.batch_size), announced)
             timing = report.timing(row["step"], started, rollout)
+            failure = None
             if is_time_to_evaluate(config, state.next_update):
-                row["eval_reward"] = keep_best(state, fixed, prompts.validation, config, best_of(folder))
+                try:
+                    row["eval_reward"] = evaluate()
+                except RunError as error:
+                    failure = failed_saved(error, folder)
             if is_first():
                 report.write_logs(folder, row, timing, report.log_rows(row["step"], rollout))
             tracker.log(row["step"], row)
             advance(report.bar_numbers(row))
+            if failure:
+                save(at_once=True)
+                raise failure
             ending = reason_to_end(state, max(gathered(stop())), config, folder)
-            save(at_once=ending is not None)
+            from_first(partial(save, at_once=ending is not None))
             if ending:
                 raise ending
             started = time.perf_counter()
     for alarm in history[-1]["alarms"]:
         print(f"alarm at the end: {alarm}")
+
+
+def note_late_evaluation(row: dict, state: State, began: Began, config: Config, folder: Path) -> None:
+    """Put a held-out reward, which could not be had when the row was written, where it would be: first into the state,
+    so that it is asked again if the process ends in between.
+    """
+    if config.keep_checkpoints:
+        save_state(state, began, report.flush_logs(folder), folder, config.keep_checkpoints)
+    cut_rows(folder / STATS, state.next_update - 1)
+    append_row(folder / STATS, row)
 
 
 def announce(row: dict, raised: dict[str, str], announced: set[str]) -> None:
@@ -233,8 +259,8 @@ def announce(row: dict, raised: dict[str, str], announced: set[str]) -> None:
 
 
 def saver(state: State, config: Config, folder: Path, began: Began) -> Callable[[bool], None]:
-    """A function that saves the state where it has moved on, if it is time to, or `at_once`: of several processes, the
-    first one's.
+    """A function that saves the state where it has moved on, if it is time to, or `at_once`. Of several processes, the
+    first one does, and the others wait for it: one that ended meanwhile would have it ended.
     """
     saved = state.next_update
     saved_at = time.monotonic()
@@ -257,20 +283,34 @@ def saver(state: State, config: Config, folder: Path, began: Began) -> Callable[
 
 
 def saved_before_an_error(updates: Iterator, save: Callable[[bool], None], folder: Path) -> Iterator:
-    """The updates; where one of them fails before its first step, the state is saved as it was before it."""
+    """The updates; where one of them fails before its first step, the state is saved as it was before it, unless it is
+    the policy itself that is broken.
+    """
     try:
         yield from updates
+    except BrokenPolicy as error:
+        before = "".join(f"; what it was before is in {path}" for path in in_order(folder)[:1])
+        raise RunError(f"{error}{before}") from error
     except RunError as error:
         save(at_once=True)
+        raise failed_saved(error, folder) from error
+    except Exception:  # as memory that has run out
+        save(at_once=True)
         if in_order(folder):
-            raise RunError(f"{error}; what was trained before is saved: {how_to_resume(folder)}") from error
+            tell(f"what was trained before is saved: {how_to_resume(folder)}")
         raise
+
+
+def failed_saved(error: RunError, folder: Path) -> RunError:
+    """The error, with how the run goes on if something is saved of it."""
+    return RunError(f"{error}; what was trained before is saved: {how_to_resume(folder)}")
 
 
 def reason_to_end(state: State, signal_number: int, config: Config, folder: Path) -> RunError | None:
     """Why a run must end before its time, if it must, and how it goes on."""
     done = f"after {state.next_update} of {config.n_updates} updates"
-    saved = f"how it goes on: {how_to_resume(folder)}" if config.keep_checkpoints else "nothing is saved of it"
+    is_saved = config.keep_checkpoints or in_order(folder)
+    saved = f"how it goes on: {how_to_resume(folder)}" if is_saved else "nothing is saved of it"
     if signal_number:
         return Stopped(f"stopped {done}, as {signal.Signals(signal_number).name} asked; {saved}", signal_number)
     if state.idle_updates >= MOST_IDLE_UPDATES:

@@ -11,18 +11,22 @@ STOPPING = b"\nstopping after this update, with all that is trained saved; a sec
 
 @contextmanager
 def requests_to_stop() -> Iterator[Callable[[], int]]:
-    """Have SIGTERM and Ctrl-C in the block do no more than be noted: yields a function that gives the signal's number,
-    or 0 where there was none. The second one ends the process. One that was ignored, as in a job in the background, is.
+    """Have SIGTERM, SIGHUP and Ctrl-C in the block do no more than be noted: yields a function that gives the signal's
+    number, or 0 where there was none. The second one ends the process, but for those that torchrun sends on to all of
+    its processes. One that was ignored, as in a job in the background, is.
     """
     received = []
+    is_sent_on = "TORCHELASTIC_RUN_ID" in os.environ
 
     def note(number: int, _) -> None:
-        if received:
+        if received and (number == signal.SIGINT or not is_sent_on):
             os._exit(128 + number)
+        if not received:
+            os.write(2, STOPPING)
         received.append(number)
-        os.write(2, STOPPING)
 
-    numbers = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not signal.SIG_IGN]
+    requests = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = [number for number in requests if signal.getsignal(number) is not signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
         numbers = []
     before = {number: signal.signal(number, note) for number in numbers}

@@ -313,6 +313,7 @@ def update(
     device = rollout.mask.device
     history = []
     n_skipped = 0
+    n_nonfinite_losses = 0
     for rows in shuffled_steps(len(rollout.mask), config, update_number):
         optimizer.zero_grad()
         stats = accumulate_gradient(policy, rollout, rows.to(device), config)
@@ -320,6 +321,7 @@ def update(
         stats["grad_norm"] = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm).item()
         if not math.isfinite(stats["loss"] + stats["grad_norm"]):
             n_skipped += 1  # Adam would carry it into every weight, for good
+            n_nonfinite_losses += not math.isfinite(stats["loss"])
             continue
         history.append(stats)
         if config.target_kl and stats["approx_kl_k3"] > 1.5 * config.target_kl:
@@ -329,7 +331,7 @@ def update(
     if device.type == "cpu":
         keep_freed_memory()  # else it goes back to the system, and returns page by page
     means = combine(history or [dict.fromkeys(stats, math.nan)], fmean)
-    return means | {"skipped_steps": n_skipped}
+    return means | {"skipped_steps": n_skipped, "nonfinite_losses": n_nonfinite_losses}
 
 
 def new_state(policy: PolicyModel, config: Config) -> State:
