@@ -46,16 +46,20 @@ def with_prompt_column(config: Config) -> Config:
     return dataclasses.replace(config, prompt_column=name, chat=chat)
 
 
+def in_file_order(rows: list[dict]) -> list[dict]:
+    """The rows as they were before they were shuffled, so that of several that are wrong the first is named."""
+    return sorted(rows, key=lambda row: getattr(row, "number", 0))
+
+
 def check_prompts(rows: list[dict], config: Config) -> None:
     """Raise UsageError unless the rows hold what prompts are made of: a template's columns, texts, or messages."""
-    in_file_order = sorted(rows, key=lambda row: getattr(row, "number", 0))  # the first is named
     if not config.prompt_template:
         column(rows, config.prompt_column, "prompt_column", (str, list))
-        for row in in_file_order:
+        for row in in_file_order(rows):
             if is_conversation(row, config):
                 conversation(row, config)
         return
-    for row in in_file_order:
+    for row in in_file_order(rows):
         if is_conversation(row, config):
             raise UsageError(
                 f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages "
@@ -87,11 +91,6 @@ def conversation(row: dict, config: Config) -> list[dict]:
 
 def chat_text(messages: list[dict], row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
     """The conversation by the tokenizer's template, up to where the assistant begins to write."""
-    if not tokenizer.chat_template:
-        raise UsageError(
-            f"the prompts are conversations, and the tokenizer of {tokenizer.name_or_path} has no template for them; "
-            "expected a model of chat, or prompts of text"
-        )
     with one_sentence(f"the chat template of {tokenizer.name_or_path} refuses {place_of(row)}"):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
@@ -112,6 +111,12 @@ def prompt_text(row: dict, config: Config, tokenizer: PreTrainedTokenizerBase) -
 def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of every row's prompt. Raises UsageError for a row of the data that has none."""
     check_prompts(rows, config)
+    talks = [row for row in in_file_order(rows) if is_conversation(row, config)]
+    if talks and not tokenizer.chat_template:
+        raise UsageError(
+            f"the prompts are conversations (--prompt_column {config.prompt_column!r}, {place_of(talks[0])}), and the "
+            f"tokenizer of {tokenizer.name_or_path} has no template for them; expected a model of chat, or texts"
+        )
     return [prompt_text(row, config, tokenizer) for row in rows]
 
 

@@ -416,7 +416,7 @@ def test_what_is_no_conversation_is_refused_with_its_row(kind, chat_place, capsy
 
 
 def test_messages_for_a_model_without_a_template_are_refused(chat_place, capsys):
-    words = "the prompts are conversations, and the tokenizer of MODEL has no template for them"
+    words = "(--prompt_column 'messages', row 1), and the tokenizer of MODEL has no template for them"
     assert_refused(capsys, chat_place, command("MODEL", dataset_path="chat.jsonl"), words)
 
 

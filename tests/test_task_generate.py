@@ -124,7 +124,7 @@ def test_a_prompt_that_cannot_be_asked_is_refused_before_any_is_answered(workpla
     (workplace / "p.jsonl").write_text('"The film"\n"A comedy"\n[{"role": "user", "content": "Hello"}]\n')
     monkeypatch.setattr("ask.respond", None)
     arguments = ["--task", "generate", "--prompts", "p.jsonl", "--batch_size", "1"]
-    assert_refused(capsys, workplace, arguments, "the prompts are conversations, and the tokenizer of")
+    assert_refused(capsys, workplace, arguments, "(--prompt_column 'text', row 3), and the tokenizer of")
 
 
 def test_generate_answers_lines_from_standard_input(workplace, monkeypatch, capsys):
