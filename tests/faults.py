@@ -2,9 +2,11 @@
 
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import safetensors.torch
 
@@ -73,6 +75,14 @@ class Moments:
 
         return watched
 
+    def half_of_bytes(self, real: Callable) -> Callable:
+        def watched(path: Path, content: bytes) -> None:
+            real(path, content[: len(content) // 2])
+            self.passed("half a file")
+            real(path, content)
+
+        return watched
+
 
 @contextmanager
 def watching(fatal: int = -1):
@@ -81,13 +91,22 @@ def watching(fatal: int = -1):
 
     moments = Moments(fatal)
     real = {name: getattr(os, name) for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir")}
-    save_file = checkpoint.save_file
+    save_file, write_bytes = checkpoint.save_file, Path.write_bytes
     try:
         for name, function in real.items():
             setattr(os, name, moments.around(function))
         checkpoint.save_file = moments.half_written(save_file)
+        Path.write_bytes = moments.half_of_bytes(write_bytes)
         yield moments
     finally:
         for name, function in real.items():
             setattr(os, name, function)
-        checkpoint.save_file = save_file
+        checkpoint.save_file, Path.write_bytes = save_file, write_bytes
+
+
+def wait_for(is_so: Callable[[], bool], seconds: float = 60) -> None:
+    """Raises AssertionError if it does not become so."""
+    deadline = time.monotonic() + seconds
+    while not is_so():
+        assert time.monotonic() < deadline, "it has not become so"
+        time.sleep(0.01)

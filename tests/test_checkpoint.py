@@ -19,19 +19,20 @@ import peft
 import pytest
 import safetensors.torch
 import torch
-from faults import ended, forked, start, watching
+from faults import ended, forked, start, wait_for, watching
 from helpers import read_log, read_stats
 from micro import assert_refused, flags, listing, question_flags, run_main
 from test_train import QUERIES, fixed_for, prompts_of, settings
 from tiny_models import tiny_gpt2, tiny_policy
 
 import checkpoint
+import files
 import report
 import run
 import train
 from checkpoint import Began, in_order, is_time_to_save, newest_checkpoint, read_numbers, restore, save_state
 from config import Config, RunError, UsageError
-from files import damage, described_files, locked, read_rows
+from files import damage, described_files, is_locked, locked, read_rows
 from model import PolicyModel
 from train import Fixed, State, new_state
 
@@ -322,6 +323,25 @@ def test_every_beginning_of_every_file_is_known_not_to_be_whole(tmp_path):
     assert damage(newest) == ""
 
 
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(tmp_path, monkeypatch, capsys):
+    """Also by an error of the disk's, and with a manifest of another form."""
+    newest, older = small_checkpoints(tmp_path)
+    real = files.described_files
+
+    def broken(folder: Path) -> dict:
+        if folder == newest:
+            raise OSError(5, "Input/output error", "weights.safetensors")
+        return real(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "described_files", broken)
+        assert newest_checkpoint(tmp_path) == older
+    assert "not used: weights.safetensors cannot be read: Input/output error" in capsys.readouterr().out
+    for content in ('{"files": []}', "{}", "[]"):
+        (newest / "manifest.json").write_text(content)
+        assert newest_checkpoint(tmp_path) == older
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "exp_avg.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(name, tmp_path, capsys):
     newest, older = small_checkpoints(tmp_path)
@@ -372,7 +392,14 @@ def test_a_reference_of_other_weights_is_refused(tmp_path):
 # Killed, and started again
 # ----------------------------------------------------------------------------------------------------------------
 
-RUN = {"n_updates": 4, "save_every": 2, "batch_size": 8, "gradient_accumulation_steps": 2, "eval_every": 2}
+RUN = {
+    "n_updates": 4,
+    "save_every": 2,
+    "keep_checkpoints": 1,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "eval_every": 2,
+}
 RUN |= {"kl_target": 3, "learning_rate": 1e-3, "output_dir": "run"}
 
 
@@ -430,7 +457,7 @@ def check_goes_on(never_stopped: Path, workplace: Path) -> None:
     assert [row["step"] for row in read_rows(workplace / "run" / report.TIMINGS)] == [0, 1, 2, 3]
 
 
-N_MOMENTS = 60  # more than there are
+N_MOMENTS = 80  # more than there are
 MOMENTS: list[str] = []  # their names, once they have been counted
 
 
@@ -440,7 +467,7 @@ MOMENTS: list[str] = []  # their names, once they have been counted
 def test_a_run_killed_at_any_moment_of_a_save_goes_on(fatal, never_stopped, workplace, no_figures):
     """With a file half written, and before and after every flush, renaming and removal."""
     MOMENTS[:] = MOMENTS or killed_in_its_second_save(-1)
-    assert 40 < len(MOMENTS) < N_MOMENTS and MOMENTS.count("half a file") == 4
+    assert 50 < len(MOMENTS) < N_MOMENTS and MOMENTS.count("half a file") == 6
     if fatal < len(MOMENTS):
         shutil.rmtree(workplace / "run", ignore_errors=True)
         killed_in_its_second_save(fatal)
@@ -484,34 +511,33 @@ def test_a_run_killed_while_its_policy_is_put_in_place_goes_on(never_stopped, wo
 # ----------------------------------------------------------------------------------------------------------------
 
 
-def begun(arguments: list[str], rows: int) -> int:
-    """A process that trains, once it has logged so many updates; updates wait for a moment, so that it can be met."""
+def begun(arguments: list[str]) -> int:
+    """A process that trains and has logged its first update, and waits there for a file `go`."""
 
     def work() -> int:
         real = report.write_logs
 
         def write_and_wait(*arguments) -> None:
             real(*arguments)
-            time.sleep(0.3)
+            wait_for(Path("go").exists)
 
         report.write_logs = write_and_wait
         return run_main(*arguments)
 
     child = start(work)
-    deadline = time.monotonic() + 60
-    while len(read_rows(Path("run") / report.STATS)) < rows:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_for(lambda: len(read_rows(Path("run") / report.STATS)) == 1)
     return child
 
 
-@pytest.mark.parametrize(("number", "name"), [(signal.SIGTERM, "SIGTERM"), (signal.SIGINT, "SIGINT")])
-def test_a_signal_ends_a_run_after_its_update_with_all_saved(number, name, never_stopped, workplace, no_figures, capfd):
-    child = begun(train_command(), rows=1)
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_ends_a_run_after_its_update_with_all_saved(name, never_stopped, workplace, no_figures, capfd):
+    number = getattr(signal, name)
+    child = begun(train_command())
     os.kill(child, number)
+    Path("go").touch()
     assert ended(child) == 128 + number
     done = len(read_rows(workplace / "run" / report.STATS))
-    assert done < 4 and checkpoint.number_of(in_order(workplace / "run")[0]) == done
+    assert done == 1 and checkpoint.number_of(in_order(workplace / "run")[0]) == done
     said = capfd.readouterr().err
     assert "stopping after this update" in said
     assert f"error: stopped after {done} of 4 updates, as {name} asked; how it goes on: python main.py" in said
@@ -519,10 +545,9 @@ def test_a_signal_ends_a_run_after_its_update_with_all_saved(number, name, never
 
 
 def test_a_second_signal_ends_a_run_at_once(workplace, no_figures, capfd):
-    child = begun(train_command(), rows=1)
+    child = begun(train_command())
     os.kill(child, signal.SIGTERM)
-    while "stopping after this update" not in capfd.readouterr().err:
-        time.sleep(0.01)
+    wait_for(lambda: "stopping after this update" in capfd.readouterr().err)
     os.kill(child, signal.SIGTERM)
     assert ended(child) == 128 + signal.SIGTERM
     assert "error" not in capfd.readouterr().err
@@ -620,8 +645,7 @@ def test_a_lock_ends_with_its_process(tmp_path):
             time.sleep(60)
 
     child = start(hold)
-    while not ready.exists():
-        time.sleep(0.01)
+    wait_for(ready.exists)
     with locked(tmp_path) as is_free:
         assert not is_free
     os.kill(child, signal.SIGKILL)
@@ -631,6 +655,115 @@ def test_a_lock_ends_with_its_process(tmp_path):
         with locked(tmp_path) as is_free_twice:
             assert not is_free_twice
     assert [path.name for path in tmp_path.iterdir()] == ["ready"]
+
+
+def test_a_child_of_the_process_does_not_keep_its_lock(tmp_path):
+    """As a pool of a reward function's, which lives on when its parent is killed."""
+
+    def hold() -> None:
+        with locked(tmp_path):
+            child = start(lambda: time.sleep(60))
+            (tmp_path / "child").write_text(str(child))
+            time.sleep(60)
+
+    parent = start(hold)
+    wait_for(lambda: (tmp_path / "child").exists() and (tmp_path / "child").read_text() != "")
+    assert is_locked(tmp_path)
+    os.kill(parent, signal.SIGKILL)
+    ended(parent)
+    assert not is_locked(tmp_path)
+    os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
+EVALUATED = (
+    "import pathlib\n"
+    "def reward(prompts, responses, rows):\n"
+    "    if len(responses) == 4 and pathlib.Path('fails').exists():\n"
+    "        raise ValueError('not now')\n"
+    "    return [len(response) / 10 for response in responses]\n"
+)
+
+
+def test_a_reward_that_fails_in_an_evaluation_ends_a_run_with_all_saved(workplace, no_figures, capfd):
+    """Then that is made up for, also where the process ends once more in the middle of it."""
+    command = train_command(reward_fn="rewards.py:reward", save_every=9)
+    (workplace / "rewards.py").write_text(EVALUATED)
+    assert forked(lambda: run_main(*command)) == 0
+    whole = run_of(workplace)
+    (workplace / "run").rename(workplace / "whole")
+    (workplace / "fails").touch()
+    assert forked(lambda: run_main(*command)) == 1
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert "raised ValueError: not now" in last and "what was trained before is saved: python main.py" in last
+    assert [path.name for path in in_order(workplace / "run")] == ["step_2"]
+    assert [row.get("eval_reward") for row in read_stats(workplace / "run")] == [None, None]
+    (workplace / "fails").unlink()
+
+    def killed(*_) -> int:
+        run.cut_rows = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        return run_main("--task", "train", "--resume", "--output_dir", "run")
+
+    assert forked(killed) == -signal.SIGKILL
+    assert forked(lambda: run_main("--task", "train", "--resume", "--output_dir", "run")) == 0
+    assert run_of(workplace) == whole
+
+
+def test_what_fails_for_want_of_memory_has_all_saved(workplace, no_figures, monkeypatch, capfd):
+    def no_room(*_) -> None:
+        raise MemoryError
+
+    def work() -> int:
+        real, calls = train.collect_rollout, []
+
+        def collect(*arguments):
+            calls.append(arguments)
+            return real(*arguments) if len(calls) < 3 else no_room()
+
+        train.collect_rollout = collect
+        return run_main(*train_command(save_every=9, eval_every=0))
+
+    assert forked(work) == 1
+    said = capfd.readouterr().err
+    assert "what was trained before is saved: python main.py" in said and "error: out of memory" in said
+    assert [path.name for path in in_order(workplace / "run")] == ["step_2"]
+
+
+def test_a_policy_that_is_broken_is_not_saved_over_what_it_was(tmp_path):
+    """One step of an absurd length, which is finite itself: after it no probability is a number."""
+    policy = PolicyModel(tiny_gpt2())
+    config = settings(n_updates=5, save_every=1, learning_rate=1e-3, **{name: IDLE[name] for name in SIZES})
+    real, calls = train.update, []
+
+    def explode(policy, *others):
+        stats = real(policy, *others)
+        calls.append(stats)
+        if len(calls) == 3:
+            with torch.no_grad():
+                next(policy.parameters()).mul_(1e38)
+        return stats
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update", explode)
+        patch.setattr(run, "is_time_to_save", lambda config, n_updates, *_: n_updates == 2)
+        with pytest.raises(RunError, match=r"probabilities are no numbers.*what it was before is in .*step_2$"):
+            go_on(new_state(policy, config), fixed_for(policy), config, tmp_path)
+    assert [path.name for path in in_order(tmp_path)] == ["step_2"]
+
+
+SIZES = ("batch_size", "mini_batch_size")
+
+
+def test_a_run_that_goes_on_meanwhile_elsewhere_is_not_taken_back(interrupted, workplace, monkeypatch, capsys):
+    """Between the look for its newest checkpoint and the lock."""
+    real = run.load_models
+
+    def slow(*arguments):
+        (interrupted / "checkpoints/step_2").rename(interrupted / "checkpoints/step_3")
+        return real(*arguments)
+
+    monkeypatch.setattr(run, "load_models", slow)
+    assert run_main("--task", "train", "--resume") != 0
+    assert (interrupted / "checkpoints/step_3").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -684,11 +817,35 @@ def test_the_newest_interrupted_run_is_found_and_its_settings_are_kept(interrupt
         (["--no-normalize_scores"], ["--normalize_scores is False"]),
         (["--n_updates", "1"], ["--n_updates 1 is less than the 2 that saved_models/tiny/ppo-2 has done"]),
         (["--output_dir", "nowhere"], ["--output_dir nowhere holds no run"]),
+        (["--output_dir", "saved_models/tiny/ppo-2", "--preset", "gpt2-imdb"], ["--preset is 'gpt2-imdb'"]),
+        (["--output_dir", "saved_models/tiny/ppo-2", "--run_name", "x"], ["--run_name is 'x'"]),
         (["--output_dir", "saved_models/tiny/ppo"], ["is over, with 2 updates; a larger --n_updates"]),
     ],
 )
 def test_what_a_run_did_not_begin_with_is_refused(arguments, words, interrupted, workplace, capsys):
     assert_refused(capsys, workplace, ["--task", "train", "--resume", *arguments], *words)
+
+
+def test_more_updates_are_done_also_by_a_run_that_began_with_epochs(workplace, no_figures):
+    assert run_main(*train_command(epochs=0.05, eval_every=0)) == 0
+    before = len(read_stats(workplace / "run"))
+    assert 0 < before < 9
+    assert run_main("--task", "train", "--resume", "--output_dir", "run", "--n_updates", str(before + 1)) == 0
+    assert len(read_stats(workplace / "run")) == before + 1
+
+
+def test_a_damaged_run_does_not_stop_others(interrupted, capsys):
+    (interrupted / "run_config.json").write_text("")
+    assert run_main("--task", "train", "--dry_run", *flags()) == 0
+    assert "was interrupted" not in capsys.readouterr().out
+
+
+def test_a_run_that_is_resumed_writes_elsewhere_only_if_that_is_said_again(interrupted, workplace, capsys):
+    path = interrupted / "run_config.json"
+    path.write_text(path.read_text().replace('"final_dir": ""', '"final_dir": "elsewhere"'))
+    assert run_main("--task", "train", "--resume") == 0
+    assert "note: --final_dir elsewhere of saved_models/tiny/ppo-2 has to be given again" in capsys.readouterr().err
+    assert not (workplace / "elsewhere").exists()
 
 
 def test_without_an_interrupted_run_there_is_nothing_to_resume(workplace, capsys):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from faults import wait_for
 from helpers import assert_close, read_log, read_stats
 from micro import flags, listing, question_flags
 from processes import in_processes
@@ -29,6 +30,7 @@ import train
 from config import RunError, UsageError
 from distributed import processes
 from evaluation import evaluate_policy
+from files import read_rows
 from loading import thin_gradient
 from model import PolicyModel, frozen_copy
 from report import rollout_stats
@@ -536,3 +538,36 @@ def test_torchrun_ends_when_a_process_is_killed(questions, t5_folder):
     assert "\nerror: another process of this run has ended" in done.stderr
     assert "Signal 9 (SIGKILL)" in done.stderr
     assert [row["step"] for row in read_stats(questions / "run")] == [0]
+
+
+SLOW_SAVE = """
+import os, time
+import run
+real = run.save_state
+def save_state(*arguments):
+    time.sleep(3)
+    real(*arguments)
+run.save_state = save_state
+def reward(prompts, responses, rows):
+    time.sleep(0.5)
+    return [len(response) for response in responses]
+"""
+
+
+@pytest.mark.slow
+def test_a_run_of_several_processes_that_is_asked_to_stop_waits_for_a_slow_save(questions, t5_folder):
+    """By torchrun, which tells all of its processes, and by a signal of its own to each of them before."""
+    (questions / "rewards.py").write_text(SLOW_SAVE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", main.__file__]
+    settings = ["--n_updates", "50", "--save_every", "50", "--output_dir", "run"]
+    arguments = ["--task", "train", *question_flags(t5_folder), *settings]
+    running = subprocess.Popen([*launcher, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: len(read_rows(questions / "run/training_stats.jsonl")) == 2)
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(running.pid)], capture_output=True, text=True, check=True)
+    for worker in map(int, found.stdout.split()):
+        os.kill(worker, signal.SIGTERM)
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    done = len(read_rows(questions / "run/training_stats.jsonl"))
+    assert [path.name for path in (questions / "run/checkpoints").iterdir()] == [f"step_{done}"], errors
+    assert f"stopped after {done} of 50 updates, as SIGTERM asked" in errors

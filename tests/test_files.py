@@ -18,6 +18,7 @@ from config import RunError, UsageError
 from files import (
     append_row,
     append_to_table,
+    beside,
     clear_leftovers,
     cut,
     cut_rows,
@@ -231,13 +232,17 @@ def test_a_folder_that_gives_way_comes_back_where_the_new_one_cannot_take_its_pl
     assert names(tmp_path) == {"best", "best/weights"} and (path / "weights").read_text() == "old"
 
 
+NOT_OURS = (".hidden", ".mine.unfinished", ".kept.1.replaced", ".a.1-xyz.unfinished")
+
+
 @pytest.mark.parametrize("kills", [1, 2])
 def test_what_a_dead_process_has_begun_is_put_in_order(kills, tmp_path):
     """Killed when the old folder has stepped aside, or when the new one has taken its place and the old one is left."""
     path = tmp_path / "best"
     path.mkdir()
     (path / "weights").write_text("old")
-    (tmp_path / ".hidden").write_text("not ours")
+    for name in NOT_OURS:
+        (tmp_path / name).write_text("not ours")
 
     def work() -> None:
         real, count = Path.rename, 0
@@ -250,14 +255,16 @@ def test_what_a_dead_process_has_begun_is_put_in_order(kills, tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         Path.rename = fatal
-        (tmp_path / f".log.{os.getpid()}.unfinished").write_text("half")
+        beside(tmp_path / "log").write_text("half")
         with whole_folder(path, replaces="weights") as scratch:
             (scratch / "weights").write_text("new")
 
     assert ended(start(work)) == -signal.SIGKILL
-    assert len(names(tmp_path)) > 4
+    assert len(names(tmp_path)) > 3 + len(NOT_OURS)
+    clear_leftovers(tmp_path, "log")
+    assert any("replaced" in name and "best" in name for name in names(tmp_path))
     clear_leftovers(tmp_path)
-    assert names(tmp_path) == {"best", "best/weights", ".hidden"}
+    assert names(tmp_path) == {"best", "best/weights", *NOT_OURS}
     assert (path / "weights").read_text() == ("old" if kills == 1 else "new")
 
 
