@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from config import Config, UsageError
 from dataset import pad
-from loading import load_language_model, load_policy, load_reference, new_policy, quantized, save_policy
+from loading import load_language_model, load_policy, load_reference, load_tokenizer, new_policy, quantized, save_policy
 from model import PolicyModel, frozen_copy
 
 peft = pytest.importorskip("peft")
