@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from config import Config, UsageError
 from dataset import pad
-from loading import load_language_model, load_policy, load_reference, load_tokenizer, new_policy, quantized, save_policy
+from loading import load_language_model, load_policy, load_reference, new_policy, quantized, save_policy
 from model import PolicyModel, frozen_copy
 
 peft = pytest.importorskip("peft")
@@ -488,10 +488,9 @@ def test_an_encoder_critic_asks_for_lambda_one():
         Config(critic="encoder")
 
 
-def test_an_adapter_names_its_modules_in_an_order_that_is_the_same_in_every_process(t5_folder, tmp_path):
+def test_an_adapter_names_its_modules_in_an_order_that_is_the_same_in_every_process(tmp_path):
     """peft keeps them in a set, whose order hangs on the process's hashes: equal runs would not be equal files."""
     settings = peft.LoraConfig(r=2, task_type="SEQ_2_SEQ_LM", target_modules=["v", "q", "o", "k", "wi"])
-    adapted = peft.get_peft_model(load_language_model(str(t5_folder), "float32", CPU), settings)
-    save_policy(PolicyModel(adapted), load_tokenizer(str(t5_folder)), tmp_path / "run")
+    save_policy(PolicyModel(peft.get_peft_model(tiny_t5(), settings)), letter_tokenizer(), tmp_path / "run")
     saved = json.loads((tmp_path / "run/adapter_config.json").read_text())
     assert saved["target_modules"] == ["k", "o", "q", "v", "wi"]
