@@ -25,7 +25,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # but some microseconds of it h
 os.environ.setdefault("USE_HUB_KERNELS", "NO")  # they are code, that transformers may fetch without a word
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept, one a shape, some with 9 MB of room
 
-from config import USES_A_RUN, Config, RunError, UsageError, describe, parse_args
+from arguments import parse_args
+from config import USES_A_RUN, Config, RunError, UsageError, describe
 from files import clear_leftovers
 from folders import (
     interrupted_runs,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from micro import SETTINGS, flags, micro_config, review_texts, run_main
 
+import arguments as command_line
 import classifier
 import config
 import evaluation
@@ -23,7 +24,8 @@ import report
 import run
 import sft
 import train
-from config import PRESETS, Config, UsageError, coerce, divisors, parse_args, to_json
+from arguments import coerce, parse_args
+from config import PRESETS, Config, UsageError, divisors, to_json
 from dataset import load_rows
 from device import pick_device
 from folders import new_ppo_folder, run_settings, stage_folder
@@ -768,13 +770,13 @@ def test_flags_of_the_tests_are_the_settings_of_the_tests():
 
 
 def test_a_flag_that_the_task_does_not_read_is_named(capsys):
-    config.parse_args(["--task", "train", "--learning_rate", "1e-3", "--policies", "a=b", "--num_samples", "2"])
+    command_line.parse_args(["--task", "train", "--learning_rate", "1e-3", "--policies", "a=b", "--num_samples", "2"])
     assert capsys.readouterr().err == "note: --task train does not read --policies, --num_samples\n"
-    config.parse_args(["--task", "sft", "--learning_rate", "1e-3"])
+    command_line.parse_args(["--task", "sft", "--learning_rate", "1e-3"])
     assert capsys.readouterr().err == "note: --task sft does not read --learning_rate\n"
-    config.parse_args(["--task", "sft", "--lora_alpha", "3"])  # one note of it is enough
+    command_line.parse_args(["--task", "sft", "--lora_alpha", "3"])  # one note of it is enough
     assert capsys.readouterr().err == "note: --task sft does not read --lora_alpha\n"
-    config.parse_args(["--task", "train", "--learning_rate", "1e-3"])
+    command_line.parse_args(["--task", "train", "--learning_rate", "1e-3"])
     assert capsys.readouterr() == ("", "")
 
 
@@ -799,7 +801,7 @@ def test_a_flag_that_the_task_does_not_read_is_named(capsys):
     ],
 )
 def test_a_flag_without_effect_is_said_and_no_other(given, said, capsys):
-    config.parse_args(["--task", "train", *given.split()])
+    command_line.parse_args(["--task", "train", *given.split()])
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"note: {said}")
 
@@ -820,12 +822,12 @@ def test_a_flag_with_effect_is_not_remarked_on(given, capsys, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     (tmp_path / "ADAPTER").mkdir()
     (tmp_path / "ADAPTER/adapter_config.json").write_text("{}")
-    config.parse_args(["--task", "train", *given.split()])
+    command_line.parse_args(["--task", "train", *given.split()])
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_model_named_to_generate_is_said_to_be_that_of_the_run(capsys):
-    config.parse_args(["--task", "generate", "--base_model_name", "gpt2"], lambda settings: {"output_dir": "run"})
+    command_line.parse_args(["--task", "generate", "--base_model_name", "gpt2"], lambda settings: {"output_dir": "run"})
     assert (
         capsys.readouterr().err
         == "note: --base_model_name has no effect: the model is that of the run (--output_dir)\n"
@@ -833,7 +835,7 @@ def test_a_model_named_to_generate_is_said_to_be_that_of_the_run(capsys):
 
 
 def test_the_settings_that_may_be_idle_are_settings():
-    named = [name for names in config.WITHOUT_EFFECT for name in names.split()]
+    named = [name for names in command_line.WITHOUT_EFFECT for name in names.split()]
     assert set(named) | set(config.PATHS.split()) <= set(FIELDS) and len(named) == len(set(named))
 
 
@@ -850,8 +852,8 @@ def test_pairs_of_one_column_are_refused():
 
 
 def test_the_table_of_readers_names_every_group_and_fields_there_are():
-    assert set(config.READERS) == {spec.metadata["group"] for spec in FIELDS.values()}
-    named = [name for names in config.SOME_READ.values() for name in names.split()]
+    assert set(command_line.READERS) == {spec.metadata["group"] for spec in FIELDS.values()}
+    named = [name for names in command_line.SOME_READ.values() for name in names.split()]
     assert len(named) == len(set(named)) and set(named) <= set(FIELDS)
 
 
@@ -885,5 +887,5 @@ def test_what_a_task_reads_is_never_called_unread(workplace, monkeypatch, no_fig
     checked = {"reward_fn", "reward_weights", "reward_model_path", "length_range", "mixed_precision"}
     checked |= {"max_prompt_length", "max_new_tokens"}
     for task, names in reads.items():
-        called_unread = {name for name in names - looked_up - checked if not config.is_read(FIELDS[name], task)}
+        called_unread = {name for name in names - looked_up - checked if not command_line.is_read(FIELDS[name], task)}
         assert not called_unread, (task, called_unread)

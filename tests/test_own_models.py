@@ -11,7 +11,7 @@ from helpers import assert_all_moved, read_log, read_stats
 from micro import PPO, QUESTIONS, assert_refused, flags, question_flags, run_main
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from config import parse_args
+from arguments import parse_args
 from evaluation import evaluate_policy
 from loading import load_policy, load_tokenizer
 from prompts import load_prompts

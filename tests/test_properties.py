@@ -27,8 +27,9 @@ from tiny_models import tiny_gpt2
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
+from arguments import is_read, parse_args
 from classifier import check_labels, class_batches, pair_batches
-from config import LARGEST_FLOAT, Config, UsageError, is_read, parse_args
+from config import LARGEST_FLOAT, Config, UsageError
 from dataset import load_rows
 from prompts import check_prompts, load_prompts, with_prompt_column
 from sft import language_examples

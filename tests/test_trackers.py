@@ -30,7 +30,8 @@ from tiny_models import tiny_gpt2
 import main
 import run
 import trackers
-from config import TASKS, TRACKERS, Config, RunError, is_read
+from arguments import is_read
+from config import TASKS, TRACKERS, Config, RunError
 from model import PolicyModel
 from progress import visible
 from trackers import as_cell, check_tracker, numbers_of, table_of, tracking
