@@ -229,10 +229,12 @@ class Config:
         step_rows = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % step_rows:
             closest = min(divisors(self.batch_size), key=lambda d: abs(d - step_rows))
+            rows = self.mini_batch_size if closest % self.mini_batch_size == 0 else closest
             raise UsageError(
                 f"--mini_batch_size {self.mini_batch_size} x --gradient_accumulation_steps "
                 f"{self.gradient_accumulation_steps} does not divide --batch_size {self.batch_size}; "
-                f"the nearest that does is {closest} rows in all"
+                f"the nearest that does is {closest} rows in all, as by --mini_batch_size {rows} "
+                f"--gradient_accumulation_steps {closest // rows}"
             )
 
     def check_horizon(self) -> None:

@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 
 from config import RunError, UsageError, first_line
 
+LOST = "some are lost; bring it back as it was, or begin again in another folder"
 MANIFEST = "manifest.json"  # what a folder's files are, with their hashes: the last to be written
 
 
@@ -208,7 +209,7 @@ def cut_rows(path: Path, count: int) -> None:
     """Leave the first rows of a file, one a line. Raises RunError if it has not so many."""
     lines = whole_lines(path)
     if len(lines) < count:
-        raise RunError(f"{path} has {len(lines)} rows, expected {count} at least: some are lost")
+        raise RunError(f"{path} has {len(lines)} rows, expected {count} at least: {LOST}")
     cut(path, sum(map(len, lines[:count])))
 
 
@@ -216,7 +217,7 @@ def cut(path: Path, n_bytes: int) -> None:
     """Leave the first bytes of a file. Raises RunError if it has not so many."""
     found = path.stat().st_size if path.exists() else 0
     if found < n_bytes:
-        raise RunError(f"{path} has {found} bytes, expected {n_bytes} at least: some are lost")
+        raise RunError(f"{path} has {found} bytes, expected {n_bytes} at least: {LOST}")
     if found > n_bytes:
         os.truncate(path, n_bytes)
 

@@ -221,9 +221,15 @@ def run_folders(name: str, preset: str) -> list[Path]:
     return list(Path("saved_models").glob(f"{place}/**/ppo*"))
 
 
+def is_ppo_run(folder: Path) -> bool:
+    """Whether a folder is that of a PPO run, be it only begun; not a stage's, nor that of a best policy so far."""
+    holds_a_model = any((folder / name).exists() for name in ("config.json", "adapter_config.json"))
+    return (folder / "run_config.json").exists() and ((folder / STATS).exists() or not holds_a_model)
+
+
 def was_interrupted(run: Path) -> bool:
     """Whether a folder is that of a PPO run which was not finished, and which no process is at work on."""
-    if not (run / "run_config.json").exists() or (run / FINISHED).exists():
+    if not is_ppo_run(run) or (run / FINISHED).exists():
         return False
     return not is_locked(run)
 
@@ -234,8 +240,8 @@ def run_to_resume(output_dir: str, name: str, preset: str) -> Path:
     Raises UsageError if there is none.
     """
     if output_dir:
-        if not (Path(output_dir) / "run_config.json").exists():
-            raise UsageError(f"--resume: --output_dir {output_dir} holds no run; without --resume one is begun there")
+        if not is_ppo_run(Path(output_dir)):
+            raise UsageError(f"--resume: --output_dir {output_dir} holds no run of PPO that could go on")
         return Path(output_dir)
     runs = [folder for folder in run_folders(name, preset) if was_interrupted(folder)]
     if not runs:
@@ -247,7 +253,15 @@ def run_to_resume(output_dir: str, name: str, preset: str) -> Path:
 
 
 def how_to_resume(run: Path) -> str:
-    return f"python main.py --task train --resume --output_dir {shlex.quote(str(run))}"
+    """The command by which a run goes on, with what has to be given again."""
+    command = f"python main.py --task train --resume --output_dir {shlex.quote(str(run))}"
+    with suppress(UsageError):
+        settings = read_object(run / "run_config.json")
+        for name in KEPT_BACK:
+            value = settings.get(name)
+            if value:
+                command += f" --{name}" if value is True else f" --{name} {shlex.quote(str(value))}"
+    return command
 
 
 def interrupted_runs(folder: Path) -> list[str]:
@@ -381,6 +395,8 @@ def claimed(folder: Path, config: Config) -> Iterator[None]:
     except OSError as error:
         raise RunError(f"{folder} cannot be made: {error.strerror}") from None
     with locked(folder) as is_free:
+        if config.resume and not is_free:
+            raise RunError(f"--resume: another process has begun to work on {folder} meanwhile")
         if not is_free or not (config.resume or is_empty_folder(folder)):
             raise RunError(f"{folder} has been taken by another run meanwhile; start again")
         for place in (folder, folder / "checkpoints", folder / "plots"):

@@ -138,6 +138,9 @@ def run_stages(config: Config, base_model: str, reward_model: str) -> list[str]:
         say(note)
     wants_model = base_model == str(stage_folder(config, "sft"))
     trains_model = config.task == "sft" or (wants_model and not usable_stage(config, base_model, "sft"))
+    for path in [base_model] * trains_model + [reward_model] * trains_reward:
+        if config.task == "train" and config.resume:
+            print(f"note: {path} is not there, as seen from this folder, and is trained again")
     if trains_model:
         torch.manual_seed(config.seed)  # for every stage, so that its result does not hang on those before it
         run_sft(config)
@@ -204,7 +207,7 @@ def main(arguments: list[str] | None = None) -> int:
         message, exit_code = "interrupted", 128 + signal.SIGINT
     with suppress(OSError):
         who = f"error in process {PROCESS}" if PROCESS else "error"
-        print(f"{who}: {visible(message, keep='')}", file=sys.stderr)
+        print(f"{who}: {visible(message, keep='')}\n", end="", file=sys.stderr)  # at once, as others may write there
     return exit_code
 
 

@@ -117,7 +117,12 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
         if checkpoint:
             remove_outdated(folder, state.next_update, max(1, config.keep_checkpoints))
         with tracking(config, folder, state.next_update) as tracker:
-            run_updates(state, fixed, prompts, config, folder, began, tracker)
+            try:
+                run_updates(state, fixed, prompts, config, folder, began, tracker)
+            except (Stopped, BrokenPolicy):
+                raise
+            except RunError as error:
+                raise with_a_way_on(error, folder) from error
             keep_result(state, fixed, prompts, config, folder, tracker)
             report.finish_logs(folder)
 
@@ -223,7 +228,7 @@ def run_updates(
                 try:
                     row["eval_reward"] = evaluate()
                 except RunError as error:
-                    failure = failed_saved(error, folder)
+                    failure = error
             if is_first():
                 report.write_logs(folder, row, timing, report.log_rows(row["step"], rollout))
             tracker.log(row["step"], row)
@@ -290,10 +295,10 @@ def saved_before_an_error(updates: Iterator, save: Callable[[bool], None], folde
         yield from updates
     except BrokenPolicy as error:
         before = "".join(f"; what it was before is in {path}" for path in in_order(folder)[:1])
-        raise RunError(f"{error}{before}") from error
-    except RunError as error:
+        raise BrokenPolicy(f"{error}{before}") from error
+    except RunError:
         save(at_once=True)
-        raise failed_saved(error, folder) from error
+        raise
     except Exception:  # as memory that has run out
         save(at_once=True)
         if in_order(folder):
@@ -301,8 +306,10 @@ def saved_before_an_error(updates: Iterator, save: Callable[[bool], None], folde
         raise
 
 
-def failed_saved(error: RunError, folder: Path) -> RunError:
+def with_a_way_on(error: RunError, folder: Path) -> RunError:
     """The error, with how the run goes on if something is saved of it."""
+    if not in_order(folder):
+        return error
     return RunError(f"{error}; what was trained before is saved: {how_to_resume(folder)}")
 
 
@@ -316,7 +323,7 @@ def reason_to_end(state: State, signal_number: int, config: Config, folder: Path
     if state.idle_updates >= MOST_IDLE_UPDATES:
         return RunError(
             f"stopped {done}: in the last {state.idle_updates} no loss or gradient was finite, and no step was taken; "
-            f"the weights are those before them; try a lower --learning_rate; {saved}"
+            "the weights are those before them; try a lower --learning_rate"
         )
     return None
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+AT_ONCE = b"\nstopped at once; --resume goes on with what had been saved\n"
 STOPPING = b"\nstopping after this update, with all that is trained saved; a second time, it stops at once\n"
 
 
@@ -20,8 +21,9 @@ def requests_to_stop() -> Iterator[Callable[[], int]]:
 
     def note(number: int, _) -> None:
         if received and (number == signal.SIGINT or not is_sent_on):
+            os.write(2, AT_ONCE)
             os._exit(128 + number)
-        if not received:
+        if not received and os.environ.get("RANK", "0") == "0":
             os.write(2, STOPPING)
         received.append(number)
 

@@ -31,8 +31,9 @@ import report
 import run
 import train
 from checkpoint import Began, in_order, is_time_to_save, newest_checkpoint, read_numbers, restore, save_state
-from config import Config, RunError, UsageError
+from config import Config, RunError, UsageError, to_json
 from files import damage, described_files, is_locked, locked, read_rows
+from folders import how_to_resume
 from model import PolicyModel
 from train import Fixed, State, new_state
 
@@ -205,7 +206,7 @@ def test_steps_that_are_no_number_are_not_taken_and_end_a_run_when_there_are_no_
     """From the third rollout on: the three updates are logged, and the weights are those of the second's."""
     policy = PolicyModel(tiny_gpt2())
     config = settings(**IDLE, learning_rate=1e-2)
-    words = r"^stopped after 5 of 8 updates: in the last 3 no loss or gradient was finite.*--learning_rate.*--resume"
+    words = r"^stopped after 5 of 8 updates: in the last 3 no loss or gradient was finite.*--learning_rate$"
     with pytest.raises(RunError, match=words):
         go_on(new_state(policy, config), fixed_for(policy, letter=Infinite(2)), config, tmp_path)
     rows = read_stats(tmp_path)
@@ -550,7 +551,8 @@ def test_a_second_signal_ends_a_run_at_once(workplace, no_figures, capfd):
     wait_for(lambda: "stopping after this update" in capfd.readouterr().err)
     os.kill(child, signal.SIGTERM)
     assert ended(child) == 128 + signal.SIGTERM
-    assert "error" not in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "error" not in said and said.endswith("stopped at once; --resume goes on with what had been saved\n")
     assert [path.name for path in in_order(workplace / "run")] == []
 
 
@@ -633,6 +635,23 @@ def test_a_run_that_another_process_is_at_is_left_alone(workplace, capsys):
         )
         assert run_main("--task", "train", "--output_dir", "run", *flags()) == 2
         assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_reward_that_fails_at_once_leaves_nothing_and_promises_nothing(workplace, no_figures, capsys):
+    (workplace / "rewards.py").write_text(REWARD.format(calls=0, fault="raise ValueError('no judge')"))
+    assert run_main(*train_command(reward_fn="rewards.py:reward", eval_every=0)) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert "raised ValueError: no judge" in last and "resume" not in last and "saved" not in last
+    assert not (workplace / "run").exists()
+
+
+def test_what_has_to_be_given_again_is_in_the_command_that_goes_on(tmp_path):
+    command = f"python main.py --task train --resume --output_dir {tmp_path}"
+    assert how_to_resume(tmp_path) == command
+    elsewhere = Config(final_dir="the end", log_with="wandb", allow_pickle=True)
+    for config, again in ((Config(), ""), (elsewhere, " --allow_pickle --final_dir 'the end' --log_with wandb")):
+        (tmp_path / "run_config.json").write_text(to_json(config))
+        assert how_to_resume(tmp_path) == command + again
 
 
 def test_a_lock_ends_with_its_process(tmp_path):
@@ -817,6 +836,10 @@ def test_the_newest_interrupted_run_is_found_and_its_settings_are_kept(interrupt
         (["--no-normalize_scores"], ["--normalize_scores is False"]),
         (["--n_updates", "1"], ["--n_updates 1 is less than the 2 that saved_models/tiny/ppo-2 has done"]),
         (["--output_dir", "nowhere"], ["--output_dir nowhere holds no run"]),
+        (["--output_dir", "saved_models/tiny/sft"], ["--output_dir saved_models/tiny/sft holds no run of PPO"]),
+        (["--output_dir", "saved_models/tiny/reward"], ["--output_dir saved_models/tiny/reward holds no run of PPO"]),
+        (["--output_dir", "saved_models/tiny/ppo-2/checkpoints/best"], ["checkpoints/best holds no run of PPO"]),
+        (["--output_dir", "saved_models/tiny/ppo-2/checkpoints/step_2"], ["checkpoints/step_2 holds no run of PPO"]),
         (["--output_dir", "saved_models/tiny/ppo-2", "--preset", "gpt2-imdb"], ["--preset is 'gpt2-imdb'"]),
         (["--output_dir", "saved_models/tiny/ppo-2", "--run_name", "x"], ["--run_name is 'x'"]),
         (["--output_dir", "saved_models/tiny/ppo"], ["is over, with 2 updates; a larger --n_updates"]),
