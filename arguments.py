@@ -63,8 +63,13 @@ def as_texts(value) -> tuple[str, ...]:
     if isinstance(value, (dict, bool)):
         raise TypeError(value)
     if isinstance(value, str):
-        return (value,)
-    return tuple(str(item) for item in value)
+        return (whole_characters(value),)
+    return tuple(whole_characters(str(item)) for item in value)
+
+
+def whole_characters(text: str) -> str:
+    """The text with two halves of a character, as JSON may write it, as one; the other half of a pair alone stays."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def as_whole(value) -> int:
@@ -98,6 +103,8 @@ def converted(value, kind: type):
         raise TypeError(value)
     if kind is bool and not isinstance(value, bool):
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}[str(value).lower()]
+    if kind is str:
+        return whole_characters(str(value))
     return as_whole(value) if kind is int else kind(value)
 
 

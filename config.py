@@ -322,7 +322,10 @@ def is_within(value: float, interval: str) -> bool:
 
 def check_place(name: str, value: str) -> None:
     """Raise UsageError if nothing on a disk can be called so."""
-    longest = max(len(os.fsencode(part)) for part in value.split("/"))
+    try:
+        longest = max(len(os.fsencode(part)) for part in value.split("/"))
+    except UnicodeEncodeError:
+        raise UsageError(f"--{name} {reprlib.repr(value)} holds half a character, and can name no file") from None
     if "\0" in value or longest > LONGEST_NAME:
         raise UsageError(
             f"--{name} {reprlib.repr(value)} can name no file: expected {LONGEST_NAME} bytes at most between slashes, "

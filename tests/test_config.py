@@ -187,6 +187,17 @@ def test_a_finished_run_lends_its_settings_to_what_uses_it(tmp_path, monkeypatch
     assert parse("--task", "train").kl_coef == PRESETS["tiny"]["kl_coef"]
 
 
+def test_a_file_may_hold_any_character_as_json_writes_it(tmp_path):
+    """In two halves, where YAML alone would leave two; half a one names no file."""
+    (tmp_path / "a.json").write_text(json.dumps({"prompt_template": "{text} \U0001f600", "prompt": ["\U0001f600"]}))
+    assert "\\ud83d\\ude00" in (tmp_path / "a.json").read_text()
+    read = parse("--config", tmp_path / "a.json")
+    assert (read.prompt_template, read.prompt) == ("{text} \U0001f600", ("\U0001f600",))
+    (tmp_path / "a.json").write_text('{"run_name": "\\ud83d"}')
+    with pytest.raises(UsageError, match="holds half a character, and can name no file"):
+        parse("--config", tmp_path / "a.json")
+
+
 def test_saved_settings_read_back_as_they_were(tmp_path):
     (tmp_path / "a.json").write_text(to_json(micro_config(prompt=("A",), whiten_scores=True, learning_rate=3e-7)))
     assert parse("--config", tmp_path / "a.json") == micro_config(prompt=("A",), whiten_scores=True, learning_rate=3e-7)
