@@ -271,7 +271,8 @@ def came_of(folder: Path, base: str, chosen: dict) -> str:
             assert {name for name in set(after) - set(before) if "saved_models/new" not in name} == set()
         else:
             assert_is_a_refusal(code, errors)
-        if code == 2 and "prompts are longer than" not in errors:  # by a tokenizer that had to be made to know it
+        is_late = "prompts are longer than" in "".join(errors)  # by a tokenizer that had to be made to know it
+        if code == 2 and not is_late:
             assert after == before, sorted(set(after) - set(before))
     return "ran" if code == 0 else "refused"
 
