@@ -299,6 +299,10 @@ COMPANIONS = {  # what a setting needs beside it to have its say, and which flag
 }
 CANNOT_RUN = {  # extremes that no run of this kind can have, and why
     ("chat", True): "no tokenizer here has a template",
+    ("resume", True): "there is nothing to go on with",
+    ("log_with", "wandb"): "its package is not among the requirements",
+    ("log_with", "trackio"): "likewise",
+    ("log_with", "swanlab"): "likewise",
     ("top_p", math.nextafter(0, 1)): "for --task generate",
     ("top_k", 2**40): "for --task generate",
     ("min_new_tokens", 2**40): "for --task generate",
