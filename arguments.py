@@ -29,8 +29,6 @@ READERS = {  # the tasks that read a group's settings, but for those of SOME_REA
     "evaluation": ("train", "evaluate"),
     "generate": ("generate",),
 }
-
-
 SOME_READ = {  # tasks: the settings that these alone read
     ("train",): "resume save_every keep_checkpoints final_dir log_with lora_r lora_alpha merge "
     "reference_in_8bit gradient_checkpointing sft_first missing_eos_penalty whiten_scores normalize_scores "
@@ -49,12 +47,16 @@ SOME_READ = {  # tasks: the settings that these alone read
 }
 
 
-# when a run is resumed
-MAY_CHANGE = (
-    *("n_updates", "epochs", "save_every", "keep_checkpoints", "final_dir", "log_with", "allow_pickle", "device"),
+MAY_CHANGE = (  # when a run is resumed
+    "n_updates",
+    "epochs",
+    "save_every",
+    "keep_checkpoints",
+    "final_dir",
+    "log_with",
+    "allow_pickle",
+    "device",
 )
-
-
 OF_A_START = ("resume", "output_dir", "dry_run")  # settings of one start of a run, rather than of the run
 
 

@@ -30,6 +30,7 @@ from checkpoint import (
     remove_outdated,
     restore,
     save_state,
+    trained_weights,
 )
 from config import BrokenPolicy, Config, RunError, Stopped, UsageError, first_line, template_fields
 from device import prepare_device
@@ -81,7 +82,8 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     """The `train` task: preflight, start-up invariants, n_updates of PPO, what came of it, and everything saved."""
     newest = in_order(folder)[:1]
     checkpoint = newest_checkpoint(folder) if config.resume else None
-    began = read_numbers(checkpoint)["began"] if checkpoint else None
+    numbers = read_numbers(checkpoint) if checkpoint else None
+    began = numbers["began"] if numbers else None
     policy, fixed, prompts = load_models(config, base_model, reward_model_path, began)
     config = replace(config, n_updates=n_rollouts(config, len(prompts.train)))
     check_context(config, policy, prompts.train + prompts.validation + prompts.held_out)
@@ -98,7 +100,7 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     source = source_of(prompts, policy, config)
     state = new_state(policy, config)
     if checkpoint:
-        resume(state, fixed, checkpoint, source, config)
+        resume(state, fixed, checkpoint, began, source, config)
     elif config.resume:
         print(f"{folder} has no checkpoint: it begins again")
     if config.dry_run:
@@ -113,7 +115,7 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
             write_record(folder, source)
         elif in_order(folder)[:1] != newest:
             raise RunError(f"{folder} has gone on in another process meanwhile; start again")
-        report.cut_logs(folder, state.next_update, read_numbers(checkpoint)["log_bytes"] if checkpoint else 0)
+        report.cut_logs(folder, state.next_update, numbers["log_bytes"] if numbers else 0)
         if checkpoint:
             remove_outdated(folder, state.next_update, max(1, config.keep_checkpoints))
         with tracking(config, folder, state.next_update) as tracker:
@@ -135,11 +137,10 @@ def what_it_began_with(fixed: Fixed, config: Config) -> Began:
     )
 
 
-def resume(state: State, fixed: Fixed, checkpoint: Path, source: Source, config: Config) -> None:
+def resume(state: State, fixed: Fixed, checkpoint: Path, began: Began, source: Source, config: Config) -> None:
     """Bring the state to where the checkpoint was, and say so. Raises UsageError if models or data are others now."""
     run = checkpoint.parents[1]
-    numbers = read_numbers(checkpoint)
-    check_reference(fixed.reference.language_model, numbers["began"], run)
+    check_reference(fixed.reference.language_model, began, run)
     check_same_rows(run, source)
     restore(state, checkpoint, config)
     print(f"{run} goes on after {state.next_update} of {config.n_updates} updates")
@@ -342,7 +343,7 @@ def keep_best(state: State, fixed: Fixed, prompts: list[Prompt], config: Config,
     if state.best is None or not reward <= state.best.reward:  # so that NaN is not kept
         if is_first():
             save_policy(state.policy, fixed.tokenizer, folder, replaces="manifest.json", settings=config)
-        trained = {name: p.detach().clone() for name, p in state.policy.named_parameters() if p.requires_grad}
+        trained = {name: weight.detach().clone() for name, weight in trained_weights(state.policy).items()}
         state.best = Best(reward=reward, update=state.next_update - 1, weights=trained)
     return reward
 
