@@ -24,10 +24,10 @@ from intervals import wilson_interval
 from loading import load_tokenizer, load_weights
 from plot import plot_reliability
 from probe import context_length, special_ends
-from prompts import bare_ids, prompt_texts, text_ids
+from prompts import bare_ids, check_answers, check_has_template, prompt_texts
 from provenance import Source, columns_read
 from randomness import uniforms
-from reward import PAIR_SEPARATOR, joined, padding_is_harmless, text_logits
+from reward import PAIR_SEPARATOR, Reading, padding_is_harmless, reading_of, text_logits
 from sft import fit, length_grouped, own_loss, save_stage, try_out
 
 
@@ -77,12 +77,23 @@ def pair_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     return bradley_terry_loss(chosen=chosen, rejected=rejected)
 
 
+def pair_reading(config: Config, tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """How a reward model that is trained here on pairs reads them: conversations by its own template, else as text."""
+    return reading_of(config.chat, PAIR_SEPARATOR, config, tokenizer)
+
+
 def pair_texts(rows: list[dict], config: Config, tokenizer) -> tuple[list[str], list[str]]:
     """Prompt and chosen answer of every row, and prompt and rejected answer."""
-    prompts = prompt_texts(rows, config, tokenizer)
-    better = column(rows, config.chosen_column, "chosen_column")
-    worse = column(rows, config.rejected_column, "rejected_column")
-    return joined(prompts, better, PAIR_SEPARATOR), joined(prompts, worse, PAIR_SEPARATOR)
+    kinds = (str, list) if config.chat else str
+    better = column(rows, config.chosen_column, "chosen_column", kinds)
+    worse = column(rows, config.rejected_column, "rejected_column", kinds)
+    if config.chat:
+        check_has_template(tokenizer, config, rows[0])
+        prompts = [""] * len(rows)  # a conversation is read from its row
+    else:
+        prompts = prompt_texts(rows, config, tokenizer)
+    reading = pair_reading(config, tokenizer)
+    return reading.write(prompts, better, rows), reading.write(prompts, worse, rows)
 
 
 def pair_batches(
@@ -90,8 +101,9 @@ def pair_batches(
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Endless batches of chosen texts, then the rejected ones of the same rows; of a long one the last tokens."""
     chosen, rejected = pair_texts(rows, config, tokenizer)
-    chosen_ids = text_ids(chosen, tokenizer, length)
-    rejected_ids = text_ids(rejected, tokenizer, length)
+    encode = pair_reading(config, tokenizer).encode
+    chosen_ids = encode(chosen, tokenizer, length)
+    rejected_ids = encode(rejected, tokenizer, length)
     lengths = [len(a) + len(b) for a, b in zip(chosen_ids, rejected_ids, strict=True)]
     for group in length_grouped(lengths, config.reward_batch_size, config.seed):
         texts = [chosen_ids[i] for i in group] + [rejected_ids[i] for i in group]
@@ -160,7 +172,8 @@ def held_out_predictions(
     score = partial(text_logits, model, tokenizer, can_be_padded=can_be_padded)
     if config.chosen_column:
         chosen, rejected = pair_texts(rows, config, tokenizer)
-        rewards = [score(texts)[:, 0] for texts in (rejected, chosen)]
+        encode = pair_reading(config, tokenizer).encode
+        rewards = [score(texts, encode=encode)[:, 0] for texts in (rejected, chosen)]
         pairs = predictions(torch.stack(rewards, dim=1), [1] * len(rows))  # the probability is σ(Δr), as in the loss
         return pairs, {"accuracy": share_right(pairs)}
     labels = column(rows, config.label_column, "label_column", int)
@@ -191,8 +204,8 @@ def check_labels(rows: list[dict], held_out: list[dict], config: Config) -> None
     """Raise UsageError unless both have the answers of a reward model of pairs, or classes from 0 of a classifier."""
     if config.chosen_column:
         for some_rows in (rows, held_out):
-            column(some_rows, config.chosen_column, "chosen_column")
-            column(some_rows, config.rejected_column, "rejected_column")
+            check_answers(some_rows, config.chosen_column, "chosen_column", config)
+            check_answers(some_rows, config.rejected_column, "rejected_column", config)
         return
     known = class_names(rows, config)
     for label in column(held_out, config.label_column, "label_column", int):
@@ -216,8 +229,9 @@ def run_reward(config: Config, base_model: str) -> Path:
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
     model = new_classifier(base_model, names, tokenizer.pad_token_id, config.allow_pickle).to(device)
     length = min(context_length(model), config.context_length)
+    model.config.reads_conversations = bool(config.chosen_column) and config.chat  # saved, for those who score with it
     if config.chosen_column:
-        model.config.prompt_response_separator = PAIR_SEPARATOR  # saved with it, for those who score with it
+        model.config.prompt_response_separator = PAIR_SEPARATOR
         batches = pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=length, device=device)
         loss = pair_loss
     else:

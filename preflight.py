@@ -24,7 +24,7 @@ from loading import (
 )
 from model import PolicyModel
 from probe import context_length
-from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts, most_prompts
+from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts, most_prompts, without_whole_pairs
 from randomness import uniforms
 from reward import check_weights, load_reward_function
 from train import Fixed, Rollout
@@ -57,7 +57,9 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     rows = load_rows(config, "train", None if reads_all else 1)
     held_out = load_rows(config, "validation", 2000 if reads_all else 1)
     for some_rows in (rows, held_out):
-        check_prompts(some_rows, config)
+        asked = some_rows if config.task != "reward" else without_whole_pairs(some_rows, config)
+        if asked:
+            check_prompts(asked, config)
         if config.completion_column and (config.task == "sft" or config.sft_first):
             column(some_rows, config.completion_column, "completion_column")
     if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):

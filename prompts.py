@@ -33,7 +33,8 @@ class Prompt(NamedTuple):
 
 def with_prompt_column(config: Config) -> Config:
     """The config with `query`, `prompt`, `question` or `messages` as its prompt column, where `text` is asked for and
-    not there; and with `chat` where that column holds conversations, so that the run's policy is asked so later on.
+    not there; and with `chat` where that column, or that of better answers, holds conversations, so that the run's
+    policy is asked so later on.
     """
     if not config.dataset_path:
         return config
@@ -42,7 +43,8 @@ def with_prompt_column(config: Config) -> Config:
     if name == "text" and not config.prompt_template:
         others = ("text", "query", "prompt", "question", "messages")
         name = next((other for other in others if other in first_row), name)
-    chat = config.chat or (not config.prompt_template and isinstance(first_row.get(name), list))
+    has_messages = any(isinstance(first_row.get(each), list) for each in (name, config.chosen_column))
+    chat = config.chat or (not config.prompt_template and has_messages)
     return dataclasses.replace(config, prompt_column=name, chat=chat)
 
 
@@ -69,6 +71,14 @@ def check_prompts(rows: list[dict], config: Config) -> None:
         column(rows, name, "prompt_template", object)
 
 
+def check_messages(value: list, place: str) -> None:
+    """Raise UsageError, which begins with the place, unless all of the list are messages with a text."""
+    for message in value:
+        is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
+        if not is_message or not isinstance(message.get("content"), str):
+            raise UsageError(f"{place} holds {str(message)[:80]}, expected messages with a text as role and as content")
+
+
 def conversation(row: dict, config: Config) -> list[dict]:
     """The messages of the row's prompt column, or its text as a user's turn; without the assistant's turns at the end,
     which are for the policy to write. Raises UsageError for what is no conversation.
@@ -77,22 +87,67 @@ def conversation(row: dict, config: Config) -> list[dict]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     place = f"--prompt_column {config.prompt_column!r} in {place_of(row)}"
-    for message in value:
-        is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not is_message or not isinstance(message.get("content"), str):
-            raise UsageError(f"{place} holds {str(message)[:80]}, expected messages with a text as role and as content")
+    check_messages(value, place)
     messages = list(value)
-    while messages and messages[-1]["role"] == "assistant":
+    while messages and is_assistants(messages[-1]):
         messages.pop()
     if not messages:
         raise UsageError(f"{place} holds no message to answer: {str(value)[:80]}")
     return messages
 
 
-def chat_text(messages: list[dict], row: dict, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The conversation by the tokenizer's template, up to where the assistant begins to write."""
+def is_assistants(message: dict) -> bool:
+    return message.get("role") == "assistant"
+
+
+def is_whole(answer) -> bool:
+    """Whether what stands in a column of answers is all of a conversation, rather than the assistant's part."""
+    return isinstance(answer, list) and not (answer and isinstance(answer[0], dict) and is_assistants(answer[0]))
+
+
+def answered(row: dict, answer: str | list[dict], config: Config) -> list[dict]:
+    """The row's conversation and an answer: a text, the assistant's messages, or all of the conversation with them."""
+    if is_whole(answer):
+        return answer
+    if isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    return [*conversation(row, config), *answer]
+
+
+def without_whole_pairs(rows: list[dict], config: Config) -> list[dict]:
+    """The rows but for those whose better and worse answer are both conversations with a prompt of their own."""
+    pair = (config.chosen_column, config.rejected_column)
+    return [row for row in rows if not all(is_whole(row.get(name)) for name in pair)]
+
+
+def check_answers(rows: list[dict], name: str, flag: str, config: Config) -> None:
+    """Raise UsageError unless the column holds answers: texts, or with conversations messages that end with one."""
+    column(rows, name, flag, (str, list) if config.chat else str)
+    for row in in_file_order(rows):
+        if isinstance(row[name], list):
+            place = f"--{flag} {name!r} in {place_of(row)}"
+            check_messages(row[name], place)
+            if not row[name] or not is_assistants(row[name][-1]):
+                raise UsageError(f"{place} holds no answer of the assistant's at its end: {str(row[name])[-80:]}")
+
+
+def chat_text(
+    messages: list[dict], row: dict, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = True
+) -> str:
+    """The conversation by the tokenizer's template, up to where the assistant begins to write; or as it ends."""
     with one_sentence(f"the chat template of {tokenizer.name_or_path} refuses {place_of(row)}"):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def check_has_template(tokenizer: PreTrainedTokenizerBase, config: Config, row: dict) -> None:
+    """Raise UsageError for a tokenizer that cannot write conversations, as that of this row is."""
+    if not tokenizer.chat_template:
+        name = config.prompt_column if config.prompt_column in row else config.chosen_column
+        flag = "prompt_column" if config.prompt_column in row else "chosen_column"
+        raise UsageError(
+            f"the prompts are conversations (--{flag} {name!r}, {place_of(row)}), and the "
+            f"tokenizer of {tokenizer.name_or_path} has no template for them; expected a model of chat, or texts"
+        )
 
 
 def is_conversation(row: dict, config: Config) -> bool:
@@ -112,11 +167,8 @@ def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenize
     """The text of every row's prompt. Raises UsageError for a row of the data that has none."""
     check_prompts(rows, config)
     talks = [row for row in in_file_order(rows) if is_conversation(row, config)]
-    if talks and not tokenizer.chat_template:
-        raise UsageError(
-            f"the prompts are conversations (--prompt_column {config.prompt_column!r}, {place_of(talks[0])}), and the "
-            f"tokenizer of {tokenizer.name_or_path} has no template for them; expected a model of chat, or texts"
-        )
+    if talks:
+        check_has_template(tokenizer, config, talks[0])
     return [prompt_text(row, config, tokenizer) for row in rows]
 
 
@@ -181,6 +233,21 @@ def with_ends(bare: list[list[int]], tokenizer: PreTrainedTokenizerBase, length:
 def text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
     """The texts' ids `with_ends`."""
     return with_ends(bare_ids(texts, tokenizer), tokenizer, length)
+
+
+def template_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
+    """The ids of texts that a template of chat has written, special tokens and all.
+
+    Of a text that would be longer than `length`, the last tokens, behind the first special token if it has that.
+    """
+    before, _ = special_ends(tokenizer)
+    encoded = []
+    for ids in bare_ids(texts, tokenizer):
+        if length and len(ids) > length:
+            start = before if ids[: len(before)] == before else []
+            ids = start + ids[-max(1, length - len(start)) :]
+        encoded.append(ids)
+    return encoded
 
 
 def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:

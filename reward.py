@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -34,7 +35,8 @@ from config import Config, RunError, UsageError, first_line, nearest
 from dataset import pad
 from loading import check_is_whole, load, load_tokenizer, load_weights, prepare_config, quantized
 from probe import context_length, special_ends
-from prompts import text_ids
+from progress import tell
+from prompts import answered, chat_text, is_conversation, template_ids, text_ids
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
 TERMS = ("reward_model", "reward_fn", "repetition", "length")  # the names that --reward_weights may hold
@@ -257,6 +259,34 @@ def joined(prompts: list[str], responses: list[str], separator: str) -> list[str
     return [prompt + separator + response for prompt, response in zip(prompts, responses, strict=True)]
 
 
+class Reading(NamedTuple):
+    """How a classifier reads prompts and responses, in its training as in PPO: as which texts, and these as which ids.
+
+    write: prompts, responses and rows -> texts; encode: texts, tokenizer and the most tokens -> ids.
+    """
+
+    write: Callable[[list[str], list, list[dict]], list[str]]
+    encode: Callable[[list[str], PreTrainedTokenizerBase, int | None], list[list[int]]]
+
+
+def reading_of(as_conversation: bool, separator: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> Reading:
+    """Of prompt and response as one text with the separator in between, or as a conversation that ends with the
+    response, by the template of the classifier's tokenizer; a prompt of text is then a user's turn.
+    """
+
+    def joined_text(prompts: list[str], responses: list[str], rows: list[dict]) -> list[str]:
+        return joined(prompts, responses, separator)
+
+    def conversation_text(prompts: list[str], responses: list, rows: list[dict]) -> list[str]:
+        texts = []
+        for prompt, response, row in zip(prompts, responses, rows, strict=True):
+            asked = row if is_conversation(row, config) else {config.prompt_column: prompt}
+            texts.append(chat_text(answered(asked, response, config), row, tokenizer, add_generation_prompt=False))
+        return texts
+
+    return Reading(conversation_text, template_ids) if as_conversation else Reading(joined_text, text_ids)
+
+
 @torch.no_grad()
 def ids_logits(classifier: PreTrainedModel, rows: list[list[int]], pad_id: int) -> TensorType["rows", "labels"]:
     """The classifier's logits for some rows of ids in one pass, padded on the right."""
@@ -298,8 +328,9 @@ def text_logits(
     texts: list[str],
     batch_size: int = 64,
     can_be_padded: bool = True,
+    encode: Callable = text_ids,
 ) -> TensorType["batch", "labels", is_float]:
-    """The classifier's logits on the CPU, each text's as if it were alone.
+    """The classifier's logits on the CPU, each text's as if it were alone; `encode` as in `Reading`.
 
     A text beyond the tokenizer's `model_max_length` loses its beginning: the response is at the end.
     """
@@ -307,7 +338,7 @@ def text_logits(
     if not texts:
         return logits
     pad_id = getattr(classifier.config, "pad_token_id", tokenizer.pad_token_id)
-    encoded = text_ids([text or " " for text in texts], tokenizer, tokenizer.model_max_length)
+    encoded = encode([text or " " for text in texts], tokenizer, tokenizer.model_max_length)
     encoded = [ids or [pad_id] for ids in encoded]  # of no token at all, a text could not be read
     for rows in length_batches([len(ids) for ids in encoded], batch_size, equal=not can_be_padded):
         logits[rows] = ids_logits(classifier, [encoded[i] for i in rows], pad_id)
@@ -380,8 +411,11 @@ def load_classifier(
     return classifier.requires_grad_(False).eval()
 
 
-def load_reward_model(config: Config, path: str, device: torch.device) -> Callable[[list[str]], TensorType["batch"]]:
-    """The classifier at `path`, from texts to rewards. Raises UsageError for a label or head that it does not have."""
+def load_reward_model(config: Config, path: str, device: torch.device) -> Callable[..., TensorType["batch"]]:
+    """The classifier at `path`, from texts, and how to `encode` them, to rewards.
+
+    Raises UsageError for a label or head that it does not have.
+    """
     check_is_whole(path, "reward_model_path")
     tokenizer = load_tokenizer(path, "reward_model_path", writes=False)
     classifier = load_classifier(config, path, tokenizer, device)
@@ -391,8 +425,8 @@ def load_reward_model(config: Config, path: str, device: torch.device) -> Callab
     if config.reward_in_8bit:
         passes["batch_size"] = 1  # its products round by what the whole batch holds
 
-    def reward_model(texts: list[str]) -> TensorType["batch"]:
-        logits = text_logits(classifier, tokenizer, texts, **passes)
+    def reward_model(texts: list[str], encode: Callable = text_ids) -> TensorType["batch"]:
+        logits = text_logits(classifier, tokenizer, texts, encode=encode, **passes)
         rewards = reward_from_logits(logits, label, config.reward_output, classifier.config.problem_type)
         for text, reward in zip(texts, rewards.tolist(), strict=True):
             if not math.isfinite(reward):
@@ -402,26 +436,34 @@ def load_reward_model(config: Config, path: str, device: torch.device) -> Callab
     return reward_model
 
 
-def own_separator(path: str, default: str) -> str:
-    """What the classifier says that it was trained with between prompt and response; the default where it says none."""
-    config = load(AutoConfig.from_pretrained, "reward_model_path", path)
-    return getattr(config, "prompt_response_separator", default)
+def own_reading(config: Config, path: str, separator: str) -> Reading:
+    """How the classifier at `path` reads prompt and response: as its config.json says that it was trained, by
+    `reads_conversations` and `prompt_response_separator`.
+
+    Where that says nothing: conversations by its tokenizer's template, where it has one, which is told, as a model may
+    have inherited it; anything else as text with the `separator` of the policy in between.
+    """
+    own = load(AutoConfig.from_pretrained, "reward_model_path", path)
+    tokenizer = load_tokenizer(path, "reward_model_path", writes=False)
+    as_conversation = getattr(own, "reads_conversations", None)
+    if as_conversation and not tokenizer.chat_template:
+        raise UsageError(f"--reward_model_path {path} reads conversations, and its tokenizer has no template for them")
+    says = as_conversation is not None or hasattr(own, "prompt_response_separator")
+    if not says and tokenizer.chat_template:
+        as_conversation = config.chat
+        how = "conversations by its own template of chat" if config.chat else "prompts as text, which are no messages"
+        tell(f"note: {path} reads {how}; reads_conversations in its config.json would say how it was trained")
+    separator = getattr(own, "prompt_response_separator", separator)
+    return reading_of(bool(as_conversation), separator, config, tokenizer)
 
 
 def classifier_term(config: Config, path: str, device: torch.device, separator: str) -> RewardTerm:
-    """The classifier on the response, or on prompt and response `joined` and tokenised by its own tokenizer: with what
-    it says it was trained with between them, else with `separator`.
-    """
+    """The classifier on the response, or on prompt and response in its `own_reading`."""
     score = load_reward_model(config, path, device)
-    separator = own_separator(path, separator)
-
-    def of_response(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
-        return score(responses)
-
-    def of_both(prompts: list[str], responses: list[str], rows: list[dict]) -> TensorType["batch"]:
-        return score(joined(prompts, responses, separator))
-
-    return of_response if config.reward_input == "response" else of_both
+    if config.reward_input == "response":
+        return lambda prompts, responses, rows: score(responses)
+    reading = own_reading(config, path, separator)
+    return lambda prompts, responses, rows: score(reading.write(prompts, responses, rows), reading.encode)
 
 
 def check_weights(config: Config) -> None:

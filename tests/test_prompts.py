@@ -520,14 +520,14 @@ def test_a_template_that_writes_no_first_token_is_given_none():
 
 
 def test_a_templated_prompt_has_one_bos_for_the_reward_model_too(chat_place):
-    """Whose own tokenizer puts one in front."""
+    """Whose own tokenizer puts one in front of a text, and whose template writes one."""
     config = transformers.GPT2Config(vocab_size=3 + len(LETTERS), n_embd=32, n_layer=1, n_head=2, pad_token_id=PAD)
     model = randomise(transformers.GPT2ForSequenceClassification(config), 2)
     model.save_pretrained("REWARD")
     bos_tokenizer().save_pretrained("REWARD")
     assert run_main(*command("CHAT", dataset_path="chat.jsonl", reward_fn="", reward_model_path="REWARD")) == 0
     for row in read_log(chat_place / "OUT")[:8]:
-        ids = bos_tokenizer()(row["query"] + row["response"], add_special_tokens=False).input_ids
+        ids = bos_tokenizer()(row["query"] + row["response"] + ".", add_special_tokens=False).input_ids
         assert ids[0] == BOS and ids[1] != BOS
         with torch.no_grad():
             alone = model(torch.tensor([ids])).logits[0, 1].item()

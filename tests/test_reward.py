@@ -25,6 +25,7 @@ import reward
 from config import Config, RunError, UsageError
 from dataset import Row
 from loading import save_policy
+from prompts import text_ids
 from reward import (
     check_weights,
     checked_scores,
@@ -35,6 +36,7 @@ from reward import (
     load_reward_model,
     load_reward_terms,
     needs_reward_model,
+    reading_of,
     repetition,
     reward_from_logits,
     term_weights,
@@ -193,12 +195,13 @@ def test_weights_are_signed_so_that_a_higher_total_is_better(monkeypatch):
 def test_the_classifier_reads_the_text_that_it_should(reward_input, separator, expected, monkeypatch):
     read = []
 
-    def score(texts):
+    def score(texts, encode=text_ids):
+        assert encode is text_ids
         read.extend(texts)
         return torch.zeros(2)
 
     monkeypatch.setattr(reward, "load_reward_model", lambda *_: score)
-    monkeypatch.setattr(reward, "own_separator", lambda path, default: default)
+    monkeypatch.setattr(reward, "own_reading", lambda config, path, default: reading_of(False, default, config, None))
     term = classifier_term(micro_config(reward_input=reward_input), "classifier", CPU, separator)
     term(["The film", "A"], [" is good", ""], [{}, {}])
     assert read == expected

@@ -1,0 +1,228 @@
+"""Conversations: how a reward model reads them, in its training as in PPO."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from micro import assert_refused, run_main
+from micro import micro_config as micro
+from test_any_model import command, place  # noqa: F401  a fixture
+from test_prompts import BOS, LETTERS, PAD, TALK, bos_tokenizer, chat_place, ids_of  # noqa: F401  a fixture
+from tiny_models import randomise
+
+import classifier
+import reward
+from classifier import pair_batches
+from config import UsageError
+from prompts import check_answers, template_ids, with_prompt_column
+from reward import load_reward_terms
+
+pytest_plugins = ["micro"]
+pytestmark = pytest.mark.usefixtures("no_figures", "no_bars")
+CPU = torch.device("cpu")
+micro_config = partial(micro, prompt_tokens=0)
+USER = {"role": "user", "content": "abc"}
+ANSWER = {"role": "assistant", "content": "de"}
+WORSE = {"role": "assistant", "content": "fg"}
+
+
+def watched_ids(monkeypatch) -> list[list[int]]:
+    """The ids of all that a reward model is asked from now on."""
+    seen, real = [], reward.ids_logits
+    monkeypatch.setattr(reward, "ids_logits", lambda c, rows, pad_id: (seen.extend(rows), real(c, rows, pad_id))[1])
+    return seen
+
+
+def write_rows(name: str, row: dict, count: int = 40) -> None:
+    Path(name).write_text("".join(json.dumps(row) + "\n" for _ in range(count)))
+
+
+def save_classifier(name: str = "REWARD", template: bool = True, **settings) -> None:
+    """A classifier that letters move, whose tokenizer has a template, as one that was trained elsewhere."""
+    sizes = {"vocab_size": 3 + len(LETTERS), "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 64}
+    config = transformers.GPT2Config(**sizes, pad_token_id=PAD, **settings)
+    randomise(transformers.GPT2ForSequenceClassification(config), 2).save_pretrained(name)
+    (bos_tokenizer() if template else bos_tokenizer(template=None)).save_pretrained(name)
+
+
+def asked_ids(monkeypatch, prompt: str, row: dict, **settings) -> list[int]:
+    """The ids that the classifier in REWARD reads of a prompt and the response `de`."""
+    (term,) = load_reward_terms(micro_config(**settings), "REWARD", CPU, "").values()
+    seen = watched_ids(monkeypatch)
+    term([prompt], ["de"], [row])
+    (ids,) = seen
+    return ids
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A reward model that is trained here
+# ----------------------------------------------------------------------------------------------------------------
+
+PAIRS = {  # a row of pairs: all are the same conversation, asked by the same person
+    "texts": {"query": "abc", "chosen": "de", "rejected": "fg"},
+    "messages as prompt": {"messages": [USER], "chosen": "de", "rejected": "fg"},
+    "answers alone": {"messages": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
+    "whole conversations": {"chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+    "both": {"prompt": "abc", "chosen": [USER, ANSWER], "rejected": [USER, WORSE], "messages": [USER, ANSWER]},
+    "a text, and messages": {"prompt": "abc", "chosen": [USER, ANSWER], "rejected": "fg"},
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_pairs_are_read_as_conversations_however_they_are_written(kind, chat_place):  # noqa: F811
+    """By the template, with its BOS once and its end of a turn, by hand: `U:abc.A:de.`"""
+    write_rows("pairs.jsonl", PAIRS[kind])
+    chat = kind == "texts"
+    config = with_prompt_column(micro_config(dataset_path="pairs.jsonl", chosen_column="chosen", chat=chat))
+    assert config.chat
+    rows = [PAIRS[kind]] * 2
+    batch = next(pair_batches(rows=rows, config=config, tokenizer=bos_tokenizer(), length=60, device=CPU))
+    better, worse = [BOS, *ids_of("U:abc.A:de.")], [BOS, *ids_of("U:abc.A:fg.")]
+    assert batch["input_ids"].tolist() == [better, better, worse, worse]
+    assert batch["attention_mask"].all()
+
+
+def test_the_ids_of_training_are_those_of_scoring(chat_place, monkeypatch, capsys):  # noqa: F811
+    """In the stage, on held-out rows, in PPO, in evaluation and in generation: what the policy is asked, the answer,
+    and the end of a turn; config.json says so, and nothing is to be noted."""
+    learned, real = [], classifier.classifier_batch
+    monkeypatch.setattr(classifier, "classifier_batch", lambda ids, *a: (learned.extend(ids), real(ids, *a))[1])
+    write_rows("pairs.jsonl", PAIRS["texts"])
+    chat = ["--base_model_name", "CHAT", "--chat", "--dataset_path", "pairs.jsonl"]
+    stage = ["--chosen_column", "chosen", "--reward_steps", "2", "--output_dir", "REWARD"]
+    seen = watched_ids(monkeypatch)
+    assert run_main("--task", "reward", *chat, *stage) == 0
+    better, worse = [BOS, *ids_of("U:abc.A:de.")], [BOS, *ids_of("U:abc.A:fg.")]
+    assert {*map(tuple, learned)} == {tuple(better), tuple(worse)}
+    assert learned[0] in seen  # of the held-out rows
+    settings = json.loads(Path("REWARD/config.json").read_text())
+    assert settings["reads_conversations"] is True
+
+    seen.clear()
+    flags = command("CHAT", dataset_path="pairs.jsonl", reward_fn="", reward_model_path="REWARD")
+    assert run_main(*flags, "--chat") == 0
+    assert run_main("--task", "evaluate", "--output_dir", "OUT", "--eval_samples", "2") == 0
+    asked = ["--prompt", "abc", "--output", "out.jsonl"]
+    assert run_main("--task", "generate", "--output_dir", "OUT", *asked) == 0
+    scored = [ids for ids in seen if ids[:2] == [BOS, *ids_of("U")]]  # but for what is tried of padding
+    assert len(scored) >= 16 + 4 + 1
+    start, dot = [BOS, *ids_of("U:abc.A:")], ids_of(".")
+    assert all(ids[: len(start)] == start and ids[-1:] == dot and ids.count(BOS) == 1 for ids in scored)
+    assert "reads_conversations" not in capsys.readouterr().err
+    (term,) = load_reward_terms(micro_config(chat=True, prompt_column="query"), "REWARD", CPU).values()
+    seen.clear()
+    term(["abc", "abc"], ["de", "fg"], [PAIRS["texts"]] * 2)
+    assert seen == [better, worse]
+
+
+def test_a_classifier_of_labels_is_asked_texts_though_it_has_a_template(chat_place, monkeypatch):  # noqa: F811
+    """Its tokenizer is that of the model it started from; it has learned texts."""
+    rows = [{"text": "abc", "label": 0}, {"text": "de", "label": 1}] * 20
+    Path("lab.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = ["--base_model_name", "CHAT", "--dataset_path", "lab.jsonl", "--reward_steps", "1"]
+    assert run_main("--task", "reward", *stage, "--output_dir", "REWARD") == 0
+    assert json.loads(Path("REWARD/config.json").read_text())["reads_conversations"] is False
+    ids = asked_ids(monkeypatch, "abc", {"text": "abc"}, chat=True)
+    assert ids == [BOS, *ids_of("abcde")]
+
+
+def test_pairs_of_texts_are_asked_as_texts(chat_place, monkeypatch):  # noqa: F811
+    write_rows("pairs.jsonl", PAIRS["texts"])
+    stage = ["--base_model_name", "CHAT", "--dataset_path", "pairs.jsonl", "--chosen_column", "chosen"]
+    assert run_main("--task", "reward", *stage, "--reward_steps", "1", "--output_dir", "REWARD") == 0
+    assert json.loads(Path("REWARD/config.json").read_text())["reads_conversations"] is False
+    ids = asked_ids(monkeypatch, "abc", {"text": "abc"})
+    assert ids == [BOS, *ids_of("abc\nde")]
+
+
+BAD_PAIRS = {  # the chosen column of row 7, and what is said of it
+    "no answer": ([USER], "--chosen_column 'chosen' in row 7 holds no answer of the assistant's at its end: [{'role'"),
+    "empty": ([], "--chosen_column 'chosen' in row 7 holds no answer of the assistant's at its end: []"),
+    "null": ([USER, {"role": "assistant", "content": None}], "in row 7 holds {'role': 'assistant', 'content': None}, "),
+    "no prompt": ([ANSWER], "--prompt_column 'text' is no column of the data; it has chosen, rejected"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_PAIRS)
+def test_answers_that_are_none_are_refused_with_their_row(kind, chat_place, capsys):  # noqa: F811
+    value, words = BAD_PAIRS[kind]
+    rows = [PAIRS["whole conversations"] | ({"chosen": value} if n == 6 else {}) for n in range(40)]
+    name = f"{kind.replace(' ', '-')}.jsonl"
+    Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stage = ["--base_model_name", "CHAT", "--dataset_path", name, "--chosen_column", "chosen", "--output_dir", "R"]
+    assert_refused(capsys, chat_place, ["--task", "reward", *stage], words)
+
+
+def test_messages_where_texts_were_begun_with_are_refused():
+    rows = [{"good": "a"}, {"good": [USER, ANSWER]}]
+    with pytest.raises(UsageError, match="--chosen_column 'good' holds a list in a row, expected a str"):
+        check_answers(rows, "good", "chosen_column", micro_config())
+
+
+def test_conversations_for_a_reward_model_without_a_template_are_refused(chat_place, capsys):  # noqa: F811
+    write_rows("pairs.jsonl", PAIRS["whole conversations"])
+    stage = ["--base_model_name", "MODEL", "--dataset_path", "pairs.jsonl", "--chosen_column", "chosen"]
+    words = "(--chosen_column 'chosen', row", "and the tokenizer of MODEL has no template for them"
+    assert_refused(capsys, chat_place, ["--task", "reward", *stage, "--output_dir", "R"], *words)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A reward model from elsewhere
+# ----------------------------------------------------------------------------------------------------------------
+
+CONVERSATION = ("abc", {"text": TALK}, {"chat": True})
+TEXT = ("abc", {"text": "abc"}, {})
+AS_TALK = "S:s.U:abcd.A:ef.U:ghijkl.A:de."
+
+
+@pytest.mark.parametrize(
+    ("asked", "own", "expected", "note"),
+    [
+        (CONVERSATION, {}, AS_TALK, "note: REWARD reads conversations by its own template of chat"),
+        (CONVERSATION, {"reads_conversations": True}, AS_TALK, ""),
+        (CONVERSATION, {"reads_conversations": False}, "abcde", ""),
+        (CONVERSATION, {"prompt_response_separator": ":"}, "abc:de", ""),
+        (TEXT, {}, "abcde", "note: REWARD reads prompts as text, which are no messages"),
+        (TEXT, {"reads_conversations": True}, "U:abc.A:de.", ""),
+    ],
+)
+def test_a_classifier_with_a_template_reads_by_it_what_its_settings_let_it(
+    asked,
+    own,
+    expected,
+    note,
+    chat_place,  # noqa: F811
+    monkeypatch,
+    capsys,
+):
+    save_classifier(**own)
+    prompt, row, settings = asked
+    assert asked_ids(monkeypatch, prompt, row, **settings) == [BOS, *ids_of(expected)]
+    assert note in capsys.readouterr().err if note else "note" not in capsys.readouterr().err
+
+
+def test_the_response_alone_is_a_text(chat_place, monkeypatch):  # noqa: F811
+    save_classifier()
+    assert asked_ids(monkeypatch, "abc", {"text": TALK}, chat=True, reward_input="response") == [BOS, *ids_of("de")]
+
+
+def test_a_classifier_that_lost_its_template_is_refused(chat_place):  # noqa: F811
+    save_classifier(template=False, reads_conversations=True)
+    with pytest.raises(UsageError, match="--reward_model_path REWARD reads conversations, and its tokenizer has no"):
+        load_reward_terms(micro_config(), "REWARD", CPU)
+
+
+def test_a_conversation_that_is_too_long_keeps_its_end_and_its_first_token(chat_place, monkeypatch):  # noqa: F811
+    """64 positions here; the response is at the end."""
+    save_classifier()
+    long = [{"role": "user", "content": "abcdefgh" * 20}]
+    ids = asked_ids(monkeypatch, "", {"text": long}, chat=True)
+    assert ids == [BOS, *ids_of(f"U:{'abcdefgh' * 20}.A:de.")[-63:]]
+    bare = bos_tokenizer(template="{{ messages[0]['content'] }}")
+    assert template_ids(["abcdef", "ab"], bare, 4) == [ids_of("cdef"), ids_of("ab")]
+    assert template_ids(["<bos>abcdef"], bare, 4) == [[BOS, *ids_of("def")]]
+    assert template_ids(["<bos>abcdef"], bare, 1) == [[BOS, *ids_of("f")]]
+    assert template_ids(["<bos>abcdef", ""], bare) == [[BOS, *ids_of("abcdef")], []]
