@@ -34,7 +34,7 @@ SOME_READ = {  # tasks: the settings that these alone read
     "reference_in_8bit gradient_checkpointing sft_first missing_eos_penalty whiten_scores normalize_scores "
     "score_clip",
     ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name allow_pickle "
-    "prompt_column prompt_template chat",
+    "prompt_column prompt_template chat system",
     ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
     "sft_batch_size sft_learning_rate",
     ("train", "evaluate"): "peft_model_path min_prompt_chars max_prompt_chars mini_batch_size",
@@ -246,6 +246,10 @@ WITHOUT_EFFECT = {  # settings: when they change nothing, and why
     "n_reviews": (lambda config: config.dataset_path, "the data are those of --dataset_path"),
     "without_reward": (lambda config: not config.output, "no response is written (--output)"),
     "rejected_column": (lambda config: not config.chosen_column, "there are no pairs without --chosen_column"),
+    "chat system": (
+        lambda config: config.task == "reward" and not config.chosen_column,
+        "a classifier of labels learns texts as they are (--chosen_column has pairs of answers)",
+    ),
     "label_column": (lambda config: config.chosen_column, "the reward model is trained on pairs (--chosen_column)"),
 }
 

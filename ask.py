@@ -22,7 +22,7 @@ from loading import load_policy, load_tokenizer, one_sentence
 from model import PolicyModel
 from preflight import prompt_room
 from progress import tell, visible
-from prompts import Prompt, asked, limit_length, make_prompts
+from prompts import Prompt, asked, limit_length, make_prompts, separator_of
 from randomness import uniforms
 from reward import RewardTerm, load_reward_terms, total_reward
 
@@ -44,7 +44,7 @@ def generate(config: Config, reward_model_path: str) -> None:
     device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config, config.output_dir, device, flag="output_dir").eval()
-    terms = terms_to_write(config, reward_model_path, device, policy.separator)
+    terms = terms_to_write(config, reward_model_path, device, separator_of(policy, config))
     to_answer = partial(make_all_prompts, config=config, tokenizer=tokenizer, room=prompt_room(config, policy))
     prompts = to_answer(given) if given else (prompt for row in typed_rows(config) for prompt in to_answer([row]))
     groups = batches(prompts, bool(given), config)
@@ -62,7 +62,7 @@ def show_responses(groups: Iterable[Group], policy: PolicyModel, tokenizer, conf
             continue
         responses = draw_responses(policy, tokenizer, prompts, random_numbers, config)
         for prompt, response in zip(prompts, responses, strict=True):
-            print(as_shown(asked(prompt, config) + shown_separator(policy, config) + response))
+            print(as_shown(asked(prompt, config) + separator_of(policy, config) + response))
 
 
 def write_responses(
@@ -131,10 +131,6 @@ def row_config(row: dict, config: Config) -> Config:
 def as_shown(text: str) -> str:
     """What is printed of a text: on a terminal nothing that it would obey, elsewhere all, to the letter."""
     return visible(text) if sys.stdout.isatty() else text
-
-
-def shown_separator(policy: PolicyModel, config: Config) -> str:
-    return "\n" if config.chat else policy.separator
 
 
 def check_new_file(path: Path) -> None:
@@ -298,6 +294,6 @@ def stream(policy: PolicyModel, tokenizer, prompt: Prompt, random_numbers: torch
         print(as_shown(text[len(shown) :]), end="", flush=True)
         shown = max(shown, text, key=len)
 
-    print(as_shown(asked(prompt, config)), end=shown_separator(policy, config), flush=True)
+    print(as_shown(asked(prompt, config)), end=separator_of(policy, config), flush=True)
     responses = respond(policy, tokenizer, [prompt.ids], random_numbers, config, on_tokens=show)
     print(as_shown(responses.texts[0][len(shown) :]))

@@ -24,7 +24,7 @@ from intervals import wilson_interval
 from loading import load_tokenizer, load_weights
 from plot import plot_reliability
 from probe import context_length, special_ends
-from prompts import bare_ids, check_answers, check_has_template, prompt_texts
+from prompts import bare_ids, check_answers, check_template, prompt_texts
 from provenance import Source, columns_read
 from randomness import uniforms
 from reward import PAIR_SEPARATOR, Reading, padding_is_harmless, reading_of, text_logits
@@ -88,7 +88,7 @@ def pair_texts(rows: list[dict], config: Config, tokenizer) -> tuple[list[str], 
     better = column(rows, config.chosen_column, "chosen_column", kinds)
     worse = column(rows, config.rejected_column, "rejected_column", kinds)
     if config.chat:
-        check_has_template(tokenizer, config, rows[0])
+        check_template(tokenizer, config, rows[0])
         prompts = [""] * len(rows)  # a conversation is read from its row
     else:
         prompts = prompt_texts(rows, config, tokenizer)

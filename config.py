@@ -109,6 +109,7 @@ class Config:
     prompt_column: str = option("data", "text", "column of the prompt, text or messages; where there is no text, query")
     prompt_template: str = option("data", "", "the prompt, with column names in braces: 'Summarize: {dialogue}'")
     chat: bool = option("data", False, "texts are a user's turn in the model's chat template, as messages always are")
+    system: str = option("data", "", "text of a system's turn, put before conversations that have none of their own")
     min_prompt_chars: int = option("data", 0, "shorter texts in the prompt column are left out", "[0, inf)")
     max_prompt_chars: int = option("data", 0, "longer ones are left out; 0: none", "[0, inf)")
     completion_column: str = option("data", "", "column that `--task sft` learns to write behind the prompt")

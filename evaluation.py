@@ -28,7 +28,7 @@ from plot import sample_pairs
 from ppo import kl_estimate
 from preflight import check_context
 from progress import progress, say, tell
-from prompts import Prompt, load_prompts
+from prompts import Prompt, load_prompts, separator_of
 from provenance import Source, columns_read, other_start, overlaps, usable_stage
 from randomness import uniforms
 from reviews import movie_reviews
@@ -88,7 +88,7 @@ def evaluate_batch(
     for i, (prompt, response) in enumerate(zip(prompts, drawn.texts, strict=True)):
         response_ids = drawn.response_ids[i][drawn.mask[i]].tolist()
         row = {"query": prompt.text, "response": response}
-        row["text"] = policy.separator.join([prompt.text, response])
+        row["text"] = separator_of(policy, config).join([prompt.text, response])
         row["reward"] = rewards[i].item()
         for name, values in term_rewards.items():
             row[f"reward_{name}"] = values[i].item()
@@ -417,7 +417,7 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     for policy in policies.values():
         check_context(config, policy, [prompt for some in prompts.values() for prompt in some])
     reference = next(iter(policies.values()))
-    terms = load_reward_terms(config, reward_model_path, device, reference.separator)
+    terms = load_reward_terms(config, reward_model_path, device, separator_of(reference, config))
     fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)
     notes = other_start(run_above(Path(config.output_dir)))
     if config.dataset_path:  # reviews made here are alike by chance

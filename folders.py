@@ -35,6 +35,7 @@ TRAINED_ON = (
     "prompt_column",
     "prompt_template",
     "chat",
+    "system",
     "vocab_size",
     "context_length",
     "n_layer",

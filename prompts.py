@@ -16,36 +16,46 @@ from transformers import PreTrainedTokenizerBase
 from config import Config, UsageError, template_fields
 from dataset import column, load_rows, place_of
 from loading import one_sentence
+from model import PolicyModel
 from probe import special_ends
 from randomness import permutation
 
 
 class Prompt(NamedTuple):
-    text: str  # whole, even where the ids are cut
+    text: str  # for a person to read: without the template's marks, and whole, even where the ids are cut
     ids: list[int]
     row: dict  # the dataset's own
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Texts
+# Columns
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def with_prompt_column(config: Config) -> Config:
     """The config with `query`, `prompt`, `question` or `messages` as its prompt column, where `text` is asked for and
     not there; and with `chat` where that column, or that of better answers, holds conversations, so that the run's
-    policy is asked so later on.
+    policy is asked so later on. Raises UsageError for a system's text where there are no conversations.
     """
-    if not config.dataset_path:
-        return config
-    first_row = load_rows(config, "train", 1)[0]
-    name = config.prompt_column
-    if name == "text" and not config.prompt_template:
-        others = ("text", "query", "prompt", "question", "messages")
-        name = next((other for other in others if other in first_row), name)
-    has_messages = any(isinstance(first_row.get(each), list) for each in (name, config.chosen_column))
-    chat = config.chat or (not config.prompt_template and has_messages)
-    return dataclasses.replace(config, prompt_column=name, chat=chat)
+    if config.dataset_path:
+        first_row = load_rows(config, "train", 1)[0]
+        name = config.prompt_column
+        if name == "text" and not config.prompt_template:
+            others = ("text", "query", "prompt", "question", "messages")
+            name = next((other for other in others if other in first_row), name)
+        has_messages = any(isinstance(first_row.get(each), list) for each in (name, config.chosen_column))
+        chat = config.chat or (not config.prompt_template and has_messages)
+        config = dataclasses.replace(config, prompt_column=name, chat=chat)
+    if config.system and not config.chat:
+        raise no_place_for_system(config)
+    return config
+
+
+def no_place_for_system(config: Config) -> UsageError:
+    return UsageError(
+        f"--system {config.system[:80]!r} is a turn of conversations, and the prompts are texts: add --chat, by which "
+        "they are a user's turn, or leave it out"
+    )
 
 
 def in_file_order(rows: list[dict]) -> list[dict]:
@@ -71,6 +81,23 @@ def check_prompts(rows: list[dict], config: Config) -> None:
         column(rows, name, "prompt_template", object)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# Conversations
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def is_assistants(message: dict) -> bool:
+    return message.get("role") == "assistant"
+
+
+def holds_messages(row: dict, config: Config) -> bool:
+    return isinstance(row.get(config.prompt_column), list)
+
+
+def is_conversation(row: dict, config: Config) -> bool:
+    return config.chat or holds_messages(row, config)
+
+
 def check_messages(value: list, place: str) -> None:
     """Raise UsageError, which begins with the place, unless all of the list are messages with a text."""
     for message in value:
@@ -79,7 +106,7 @@ def check_messages(value: list, place: str) -> None:
             raise UsageError(f"{place} holds {str(message)[:80]}, expected messages with a text as role and as content")
 
 
-def conversation(row: dict, config: Config) -> list[dict]:
+def own_turns(row: dict, config: Config) -> list[dict]:
     """The messages of the row's prompt column, or its text as a user's turn; without the assistant's turns at the end,
     which are for the policy to write. Raises UsageError for what is no conversation.
     """
@@ -96,8 +123,25 @@ def conversation(row: dict, config: Config) -> list[dict]:
     return messages
 
 
-def is_assistants(message: dict) -> bool:
-    return message.get("role") == "assistant"
+def with_system(messages: list[dict], config: Config) -> list[dict]:
+    """The messages behind a system's turn with the text of --system, unless they have one of their own."""
+    if not config.system or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": config.system}, *messages]
+
+
+def conversation(row: dict, config: Config) -> list[dict]:
+    """What the policy is asked: the row's `own_turns`, and the system's. Raises UsageError for what is no
+    conversation.
+    """
+    return with_system(own_turns(row, config), config)
+
+
+def readable(messages: list[dict]) -> str:
+    """A conversation as a person reads it: a user's turn alone as it is, several turns as `role: content` in lines."""
+    if len(messages) == 1 and messages[0]["role"] == "user":
+        return messages[0]["content"]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def is_whole(answer) -> bool:
@@ -108,7 +152,7 @@ def is_whole(answer) -> bool:
 def answered(row: dict, answer: str | list[dict], config: Config) -> list[dict]:
     """The row's conversation and an answer: a text, the assistant's messages, or all of the conversation with them."""
     if is_whole(answer):
-        return answer
+        return with_system(answer, config)
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
     return [*conversation(row, config), *answer]
@@ -139,37 +183,65 @@ def chat_text(
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
-def check_has_template(tokenizer: PreTrainedTokenizerBase, config: Config, row: dict) -> None:
-    """Raise UsageError for a tokenizer that cannot write conversations, as that of this row is."""
+def drops_system(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether the template of chat writes nothing of a system's turn with this text."""
+    user = {"role": "user", "content": "a"}
+    one, other = (
+        tokenizer.apply_chat_template([{"role": "system", "content": content}, user], tokenize=False)
+        for content in (text, text + "a")
+    )
+    return one == other
+
+
+def check_template(tokenizer: PreTrainedTokenizerBase, config: Config, row: dict) -> None:
+    """Raise UsageError for a tokenizer that cannot write conversations, as that of this row is, or no --system."""
     if not tokenizer.chat_template:
-        name = config.prompt_column if config.prompt_column in row else config.chosen_column
         flag = "prompt_column" if config.prompt_column in row else "chosen_column"
         raise UsageError(
-            f"the prompts are conversations (--{flag} {name!r}, {place_of(row)}), and the "
+            f"the prompts are conversations (--{flag} {getattr(config, flag)!r}, {place_of(row)}), and the "
             f"tokenizer of {tokenizer.name_or_path} has no template for them; expected a model of chat, or texts"
         )
+    check_system(tokenizer, config)
 
 
-def is_conversation(row: dict, config: Config) -> bool:
-    return config.chat or isinstance(row.get(config.prompt_column), list)
+def check_system(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
+    """Raise UsageError for a tokenizer whose template has no place for --system, where there is one."""
+    problem = f"--system: the chat template of {tokenizer.name_or_path}"
+    with one_sentence(f"{problem} refuses a system's turn"):
+        if config.system and drops_system(tokenizer, config.system):
+            raise UsageError(f"{problem} leaves a system's turn out without a word; give it as part of the user's")
 
 
-def prompt_text(row: dict, config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text of a row's prompt."""
+# --------------------------------------------------------------------------------------------------------------------
+# Texts of prompts
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def prompt_text(row: dict, config: Config) -> str:
+    """The text of a row's prompt, as a person reads it: of a conversation its own turns, without what --system adds."""
     if is_conversation(row, config):
-        return chat_text(conversation(row, config), row, tokenizer)
+        return readable(own_turns(row, config))
     if config.prompt_template:
         return config.prompt_template.format_map(row)
     return row[config.prompt_column]
 
 
 def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of every row's prompt. Raises UsageError for a row of the data that has none."""
+    """The text of every row's prompt. Raises UsageError for a row of the data that has none, or that the tokenizer has
+    no template for.
+    """
     check_prompts(rows, config)
     talks = [row for row in in_file_order(rows) if is_conversation(row, config)]
     if talks:
-        check_has_template(tokenizer, config, talks[0])
-    return [prompt_text(row, config, tokenizer) for row in rows]
+        check_template(tokenizer, config, talks[0])
+    elif config.system:
+        raise no_place_for_system(config)
+    return [prompt_text(row, config) for row in rows]
+
+
+def separator_of(policy: PolicyModel, config: Config) -> str:
+    """What stands between prompt and response as text: a response to a conversation is no part of its last turn."""
+    return "\n" if config.chat else policy.separator
 
 
 def whole_words(text: str, offsets: list[tuple[int, int]], n_tokens: int) -> str:
@@ -250,6 +322,11 @@ def template_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: i
     return encoded
 
 
+def policy_text(row: dict, text: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What the policy reads of a row whose prompt is this text: a conversation by its template."""
+    return chat_text(conversation(row, config), row, tokenizer) if is_conversation(row, config) else text
+
+
 def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The rows' prompts, but for those without a token. A template of chat has written all special tokens itself."""
     if config.prompt_tokens and is_conversation(rows[0], config):
@@ -257,7 +334,8 @@ def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenize
     texts = prompt_texts(rows, config, tokenizer)
     if config.prompt_tokens:
         texts = first_words(texts, tokenizer, config.prompt_tokens)
-    bare = bare_ids(texts, tokenizer)
+    to_read = [policy_text(row, text, config, tokenizer) for row, text in zip(rows, texts, strict=True)]
+    bare = bare_ids(to_read, tokenizer)
     whole = with_ends(bare, tokenizer)
     n_special = sum(map(len, special_ends(tokenizer)))
     prompts = []
@@ -270,10 +348,8 @@ def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenize
 
 def asked(prompt: Prompt, config: Config) -> str:
     """What a person asked, without the template around it: it is put there again where the policy is asked again."""
-    if is_conversation(prompt.row, config):
-        return conversation(prompt.row, config)[-1]["content"]
     fields = template_fields(config.prompt_template) if config.prompt_template else []
-    if len(fields) == 1 and not config.prompt_tokens:
+    if len(fields) == 1 and not config.prompt_tokens and not is_conversation(prompt.row, config):
         return str(prompt.row[fields[0]])
     return prompt.text
 
@@ -409,11 +485,15 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, 
         raise UsageError(
             f"--prompt_column {config.prompt_column!r} holds no text with a token of the tokenizer's in {part}"
         )
-    conversations = [prompt.row.get(config.prompt_column) for prompt in prompts]
-    n_answered = sum(isinstance(value, list) and value[-1]["role"] == "assistant" for value in conversations)
+    conversations = [prompt.row[config.prompt_column] for prompt in prompts if holds_messages(prompt.row, config)]
+    n_answered = sum(is_assistants(messages[-1]) for messages in conversations)
     if n_answered:
         told = f"{n_answered} of {len(prompts)} conversations end with an answer of the assistant's"
         print(f"{told}: it is left out, for the policy to write")
+    systems = [messages[0]["content"] for messages in conversations if messages[0]["role"] == "system"]
+    if systems and drops_system(tokenizer, systems[0]):
+        whose = f"the chat template of {tokenizer.name_or_path}"
+        print(f"note: {whose} leaves the system's turn out, of {len(systems)} prompts")
     return limit_length(prompts, config, tokenizer)
 
 

@@ -36,7 +36,7 @@ from dataset import pad
 from loading import check_is_whole, load, load_tokenizer, load_weights, prepare_config, quantized
 from probe import context_length, special_ends
 from progress import tell
-from prompts import answered, chat_text, is_conversation, template_ids, text_ids
+from prompts import answered, chat_text, check_system, is_conversation, template_ids, text_ids
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
 TERMS = ("reward_model", "reward_fn", "repetition", "length")  # the names that --reward_weights may hold
@@ -446,13 +446,15 @@ def own_reading(config: Config, path: str, separator: str) -> Reading:
     own = load(AutoConfig.from_pretrained, "reward_model_path", path)
     tokenizer = load_tokenizer(path, "reward_model_path", writes=False)
     as_conversation = getattr(own, "reads_conversations", None)
-    if as_conversation and not tokenizer.chat_template:
-        raise UsageError(f"--reward_model_path {path} reads conversations, and its tokenizer has no template for them")
     says = as_conversation is not None or hasattr(own, "prompt_response_separator")
     if not says and tokenizer.chat_template:
         as_conversation = config.chat
         how = "conversations by its own template of chat" if config.chat else "prompts as text, which are no messages"
         tell(f"note: {path} reads {how}; reads_conversations in its config.json would say how it was trained")
+    if as_conversation and not tokenizer.chat_template:
+        raise UsageError(f"--reward_model_path {path} reads conversations, and its tokenizer has no template for them")
+    if as_conversation:
+        check_system(tokenizer, config)
     separator = getattr(own, "prompt_response_separator", separator)
     return reading_of(bool(as_conversation), separator, config, tokenizer)
 

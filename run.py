@@ -60,7 +60,16 @@ from preflight import (
     tolerance,
 )
 from progress import progress, say, tell
-from prompts import Prompt, asked, batch_arithmetic, batch_of, load_all_prompts, most_prompts, n_rollouts
+from prompts import (
+    Prompt,
+    asked,
+    batch_arithmetic,
+    batch_of,
+    load_all_prompts,
+    most_prompts,
+    n_rollouts,
+    separator_of,
+)
 from provenance import Source, check_same_rows, columns_read, write_record
 from reward import load_reward_terms
 from signals import requests_to_stop
@@ -177,7 +186,7 @@ def load_models(
     tokenizer = load_tokenizer(base_model, adapter=config.peft_model_path)
     prompts = Prompts(*load_all_prompts(config, tokenizer, began.n_prompts if began else most_prompts(config)))
     policy = new_policy(config, base_model, device)
-    terms = load_reward_terms(config, reward_model_path, device, policy.separator)
+    terms = load_reward_terms(config, reward_model_path, device, separator_of(policy, config))
     fixed = Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
     return policy, fixed, prompts
 

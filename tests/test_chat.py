@@ -1,5 +1,6 @@
-"""Conversations: how a reward model reads them, in its training as in PPO."""
+"""Conversations: how a reward model reads them, in its training as in PPO; a system's text."""
 
+import contextlib
 import json
 from functools import partial
 from pathlib import Path
@@ -7,17 +8,31 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from helpers import read_log
 from micro import assert_refused, run_main
 from micro import micro_config as micro
 from test_any_model import command, place  # noqa: F401  a fixture
-from test_prompts import BOS, LETTERS, PAD, TALK, bos_tokenizer, chat_place, ids_of  # noqa: F401  a fixture
+from test_prompts import (
+    BOS,
+    LETTERS,
+    PAD,
+    TALK,
+    TEMPLATE,
+    bos_tokenizer,
+    chat_place,  # noqa: F401  a fixture
+    ids_of,
+    watched,
+)
 from tiny_models import randomise
 
+import ask
 import classifier
+import evaluation
 import reward
+from arguments import parse_args
 from classifier import pair_batches
 from config import UsageError
-from prompts import check_answers, template_ids, with_prompt_column
+from prompts import check_answers, limit_length, make_prompts, template_ids, with_prompt_column
 from reward import load_reward_terms
 
 pytest_plugins = ["micro"]
@@ -226,3 +241,97 @@ def test_a_conversation_that_is_too_long_keeps_its_end_and_its_first_token(chat_
     assert template_ids(["<bos>abcdef"], bare, 4) == [[BOS, *ids_of("def")]]
     assert template_ids(["<bos>abcdef"], bare, 1) == [[BOS, *ids_of("f")]]
     assert template_ids(["<bos>abcdef", ""], bare) == [[BOS, *ids_of("abcdef")], []]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A system's text
+# ----------------------------------------------------------------------------------------------------------------
+
+NO_SYSTEM = TEMPLATE.replace(
+    "{{ m['role'][0]", "{% if m['role'] == 'system' %}{% continue %}{% endif %}{{ m['role'][0]"
+)
+
+
+def test_a_systems_text_is_asked_as_it_was_trained(chat_place, monkeypatch):  # noqa: F811
+    """In front of prompts of text, in training, in evaluation, and in generation; another one where that is given. What
+    a person reads of the prompt, and the reward, is without it."""
+    import train
+
+    write_rows("rows.jsonl", {"query": "abc"})
+    trained_on = watched(monkeypatch, train)
+    flags = command("CHAT", dataset_path="rows.jsonl", max_prompt_length=20)
+    assert run_main(*flags, "--chat", "--system", "hi") == 0
+    expected = [BOS, *ids_of("S:hi.U:abc.A:")]
+    assert trained_on and all(ids == expected for ids in trained_on)
+    assert json.loads(Path("OUT/run_config.json").read_text())["system"] == "hi"
+    assert {row["query"] for row in read_log(chat_place / "OUT")} == {"abc"}
+    seen = watched(monkeypatch, evaluation)
+    assert run_main("--task", "evaluate", "--output_dir", "OUT", "--eval_samples", "2") == 0
+    assert all(ids == expected for ids in seen)
+    generate = ["--task", "generate", "--output_dir", "OUT", "--prompt", "abc"]
+    seen = watched(monkeypatch, ask)
+    assert run_main(*generate) == 0 and run_main(*generate, "--system", "fg") == 0
+    assert seen == [expected, [BOS, *ids_of("S:fg.U:abc.A:")]]
+
+
+def test_a_conversation_keeps_the_system_that_it_has():
+    config = micro_config(system="hi", max_prompt_length=12)
+    rows = [{"text": TALK}, {"text": [USER]}]
+    talk, other = make_prompts(rows, config, bos_tokenizer())
+    assert talk.ids == [BOS, *ids_of("S:s.U:abcd.A:ef.U:ghijkl.A:")]
+    assert other.ids == [BOS, *ids_of("S:hi.U:abc.A:")] and other.text == "abc"
+    _, cut = limit_length([talk, other], config, bos_tokenizer())
+    assert cut.ids == [BOS, *ids_of("S:hi.U:c.A:")]
+
+
+def test_a_reward_model_reads_the_systems_text(chat_place, monkeypatch):  # noqa: F811
+    save_classifier(reads_conversations=True)
+    settings = {"chat": True, "system": "hi"}
+    assert asked_ids(monkeypatch, "abc", {"text": "abc"}, **settings) == [BOS, *ids_of("S:hi.U:abc.A:de.")]
+    config = micro_config(chosen_column="chosen", prompt_column="query", **settings)
+    for kind in ("texts", "whole conversations"):
+        batch = next(pair_batches([PAIRS[kind]], config=config, tokenizer=bos_tokenizer(), length=60, device=CPU))
+        assert batch["input_ids"][0].tolist() == [BOS, *ids_of("S:hi.U:abc.A:de.")]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "words"),
+    [
+        (NO_SYSTEM, "hi", "--system: the chat template of CHAT leaves a system's turn out without a word"),
+        (TEMPLATE, "no", "--system: the chat template of CHAT refuses a system's turn: no system role here"),
+    ],
+)
+def test_a_template_without_a_place_for_a_system_is_refused(template, text, words, chat_place, capsys):  # noqa: F811
+    bos_tokenizer(template=template).save_pretrained("CHAT")
+    flags = [*command("CHAT", dataset_path="p.jsonl"), "--chat", "--system", text]
+    assert_refused(capsys, chat_place, flags, words)
+
+
+def test_a_reward_models_template_without_a_place_for_a_system_is_refused(chat_place):  # noqa: F811
+    save_classifier()
+    bos_tokenizer(template=NO_SYSTEM).save_pretrained("REWARD")
+    with pytest.raises(UsageError, match="--system: the chat template of REWARD leaves a system's turn out"):
+        load_reward_terms(micro_config(chat=True, system="hi"), "REWARD", CPU)
+
+
+def test_a_system_that_the_template_leaves_out_of_the_data_is_told(chat_place, capsys):  # noqa: F811
+    bos_tokenizer(template=NO_SYSTEM).save_pretrained("CHAT")
+    write_rows("rows.jsonl", {"messages": TALK})
+    assert run_main(*command("CHAT", dataset_path="rows.jsonl", max_prompt_length=30)) == 0
+    assert "note: the chat template of CHAT leaves the system's turn out, of 16 prompts" in capsys.readouterr().out
+
+
+def test_a_systems_text_without_a_conversation_is_refused(chat_place, capsys):  # noqa: F811
+    words = "--system 'hi' is a turn of conversations, and the prompts are texts: add --chat"
+    assert_refused(capsys, chat_place, [*command("CHAT", dataset_path="p.jsonl"), "--system", "hi"], words)
+    assert_refused(capsys, chat_place, [*command("CHAT", dataset_path=""), "--system", "hi"], words)
+    assert run_main(*command("CHAT", dataset_path="p.jsonl")) == 0
+    capsys.readouterr()
+    generate = ["--task", "generate", "--output_dir", "OUT", "--prompt", "abc", "--system", "hi"]
+    assert_refused(capsys, chat_place, generate, words)
+
+
+def test_chat_for_a_classifier_of_labels_is_noted(capsys):
+    with contextlib.suppress(UsageError):
+        parse_args(["--task", "reward", "--base_model_name", "CHAT", "--chat", "--system", "hi"])
+    assert "note: --chat, --system have no effect: a classifier of labels learns texts" in capsys.readouterr().err

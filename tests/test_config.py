@@ -581,6 +581,7 @@ ELSEWHERE = {
     "without_reward": "test_responses_are_written_without_their_reward_on_request",
     "policies": "test_evaluate_compares_any_number_of_policies",
     "chat": "test_a_policy_of_chat_is_asked_as_it_was_trained",
+    "system": "test_a_systems_text_is_asked_as_it_was_trained",
     "dataset_config": "test_one_of_several_configurations_is_named",
     "reference_column": "test_evaluate_reports_rouge_and_values_on_both_splits",
 }

@@ -134,12 +134,13 @@ def test_a_policy_of_chat_is_asked_as_it_was_trained(chat_place, monkeypatch, ca
     generate = ["--task", "generate", "--output_dir", "OUT"]
     assert run_main(*generate, "--prompts", "asked.jsonl", "--output", "out.jsonl") == 0
     assert seen == [expected, [BOS, *ids_of("S:b.U:a.A:")], expected]
-    assert [json.loads(line)["prompt"] for line in Path("out.jsonl").read_text().splitlines()] == ["abc", "a", "abc"]
+    written = [json.loads(line)["prompt"] for line in Path("out.jsonl").read_text().splitlines()]
+    assert written == ["abc", "system: b\nuser: a", "abc"]
 
 
-def test_a_reward_is_given_the_whole_conversation_as_the_template_writes_it(chat_place, monkeypatch):
-    """In training, evaluation and generation: with special tokens, the system's words and where the policy's turn
-    begins, also where the policy itself is asked with a prompt that was cut."""
+def test_a_reward_is_given_the_whole_conversation_as_a_person_reads_it(chat_place, monkeypatch):
+    """In training, evaluation and generation: without the template's marks, also where the policy itself is asked with
+    a prompt that was cut."""
     import train
 
     talks = [[{"role": "system", "content": "s"}, {"role": "user", "content": text}] for text in ("a", "ab", "abc")]
@@ -160,15 +161,17 @@ def test_a_reward_is_given_the_whole_conversation_as_the_template_writes_it(chat
 
     trained_on = watched(monkeypatch, train)
     assert run_main(*command("CHAT", dataset_path="talks.jsonl", max_prompt_length=12)) == 0
-    whole = [f"<bos>S:s.U:{text}.A:" for text in ("a", "ab", "abc")]
+    whole = [f"system: s\nuser: {text}" for text in ("a", "ab", "abc")]
     assert set(given()) == set(whole)
-    assert {decoded(ids) for ids in trained_on} == {*whole[:2], "<bos>S:s.U:bc.A:"}
+    assert {row["query"] for row in read_log(chat_place / "OUT")} == set(whole)
+    assert {decoded(ids) for ids in trained_on} == {f"<bos>S:s.U:{text}.A:" for text in ("a", "ab", "bc")}
     assert run_main("--task", "evaluate", "--output_dir", "OUT", "--eval_samples", "6") == 0
     assert set(given()) <= set(whole)
     Path("asked.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
     asked = ["--prompts", "asked.jsonl", "--output", "out.jsonl"]
     assert run_main("--task", "generate", "--output_dir", "OUT", *asked) == 0
     assert given() == whole
+    assert [json.loads(line)["prompt"] for line in Path("out.jsonl").read_text().splitlines()] == whole
 
 
 def test_texts_are_a_users_turn_on_request(chat_place, monkeypatch, capsys):
@@ -429,7 +432,7 @@ def test_conversations_that_were_answered_are_asked_again_and_that_is_said(chat_
         r"(\d+) of 16 conversations end with an answer of the assistant's: it is left out", capsys.readouterr().out
     )
     assert 0 < int(told[1]) < 16
-    assert {row["query"] for row in read_log(chat_place / "OUT")} == {"<bos>U:a.A:"}
+    assert {row["query"] for row in read_log(chat_place / "OUT")} == {"a"}
 
 
 TEMPLATES = {
@@ -494,7 +497,10 @@ def test_what_was_asked_is_found_again_in_every_kind_of_prompt():
         ({"prompt_template": "Say {text}."}, {"text": "ab"}, "ab"),
         ({"prompt_template": "{text} {b}."}, {"text": "ab", "b": "c"}, "ab c."),
         ({"chat": True}, {"text": "ab"}, "ab"),
-        ({}, {"text": TALK}, "ghijkl"),
+        ({}, {"text": TALK}, "system: s\nuser: abcd\nassistant: ef\nuser: ghijkl"),
+        ({}, {"text": [USER]}, "a"),
+        ({}, {"text": [USER | {"role": "system"}]}, "system: a"),
+        ({"chat": True, "system": "s"}, {"text": "ab"}, "ab"),
     ):
         config = micro_config(max_prompt_length=100, **settings)
         (prompt,) = make_prompts([row], config, tokenizer)
@@ -504,8 +510,7 @@ def test_what_was_asked_is_found_again_in_every_kind_of_prompt():
 def test_a_conversation_is_rendered_as_transformers_does():
     tokenizer = bos_tokenizer()
     row = {"text": TALK}
-    expected = tokenizer.apply_chat_template(TALK, tokenize=False, add_generation_prompt=True)
-    assert prompt_texts([row], micro_config(), tokenizer) == [expected]
+    assert prompt_texts([row], micro_config(), tokenizer) == ["system: s\nuser: abcd\nassistant: ef\nuser: ghijkl"]
     assert chat_text(conversation(row, micro_config()), row, tokenizer) == "<bos>S:s.U:abcd.A:ef.U:ghijkl.A:"
     (prompt,) = make_prompts([row], micro_config(), tokenizer)
     assert prompt.ids == tokenizer.apply_chat_template(TALK, add_generation_prompt=True)["input_ids"]
@@ -527,8 +532,7 @@ def test_a_templated_prompt_has_one_bos_for_the_reward_model_too(chat_place):
     bos_tokenizer().save_pretrained("REWARD")
     assert run_main(*command("CHAT", dataset_path="chat.jsonl", reward_fn="", reward_model_path="REWARD")) == 0
     for row in read_log(chat_place / "OUT")[:8]:
-        ids = bos_tokenizer()(row["query"] + row["response"] + ".", add_special_tokens=False).input_ids
-        assert ids[0] == BOS and ids[1] != BOS
+        ids = [BOS, *ids_of(f"U:{row['query']}.A:{row['response']}.")]
         with torch.no_grad():
             alone = model(torch.tensor([ids])).logits[0, 1].item()
         assert float(row["reward"]) == pytest.approx(alone, abs=1e-4)
