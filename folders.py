@@ -138,7 +138,7 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
         names += REWARD_COLUMNS
     if config.trains_from_scratch or (stage == "sft" and config.sft_first):  # else they are another command's
         names += TRAINED_BY[stage]
-        if stage == "sft" and config.completion_column:
+        if stage == "sft" and (config.completion_column or config.chat):
             names += COMPLETIONS_BY
     had = {}
     wanted = {}

@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 import ppo
 from classifier import check_labels
 from config import Config, RunError, UsageError
-from dataset import column, load_rows
+from dataset import load_rows
 from device import prepare_device
 from folders import stage_folder
 from generate import respond, score_responses
@@ -24,9 +24,18 @@ from loading import (
 )
 from model import PolicyModel
 from probe import context_length
-from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts, most_prompts, without_whole_pairs
+from prompts import (
+    Prompt,
+    check_prompts,
+    fitting_rows,
+    in_file_order,
+    load_all_prompts,
+    most_prompts,
+    without_whole_pairs,
+)
 from randomness import uniforms
 from reward import check_weights, load_reward_function
+from sft import answers
 from train import Fixed, Rollout
 
 
@@ -60,8 +69,8 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
         asked = some_rows if config.task != "reward" else without_whole_pairs(some_rows, config)
         if asked:
             check_prompts(asked, config)
-        if config.completion_column and (config.task == "sft" or config.sft_first):
-            column(some_rows, config.completion_column, "completion_column")
+        if (config.completion_column or config.chat) and (config.task == "sft" or config.sft_first):
+            answers(in_file_order(some_rows), config)
     if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):
         check_is_whole(config.base_model_name, "base_model_name")
     comes_later = config.task == "train" and (

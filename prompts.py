@@ -144,6 +144,18 @@ def readable(messages: list[dict]) -> str:
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
+def own_answer(row: dict, config: Config) -> str:
+    """What the assistant answers to the row's `own_turns`, behind them. Raises UsageError where there is no answer."""
+    value = row[config.prompt_column]
+    n_asked = len(own_turns(row, config))
+    if isinstance(value, str) or n_asked == len(value):
+        raise UsageError(
+            f"--prompt_column {config.prompt_column!r} in {place_of(row)} ends with no answer of the assistant's, "
+            "to be learned; give such messages, or name the --completion_column"
+        )
+    return value[n_asked]["content"]
+
+
 def is_whole(answer) -> bool:
     """Whether what stands in a column of answers is all of a conversation, rather than the assistant's part."""
     return isinstance(answer, list) and not (answer and isinstance(answer[0], dict) and is_assistants(answer[0]))
@@ -181,6 +193,13 @@ def chat_text(
     """The conversation by the tokenizer's template, up to where the assistant begins to write; or as it ends."""
     with one_sentence(f"the chat template of {tokenizer.name_or_path} refuses {place_of(row)}"):
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def end_of_answer(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
+    """The one of the `ends` of a response with which the template of chat ends an answer, or else the EOS."""
+    messages = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    (ids,) = bare_ids([chat_text(messages, {}, tokenizer, add_generation_prompt=False)], tokenizer)
+    return next((token for token in reversed(ids) if token in ends), tokenizer.eos_token_id)
 
 
 def drops_system(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -19,10 +19,11 @@ from dataset import column, load_rows, pad
 from device import prepare_device
 from files import whole_folder, write_whole
 from folders import stage_folder
+from generate import end_ids
 from loading import check_is_whole, load_language_model, load_tokenizer, prepare_config, thin_gradient
 from probe import context_length
 from progress import progress
-from prompts import bare_ids, limit_length, make_prompts, text_ids
+from prompts import bare_ids, end_of_answer, limit_length, make_prompts, own_answer, text_ids
 from provenance import Source, columns_read, write_record
 from randomness import permutation
 
@@ -130,18 +131,26 @@ def token_pieces(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: i
     return [Example(prompt=[], completion=piece) for piece in pieces if len(piece) > 1]
 
 
-def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """The completion column, ended by EOS, behind the prompt that PPO will use, both cut to PPO's lengths."""
+def answers(rows: list[dict], config: Config) -> list[str]:
+    """What is learned behind the rows' prompts: the completion column, or else the answer in a column of messages."""
+    if config.completion_column:
+        return column(rows, config.completion_column, "completion_column")
+    return [own_answer(row, config) for row in rows]
+
+
+def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> list[Example]:
+    """The rows' `answers` behind the prompt that PPO will use, both cut to PPO's lengths; each ended by what ends it in
+    the template of chat if that is one of the `ends` of a response, else by EOS.
+    """
     prompts = make_prompts(rows, config, tokenizer)
     if not prompts:
         raise UsageError(f"--prompt_column {config.prompt_column!r} holds no text to answer")
     prompts = limit_length(prompts, config, tokenizer)
-    texts = column([prompt.row for prompt in prompts], config.completion_column, "completion_column")
-    answers = bare_ids(texts, tokenizer)
+    end = end_of_answer(tokenizer, ends) if config.chat else tokenizer.eos_token_id
+    texts = answers([prompt.row for prompt in prompts], config)
     examples = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        ended = [*answer, tokenizer.eos_token_id]
-        examples.append(Example(prompt=prompt.ids, completion=ended[: config.max_new_tokens]))
+    for prompt, ids in zip(prompts, bare_ids(texts, tokenizer), strict=True):
+        examples.append(Example(prompt=prompt.ids, completion=[*ids, end][: config.max_new_tokens]))
     return examples
 
 
@@ -163,9 +172,11 @@ def check_room(examples: list[Example], model: PreTrainedModel) -> None:
 def language_examples(
     rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel
 ) -> list[Example]:
-    """What a language model learns from the rows: completions where a column is named for them, else whole texts."""
-    if config.completion_column:
-        examples = completions(rows, config, tokenizer)
+    """What a language model learns from the rows: answers, where a column is named for them or the prompts are
+    conversations, else whole texts.
+    """
+    if config.completion_column or config.chat:
+        examples = completions(rows, config, tokenizer, end_ids(model, tokenizer))
         check_room(examples, model)
         return examples
     if model.config.is_encoder_decoder:

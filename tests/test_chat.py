@@ -1,7 +1,8 @@
-"""Conversations: how a reward model reads them, in its training as in PPO; a system's text."""
+"""Conversations: how a reward model reads them, in its training as in PPO; a system's text; answers to learn."""
 
 import contextlib
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from micro import micro_config as micro
 from test_any_model import command, place  # noqa: F401  a fixture
 from test_prompts import (
     BOS,
+    EOS,
     LETTERS,
     PAD,
     TALK,
@@ -29,10 +31,11 @@ import ask
 import classifier
 import evaluation
 import reward
+import sft
 from arguments import parse_args
 from classifier import pair_batches
 from config import UsageError
-from prompts import check_answers, limit_length, make_prompts, template_ids, with_prompt_column
+from prompts import check_answers, end_of_answer, limit_length, make_prompts, template_ids, with_prompt_column
 from reward import load_reward_terms
 
 pytest_plugins = ["micro"]
@@ -335,3 +338,55 @@ def test_chat_for_a_classifier_of_labels_is_noted(capsys):
     with contextlib.suppress(UsageError):
         parse_args(["--task", "reward", "--base_model_name", "CHAT", "--chat", "--system", "hi"])
     assert "note: --chat, --system have no effect: a classifier of labels learns texts" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Answers to learn
+# ----------------------------------------------------------------------------------------------------------------
+
+SFT = ["--task", "sft", "--base_model_name", "CHAT", "--sft_steps", "1", "--output_dir", "SFT"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [USER, ANSWER]},
+        {"messages": [USER, ANSWER, WORSE]},  # the one behind what PPO asks
+        {"messages": [USER], "answer": "de"},
+        {"query": "abc", "answer": "de"},
+    ],
+)
+def test_an_answer_is_learned_behind_the_very_prompt_of_ppo(row, chat_place, monkeypatch):  # noqa: F811
+    """With the EOS that ends a response, and nothing of the prompt."""
+    learned, real = [], sft.language_batch
+    monkeypatch.setattr(sft, "language_batch", lambda batch, *a: (learned.extend(batch), real(batch, *a))[1])
+    write_rows("rows.jsonl", row)
+    flags = [*SFT, "--dataset_path", "rows.jsonl", "--system", "hi", "--chat"]
+    assert run_main(*flags, *(["--completion_column", "answer"] if "answer" in row else [])) == 0
+    expected = sft.Example(prompt=[BOS, *ids_of("S:hi.U:abc.A:")], completion=[*ids_of("de"), EOS])
+    assert learned and all(example == expected for example in learned)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"messages": TALK}, "--prompt_column 'messages' in row 1 ends with no answer of the assistant's"),
+        ({"query": "abc"}, "--prompt_column 'query' in row 1 ends with no answer of the assistant's"),
+    ],
+)
+def test_conversations_without_an_answer_to_learn_are_refused(row, words, chat_place, capsys):  # noqa: F811
+    write_rows("rows.jsonl", row)
+    assert_refused(capsys, chat_place, [*SFT, "--dataset_path", "rows.jsonl", "--chat"], words)
+
+
+def test_an_answer_ends_as_the_template_ends_it():
+    """With the last of its tokens at which a response ends, though the tokenizer's EOS is another one."""
+    tokenizer = bos_tokenizer(template=TEMPLATE.replace("}}.", "}}Z. "))
+    (end,) = ids_of("Z")
+    assert end_of_answer(tokenizer, [EOS, end]) == end
+    assert end_of_answer(tokenizer, [EOS]) == end_of_answer(tokenizer, []) == EOS
+    config = micro_config(max_prompt_length=40, max_new_tokens=9)
+    row = {"text": [USER, ANSWER]}
+    for chat, expected in ((True, end), (False, EOS)):
+        (example,) = sft.completions([row], replace(config, chat=chat), tokenizer, [EOS, end])
+        assert example.completion == [*ids_of("de"), expected]

@@ -273,7 +273,7 @@ def test_completions_are_learned_behind_the_very_prompts_of_ppo():
     tokenizer = bos_tokenizer()
     rows = [{"text": "abcdef", "answer": "gh"}]
     config = micro_config(completion_column="answer", max_prompt_length=4, max_new_tokens=5)
-    (example,) = completions(rows, config, tokenizer)
+    (example,) = completions(rows, config, tokenizer, ends=[EOS])
     (prompt,) = limit_length(make_prompts(rows, config, tokenizer), config, tokenizer)
     assert example.prompt == prompt.ids == [BOS, *ids_of("def")]
     assert example.completion == [*ids_of("gh"), EOS]

@@ -300,7 +300,7 @@ def test_an_encoder_decoder_learns_to_answer(t5_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(t5_folder)
     before = load_language_model(str(t5_folder), "float32", CPU)
     after = load_language_model(str(tmp_path / "tuned"), "float32", CPU)
-    examples = sft.completions(rows, config, tokenizer)
+    examples = sft.completions(rows, config, tokenizer, ends=[])
     assert tokenizer.decode(examples[0].prompt, skip_special_tokens=True) == "see the good film"
     assert examples[0].completion[-1] == tokenizer.eos_token_id
     assert perplexity(after, examples, 0) < perplexity(before, examples, 0) / 3
