@@ -104,6 +104,10 @@ def pair_batches(
     encode = pair_reading(config, tokenizer).encode
     chosen_ids = encode(chosen, tokenizer, length)
     rejected_ids = encode(rejected, tokenizer, length)
+    n_full = sum(len(ids) >= length for ids in chosen_ids + rejected_ids)
+    if n_full:
+        told = f"{n_full} of {2 * len(rows)} answers with their prompts fill the {length} tokens that are learned from"
+        print(f"{told}: longer ones have lost their beginning (--context_length)")
     lengths = [len(a) + len(b) for a, b in zip(chosen_ids, rejected_ids, strict=True)]
     for group in length_grouped(lengths, config.reward_batch_size, config.seed):
         texts = [chosen_ids[i] for i in group] + [rejected_ids[i] for i in group]

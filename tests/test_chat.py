@@ -136,6 +136,15 @@ def test_the_ids_of_training_are_those_of_scoring(chat_place, monkeypatch, capsy
     assert seen == [better, worse]
 
 
+def test_it_is_told_how_many_answers_may_have_been_cut(capsys):
+    config = micro_config(chat=True, chosen_column="chosen", prompt_column="query")
+    rows = [PAIRS["texts"], PAIRS["texts"] | {"chosen": "d"}]
+    for length, told in ((13, ""), (12, "3 of 4 answers with their prompts fill the 12 tokens that are learned from")):
+        next(pair_batches(rows, config=config, tokenizer=bos_tokenizer(), length=length, device=CPU))
+        printed = capsys.readouterr().out
+        assert told in printed and bool(told) == bool(printed)
+
+
 def test_a_classifier_of_labels_is_asked_texts_though_it_has_a_template(chat_place, monkeypatch):  # noqa: F811
     """Its tokenizer is that of the model it started from; it has learned texts."""
     rows = [{"text": "abc", "label": 0}, {"text": "de", "label": 1}] * 20
