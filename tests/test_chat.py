@@ -231,6 +231,31 @@ def test_a_classifier_with_a_template_reads_by_it_what_its_settings_let_it(
     assert note in capsys.readouterr().err if note else "note" not in capsys.readouterr().err
 
 
+def test_a_conversation_has_the_special_tokens_of_its_template_and_no_others(chat_place, monkeypatch):  # noqa: F811
+    """Though the tokenizer puts one before every text, and one behind it."""
+    save_classifier(reads_conversations=True)
+    bos_tokenizer("<bos> $A <eos>", TEMPLATE.removeprefix("{{ bos_token }}")).save_pretrained("REWARD")
+    assert asked_ids(monkeypatch, "abc", {"text": [USER]}, chat=True) == ids_of("U:abc.A:de.")
+    assert asked_ids(monkeypatch, "abc", {"text": [USER]}, reward_input="response") == [BOS, *ids_of("de"), EOS]
+
+
+def test_a_classifier_of_texts_reads_the_response_to_a_conversation_in_a_new_line(chat_place, monkeypatch):  # noqa: F811
+    """In training, evaluation and generation."""
+    save_classifier(reads_conversations=False)
+    write_rows("rows.jsonl", {"query": "abc"})
+    seen = watched_ids(monkeypatch)
+    flags = command("CHAT", dataset_path="rows.jsonl", reward_fn="", reward_model_path="REWARD")
+    for task in (
+        [*flags, "--chat"],
+        ["--task", "evaluate"],
+        ["--task", "generate", "--prompt", "abc", "--output", "o"],
+    ):
+        seen.clear()
+        assert run_main(*task, "--output_dir", "OUT") == 0
+        read = [ids for ids in seen if ids[:4] == [BOS, *ids_of("abc")]]  # but for what is tried of padding
+        assert read and all(ids[4:5] == ids_of("\n") for ids in read)
+
+
 def test_the_response_alone_is_a_text(chat_place, monkeypatch):  # noqa: F811
     save_classifier()
     assert asked_ids(monkeypatch, "abc", {"text": TALK}, chat=True, reward_input="response") == [BOS, *ids_of("de")]
