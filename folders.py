@@ -54,6 +54,7 @@ NOT_LENT = (  # what a command alone can say, be it in a run's settings or not
     "allow_pickle",
     "dry_run",
     "final_dir",
+    "push_to_hub",
     "policies",
     "prompt",
     "prompts",
@@ -62,16 +63,16 @@ NOT_LENT = (  # what a command alone can say, be it in a run's settings or not
     "output",
     "without_reward",
 )
-KEPT_BACK = ("allow_pickle", "final_dir", "log_with")  # by which a run that is resumed could write elsewhere
+KEPT_BACK = ("allow_pickle", "final_dir", "log_with", "push_to_hub")  # by which a run resumed could write elsewhere
 COMPLETIONS_BY = ("prompt_tokens", "max_prompt_length", "max_new_tokens", "long_prompts")  # where answers are learned
 
 
-def notice(config: Config) -> str:
 def last_name(path: str | Path) -> str:
     """Of a place on this disk, what others may see: its own name, and not where it is."""
     return os.path.basename(os.path.abspath(path))
 
 
+def notice(config: Config) -> str:
     """What the models trained here are and are not, and the command for the real thing; empty for any other run."""
     if not config.trains_from_scratch:
         return ""
