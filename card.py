@@ -109,25 +109,22 @@ def public_name(path: str) -> str:
     return path if not path or is_hub_id(path) else last_name(path)
 
 
-def public_settings(config: Config) -> Config:
-    """The settings without what they say of this disk."""
-    return replace(config, **{name: public_name(getattr(config, name)) for name in PATHS.split()})
-
-
 def command(config: Config, task: str) -> str:
-    """What has this made again: the task with its settings that are not the preset's, or the defaults."""
+    """What has this made again: the task with its settings that are not the preset's, or the defaults; of places the
+    last name.
+    """
     config = replace(config, task=task)
-    before = {spec.name: spec.default for spec in dataclasses.fields(config)} | PRESETS.get(config.preset, {})
+    defaults = {spec.name: spec.default for spec in dataclasses.fields(config)} | PRESETS.get(config.preset, {})
     left_out = ("task", "preset", *OF_A_START, *KEPT_BACK, *HERE_ALONE)
     parts = [f"python main.py --task {task}"]
     if config.preset:
         parts.append(f"--preset {config.preset}")
     for spec in dataclasses.fields(config):
-        value = getattr(config, spec.name)
-        is_idle = spec.name in left_out or not is_read(spec, task) or notes(config, [spec.name])
-        if value == before[spec.name] or is_idle:
+        if spec.name in left_out or not is_read(spec, task):
             continue
-        parts.append(as_flag(spec.name, value))
+        value = getattr(config, spec.name)
+        if value != defaults[spec.name] and not notes(config, [spec.name]):
+            parts.append(as_flag(spec.name, public_name(value) if spec.name in PATHS.split() else value))
     line = " ".join(parts)
     return line if len(line) <= 100 else " \\\n    ".join(parts)
 
@@ -222,7 +219,7 @@ def how_it_was_made(config: Config, stage: str, record: dict, *lines: str) -> st
     told = f"the model {code(public_name(start))}" if start else "random weights"
     listed = [f"- Start: {told}", data_line(config, record), *lines]
     listed += [f"- Seed: {config.seed}", f"- Made by: {versions()}"]
-    again = fenced(command(public_settings(config), "sft" if stage == "judge" else stage), "bash")
+    again = fenced(command(config, "sft" if stage == "judge" else stage), "bash")
     told = "All settings that are not the defaults; of what is on its maker's disk the name alone:"
     return "\n".join(["## How it was made", "", *listed, "", told, "", again])
 
@@ -243,8 +240,8 @@ def card(data: ModelCardData, title: str, *sections: str) -> str:
 
 
 def demonstration(config: Config) -> str:
-    """The notice of the models made here, without the name of the folder that the data are in."""
-    text = notice(public_settings(config))
+    """The notice of the models made here."""
+    text = notice(config)
     return f"**A teaching demonstration.**\n\n{fenced(text)}" if text else ""
 
 

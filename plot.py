@@ -166,11 +166,11 @@ def telling_samples(comparison: dict, count: int = 3) -> list[dict]:
     return sorted(comparison["samples"], key=all_respond_alike)[:count]
 
 
-def sample_pairs(comparison: dict) -> str:
+def sample_pairs(comparison: dict, count: int = 3) -> str:
     """A few prompts with each policy's response to it and the reward."""
     names = list(comparison["figures"])
     lines = []
-    for row in telling_samples(comparison):
+    for row in telling_samples(comparison, count):
         lines.append(f"prompt  {row['query']!r}")
         for name in names:
             reward = row[f"reward_{name}"]
