@@ -39,6 +39,7 @@ SOME_READ = {  # tasks: the settings that these alone read
     "sft_batch_size sft_learning_rate",
     ("train", "evaluate"): "peft_model_path min_prompt_chars max_prompt_chars mini_batch_size",
     ("train", "reward", "evaluate"): "label_column",
+    ("train", "sft", "reward"): "push_to_hub",
     ("train", "reward"): "chosen_column rejected_column reward_steps reward_batch_size reward_learning_rate",
     ("train", "sft", "generate", "evaluate"): "max_new_tokens long_prompts",
     ("train", "generate", "evaluate"): "batch_size",
@@ -54,6 +55,7 @@ MAY_CHANGE = (  # when a run is resumed
     "keep_checkpoints",
     "final_dir",
     "log_with",
+    "push_to_hub",
     "allow_pickle",
     "device",
 )

@@ -252,7 +252,7 @@ def run_reward(config: Config, base_model: str) -> Path:
     can_be_padded = padding_is_harmless(model, reader)
     results, figures = held_out_predictions(config, model, reader, held_out, can_be_padded)
     source = Source(columns_read(config, rows[0], *label_columns(config)), rows, held_out, start=base_model)
-    save_stage(folder, model, tokenizer, config, source, **figures)
+    save_stage(folder, "reward", model, tokenizer, config, source, **figures)
     certainties, is_right = results.certainty.tolist(), results.is_right.tolist()
     figure = plot_reliability(folder, certainties, is_right, n_labels=max(2, len(names)), notice=notice(config))
     n_right, chance = sum(is_right), 1 / max(2, len(names))

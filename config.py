@@ -87,6 +87,9 @@ class Config:
     save_every: int = option("task", 0, "updates between checkpoints; 0: as often as costs 1 % of the time", "[0, inf)")
     keep_checkpoints: int = option("task", 2, "the newest so many are kept; 0: none is made, no resuming", "[0, inf)")
     log_with: str = option("task", "", "tracker that is told of the run as well: docs/usage.md", TRACKERS)
+    push_to_hub: str = option(
+        "task", "", "repository of the Hub, NAME or OWNER/NAME, that gets the result: docs/usage.md"
+    )
     dry_run: bool = option("task", False, "check all that can be, show three samples, write nothing")
 
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")

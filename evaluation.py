@@ -266,7 +266,8 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
         torch.manual_seed(config.seed + 1)
         rows = load_rows(config, "judge")
         model = train_language_model(config, rows, tokenizer, "fluency judge")
-        save_stage(folder, model, tokenizer, config, Source(columns_read(config, rows[0]), rows, held_out=[]))
+        source = Source(columns_read(config, rows[0]), rows, held_out=[])
+        save_stage(folder, "judge", model, tokenizer, config, source)
     return PolicyModel(load_language_model(str(folder), "float32", prepare_device(config))).eval()
 
 

@@ -55,6 +55,7 @@ NOT_LENT = (  # what a command alone can say, be it in a run's settings or not
     "allow_pickle",
     "dry_run",
     "final_dir",
+    "push_to_hub",
     "policies",
     "prompt",
     "prompts",
@@ -63,8 +64,13 @@ NOT_LENT = (  # what a command alone can say, be it in a run's settings or not
     "output",
     "without_reward",
 )
-KEPT_BACK = ("allow_pickle", "final_dir", "log_with")  # by which a run that is resumed could write elsewhere
+KEPT_BACK = ("allow_pickle", "final_dir", "log_with", "push_to_hub")  # by which a run resumed could write elsewhere
 COMPLETIONS_BY = ("prompt_tokens", "max_prompt_length", "max_new_tokens", "long_prompts")  # where answers are learned
+
+
+def last_name(path: str | Path) -> str:
+    """Of a place on this disk, what others may see: its own name, and not where it is."""
+    return os.path.basename(os.path.abspath(path))
 
 
 def notice(config: Config) -> str:
@@ -78,7 +84,7 @@ def notice(config: Config) -> str:
     value_head = width + 1
     parameters = embeddings + layers + last_norm + value_head
     if config.dataset_path:
-        data = config.dataset_path
+        data = last_name(config.dataset_path) if Path(config.dataset_path).exists() else config.dataset_path
         is_not = "It is not GPT-2."
     else:
         data = "generated movie reviews"
@@ -369,17 +375,20 @@ def new_ppo_folder(config: Config) -> Path:
     return folder
 
 
-def write_manifest(folder: Path, loader: str, base: str, critic: str) -> None:
-    """manifest.json: the line of Python that loads what the folder holds, what its value head reads, and every file
-    with its SHA-256.
+def loading_line(loader: str, folder: Path, base: str) -> str:
+    """The line of Python that loads what the folder holds.
 
     `loader` is a call on a place, `{}`; with an adapter in the folder, `base` is where the model under it is.
     """
-    loads_with = loader.format("FOLDER")
-    if base != str(folder):
-        loads_with = f"peft.PeftModel.from_pretrained({loader.format(repr(base))}, FOLDER)"
+    if base == str(folder):
+        return loader.format("FOLDER")
+    return f"peft.PeftModel.from_pretrained({loader.format(repr(base))}, FOLDER)"
+
+
+def write_manifest(folder: Path, loader: str, base: str, critic: str) -> None:
+    """manifest.json: the `loading_line`, what the folder's value head reads, and every file with its SHA-256."""
     hashes = {name: file["sha256"] for name, file in described_files(folder).items()}
-    manifest = {"loads_with": loads_with, "critic": critic, "sha256": hashes}
+    manifest = {"loads_with": loading_line(loader, folder, base), "critic": critic, "sha256": hashes}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 

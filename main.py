@@ -93,12 +93,15 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     import torch
 
     from distributed import from_first, processes
+    from hub import check_push, push
     from prompts import with_prompt_column
     from run import run_ppo
     from trackers import check_tracker
 
-    if config.task == "train" and PROCESS == 0:
-        check_tracker(config, folder)
+    if PROCESS == 0:
+        check_push(config, base_model)
+        if config.task == "train":
+            check_tracker(config, folder)
     begin()
     if PROCESS == 0 and not config.dry_run:
         clear_leftovers(config.run_folder)
@@ -117,6 +120,8 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
         elif config.task == "train":
             torch.manual_seed(config.seed)
             run_ppo(config, base_model, reward_model, folder)
+    if config.push_to_hub and PROCESS == 0 and not config.dry_run:
+        push(folder, config.push_to_hub)
 
 
 def run_stages(config: Config, base_model: str, reward_model: str) -> list[str]:

@@ -9,7 +9,7 @@ from statistics import fmean
 
 from config import UsageError
 from files import check_writable, read_rows, write_whole
-from folders import STATS, run_of
+from folders import STATS, last_name, run_of
 from intervals import wilson_interval
 from progress import say
 from trust import check_links
@@ -156,16 +156,21 @@ def reward_difference(comparison: dict) -> str:
     return "\n".join(lines)
 
 
-def sample_pairs(comparison: dict, count: int = 3) -> str:
-    """A few prompts with each policy's response to it and the reward; those to which all respond alike come last."""
-    names = list(comparison["figures"])
+def telling_samples(comparison: dict, count: int = 3) -> list[dict]:
+    """A few of a comparison's samples; those to which all policies respond alike come last."""
 
     def all_respond_alike(row: dict) -> bool:
-        responses = {row[f"response_{name}"] for name in names}
+        responses = {row[f"response_{name}"] for name in comparison["figures"]}
         return len(responses) == 1
 
+    return sorted(comparison["samples"], key=all_respond_alike)[:count]
+
+
+def sample_pairs(comparison: dict, count: int = 3) -> str:
+    """A few prompts with each policy's response to it and the reward."""
+    names = list(comparison["figures"])
     lines = []
-    for row in sorted(comparison["samples"], key=all_respond_alike)[:count]:
+    for row in telling_samples(comparison, count):
         lines.append(f"prompt  {row['query']!r}")
         for name in names:
             reward = row[f"reward_{name}"]
@@ -313,7 +318,7 @@ def plot_training(folder: Path, notice: str = "", runs: dict[str, Path] | None =
     frontier.set(xlabel="KL (nats a response)", ylabel="reward")
     if len(runs) > 1:
         add_legend_of_runs(frontier.figure, runs)
-    title = f"PPO: {len(runs)} runs" if len(runs) > 1 else f"PPO: {next(iter(runs.values()))}"
+    title = f"PPO: {len(runs)} runs" if len(runs) > 1 else f"PPO: {last_name(folder)}"
     is_averaged = any(own["step"][0] > 0 for own in stats.values())
     caption = FRONTIER_CAPTION + MEANS_OF_UPDATES_CAPTION if is_averaged else FRONTIER_CAPTION
     return save_figure(frontier.figure, path, title, caption, notice)
@@ -407,7 +412,7 @@ def plot_comparison(folder: Path, notice: str = "") -> Path:
         axis.set_yticks(range(len(figures)), labels if place % 3 == 0 else [""] * len(figures), fontsize=9)
     add_legend_of_comparison(axes[0].figure, splits)
     counts = " and ".join(f"{part['n_prompts']} {split}" for split, part in splits.items())
-    title = f"{folder}: means over {counts} prompts"
+    title = f"{last_name(folder)}: means over {counts} prompts"
     caption = MEANS_CAPTION + DIFFERENCES_CAPTION if len(figures) > 1 else MEANS_CAPTION
     return save_figure(axes[0].figure, folder / "plots/comparison.png", title, caption, notice)
 
@@ -500,5 +505,5 @@ def plot_reliability(
     lower.set(xlabel="certainty: probability of the likeliest label", ylabel="rows", xlim=(lowest, 1))
     lower.margins(y=0.2)
     n_right, certainty = sum(right), fmean(probabilities)
-    title = f"{folder}: {n_right} of {len(right)} held-out rows right; mean certainty {certainty:.1%}"
+    title = f"{last_name(folder)}: {n_right} of {len(right)} held-out rows right; mean certainty {certainty:.1%}"
     return save_figure(figure, folder / "plots/reliability.png", title, RELIABILITY_CAPTION, notice)

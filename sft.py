@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from card import CARD, stage_card
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad
 from device import prepare_device
@@ -312,18 +313,22 @@ def train_language_model(
 
 def save_stage(
     folder: Path,
+    stage: str,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     source: Source,
     **figures: float,
 ) -> None:
-    """Model, tokenizer, settings, and what it was made from with its figures on held-out rows: all or nothing."""
+    """Model, tokenizer, settings, what it was made from with its figures on held-out rows, and the card of a model of
+    that stage: all or nothing.
+    """
     with whole_folder(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
         write_whole(scratch / "run_config.json", to_json(config))
         write_record(scratch, source, **figures)
+        write_whole(scratch / CARD, stage_card(scratch, config, stage, model.config.is_encoder_decoder))
 
 
 def run_sft(config: Config) -> Path:
@@ -354,6 +359,6 @@ def run_sft(config: Config) -> Path:
     source = Source(
         columns_read(config, rows[0], config.completion_column), rows, held_out, start=config.base_model_name
     )
-    save_stage(folder, model, tokenizer, config, source, perplexity=result)
+    save_stage(folder, "sft", model, tokenizer, config, source, perplexity=result)
     print(f"language model: held-out perplexity {result:.2f} a token, {size}, in {folder}")
     return folder

@@ -65,7 +65,7 @@ STATISTICS = {
 
 def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
     model = {"config.json", "model.safetensors", "run_config.json", "tokenizer.json", "tokenizer_config.json"}
-    model |= {"stage.json", "rows.txt"}
+    model |= {"stage.json", "rows.txt", "README.md"}
     folders = {name: set(os.listdir(chain.root / "saved_models/tiny" / name)) for name in ("sft", "reward", "ppo")}
     assert set(os.listdir(chain.root)) == {"saved_models"}
     assert set(os.listdir(chain.root / "saved_models/tiny")) == set(folders)
@@ -280,7 +280,7 @@ def test_a_second_run_stands_beside_the_first_and_equals_it(workplace, capsys):
     assert run_main("--task", "train", *flags()) == 0
     after, second = listing(workplace), workplace / "saved_models/tiny/ppo-2"
     assert {name: after[name] for name in before} == before
-    for name in ("model.safetensors", "value_head.safetensors", "training_stats.json", "training_log.csv"):
+    for name in ("model.safetensors", "value_head.safetensors", "training_stats.json", "training_log.csv", "README.md"):
         assert (second / name).read_bytes() == (workplace / PPO / name).read_bytes()
     output = capsys.readouterr().out
     assert "language model:" not in output and "reward model:" not in output

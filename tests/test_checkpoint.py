@@ -648,8 +648,9 @@ def test_a_reward_that_fails_at_once_leaves_nothing_and_promises_nothing(workpla
 def test_what_has_to_be_given_again_is_in_the_command_that_goes_on(tmp_path):
     command = f"python main.py --task train --resume --output_dir {tmp_path}"
     assert how_to_resume(tmp_path) == command
-    elsewhere = Config(final_dir="the end", log_with="wandb", allow_pickle=True)
-    for config, again in ((Config(), ""), (elsewhere, " --allow_pickle --final_dir 'the end' --log_with wandb")):
+    elsewhere = Config(final_dir="the end", log_with="wandb", push_to_hub="a/b", allow_pickle=True)
+    said = " --allow_pickle --final_dir 'the end' --log_with wandb --push_to_hub a/b"
+    for config, again in ((Config(), ""), (elsewhere, said)):
         (tmp_path / "run_config.json").write_text(to_json(config))
         assert how_to_resume(tmp_path) == command + again
 

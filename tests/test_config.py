@@ -568,6 +568,7 @@ ELSEWHERE = {
     "final_dir": "test_the_newest_policy_is_also_put_where_final_dir_says",
     "sft_first": "test_the_sft_stage_comes_first_where_that_is_asked_for",
     "task": "test_stages_run_alone_into_a_folder_of_their_own",
+    "push_to_hub": "test_the_result_is_uploaded_as_it_is_into_a_private_repository",
     "log_with": "test_the_event_file_of_a_run_has_its_statistics_settings_and_samples",
     "dry_run": "test_a_dry_run_samples_and_leaves_nothing",
     "resume": "test_the_newest_interrupted_run_is_found_and_its_settings_are_kept",

@@ -86,7 +86,7 @@ def test_every_statistic_is_drawn_over_the_updates(run, figures):
         assert all(tick == int(tick) for tick in axis.get_xticks())
     assert (frontier.get_xlabel(), frontier.get_ylabel()) == ("KL (nats a response)", "reward")
     assert figure.legends == []
-    assert figure.get_supxlabel().endswith("\nA demonstration") and str(run) in figure.get_suptitle().replace("\n", "")
+    assert figure.get_supxlabel().endswith("\nA demonstration") and figure.get_suptitle() == f"PPO: {run.name}"
 
 
 def test_a_figure_says_where_its_curves_are_means(tmp_path, figures):
@@ -308,7 +308,8 @@ def test_the_reliability_figure_has_a_point_a_bin_of_certainty(tmp_path, figures
     assert bars == [pytest.approx(bar) for bar in [(0.55, 0.05, 2), (0.7, 0.05, 1), (0.95, 0.05, 2)]]
     assert [text.get_text() for text in lower.texts] == ["2", "1", "2"]
     assert lower.get_xlim() == upper.get_xlim() == (0.5, 1.0)
-    assert "4 of 5 held-out rows right; mean certainty 77.2%" in figures[0].get_suptitle().replace("\n", " ")
+    title = figures[0].get_suptitle().replace("\n", " ")
+    assert title == f"{tmp_path.name}: 4 of 5 held-out rows right; mean certainty 77.2%"
     assert figures[0].get_supxlabel().endswith("Wilson.\nSmall")
 
 
@@ -523,7 +524,7 @@ def test_every_figure_is_drawn_with_a_point_a_policy_and_split(evaluated, figure
     assert len({line.get_color() for line in first.lines}) == 2
     assert "8 validation and 26 test prompts" in figure.get_suptitle().replace("\n", " ")
     caption = figure.get_supxlabel().replace("\n", " ")
-    assert caption.endswith(" A demonstration") and str(evaluated) in figure.get_suptitle().replace("\n", "")
+    assert caption.endswith(" A demonstration") and figure.get_suptitle().startswith(f"{evaluated.name}: means")
     assert "Wilson, else by bootstrap" in caption and "where one crosses it, no difference has been shown" in caption
 
 

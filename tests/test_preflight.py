@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,7 +137,8 @@ def test_the_notice_is_for_models_trained_from_scratch():
     text = notice(micro_config())
     for words in ("teaching demonstration", "8,897 parameters", "generated movie reviews", "--preset gpt2-imdb"):
         assert words in text
-    assert "on data/mine.csv." in notice(micro_config(dataset_path="data/mine.csv"))
+    assert "on owner/reviews." in notice(micro_config(dataset_path="owner/reviews"))
+    assert f"on {Path(__file__).name}." in notice(micro_config(dataset_path=__file__))
     assert notice(micro_config(base_model_name="gpt2")) == ""
 
 
