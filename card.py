@@ -303,10 +303,11 @@ def what_it_reads(folder: Path, config: Config) -> list[str]:
     labels = ", ".join(f"{number} is {code(str(name))}" for number, name in settings.get("id2label", {}).items())
     if config.chosen_column:
         separator = code(settings.get("prompt_response_separator", ""))
-        reads = (
-            f"It reads a prompt and an answer as one text, with {separator} between them, and gives one number: the "
-        )
-        return [f"{reads}higher, the better the answer. Only differences between answers to one prompt mean something."]
+        form = f"as one text, with {separator} between them"
+        if settings.get("reads_conversations"):
+            form = "as a conversation, by the template of its tokenizer"
+        reads = f"It reads a prompt and an answer {form}, and gives one number: the higher, the better the answer."
+        return [f"{reads} Only differences between answers to one prompt mean something."]
     return [f"It reads one text, and gives a logit for each label: {labels}."]
 
 

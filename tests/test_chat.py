@@ -118,6 +118,7 @@ def test_the_ids_of_training_are_those_of_scoring(chat_place, monkeypatch, capsy
     assert learned[0] in seen  # of the held-out rows
     settings = json.loads(Path("REWARD/config.json").read_text())
     assert settings["reads_conversations"] is True
+    assert "reads a prompt and an answer as a conversation, by the template" in Path("REWARD/README.md").read_text()
 
     seen.clear()
     flags = command("CHAT", dataset_path="pairs.jsonl", reward_fn="", reward_model_path="REWARD")
