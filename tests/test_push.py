@@ -13,7 +13,7 @@ from huggingface_hub import close_session, constants
 from micro import PPO, assert_refused, flags, last_line_of_errors, listing, run_main
 from stand_in_hub import TOKEN, Hub, served
 
-import hub as pushing
+import push as pushing
 import loading
 from arguments import is_read
 from config import TASKS, Config
