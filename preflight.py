@@ -8,20 +8,14 @@ import torch
 from torch.nn.functional import pad
 
 import ppo
+from adapters import check_is_whole
 from classifier import check_labels
 from config import Config, RunError, UsageError
 from dataset import column, load_rows
 from device import prepare_device
 from folders import stage_folder
 from generate import respond, score_responses
-from loading import (
-    check_can_be_sampled,
-    check_encoder,
-    check_is_whole,
-    check_packages,
-    load_language_model,
-    load_tokenizer,
-)
+from loading import check_can_be_sampled, check_encoder, check_packages, load_language_model, load_tokenizer
 from model import PolicyModel
 from probe import context_length
 from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts, most_prompts

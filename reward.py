@@ -30,9 +30,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from adapters import check_is_whole
 from config import Config, RunError, UsageError, first_line, nearest
 from dataset import pad
-from loading import check_is_whole, load, load_tokenizer, load_weights, prepare_config, quantized
+from hub import load, prepare_config
+from loading import load_tokenizer, load_weights, quantized
 from probe import context_length, special_ends
 from prompts import text_ids
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 import report
+from adapters import merged
 from checkpoint import (
     BYTES_A_SECOND,
     Began,
@@ -38,15 +39,8 @@ from distributed import from_first, gathered, is_first, size
 from evaluation import compare, evaluate_policy
 from files import append_row, cut_rows, move_into, read_object, read_rows
 from folders import POLICY_MARKER, STATS, best_of, claimed, how_to_resume, notice
-from loading import (
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    merged,
-    new_policy,
-    one_sentence,
-    save_policy,
-)
+from hub import one_sentence
+from loading import load_policy, load_reference, load_tokenizer, new_policy, save_policy
 from model import PolicyModel
 from plot import plot_training, reward_difference, sample_pairs
 from preflight import (

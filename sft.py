@@ -14,12 +14,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from adapters import check_is_whole
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad
 from device import prepare_device
 from files import whole_folder, write_whole
 from folders import stage_folder
-from loading import check_is_whole, load_language_model, load_tokenizer, prepare_config, thin_gradient
+from hub import prepare_config
+from loading import load_language_model, load_tokenizer, thin_gradient
 from probe import context_length
 from progress import progress
 from prompts import bare_ids, limit_length, make_prompts, text_ids

@@ -27,10 +27,12 @@ from tokenizers import AddedToken
 import generate
 import ppo
 import preflight
+from adapters import merged
 from config import Config, RunError, UsageError
 from dataset import pad
 from generate import end_ids, sample
-from loading import load_policy, load_tokenizer, merged, new_policy, prepare_config, save_policy
+from hub import prepare_config
+from loading import load_policy, load_tokenizer, new_policy, save_policy
 from model import PolicyModel
 from preflight import check_invariants
 from prompts import Prompt, bare_ids
