@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from config import Config, RunError, UsageError, to_json
+from config import TRAINING, Config, RunError, UsageError, to_json
 from files import (
     MANIFEST,
     check_writable,
@@ -110,7 +110,7 @@ def starting_model(config: Config) -> str:
 
     Raises UsageError for an adapter to go on with, and no model that it is for.
     """
-    if config.task == "train" and config.peft_model_path and config.trains_from_scratch:
+    if config.task in TRAINING and config.peft_model_path and config.trains_from_scratch:
         settings = Path(config.peft_model_path) / "adapter_config.json"
         own = read_object(settings).get("base_model_name_or_path") if settings.exists() else None
         raise UsageError(
@@ -368,9 +368,9 @@ def new_ppo_folder(config: Config) -> Path:
     return folder
 
 
-def write_manifest(folder: Path, loader: str, base: str, critic: str) -> None:
-    """manifest.json: the line of Python that loads what the folder holds, what its value head reads, and every file
-    with its SHA-256.
+def write_manifest(folder: Path, loader: str, base: str, **facts) -> None:
+    """manifest.json: the line of Python that loads what the folder holds, every file with its SHA-256, and facts that
+    loading needs, such as what its value head reads.
 
     `loader` is a call on a place, `{}`; with an adapter in the folder, `base` is where the model under it is.
     """
@@ -378,7 +378,7 @@ def write_manifest(folder: Path, loader: str, base: str, critic: str) -> None:
     if base != str(folder):
         loads_with = f"peft.PeftModel.from_pretrained({loader.format(repr(base))}, FOLDER)"
     hashes = {name: file["sha256"] for name, file in described_files(folder).items()}
-    manifest = {"loads_with": loads_with, "critic": critic, "sha256": hashes}
+    manifest = {"loads_with": loads_with, **facts, "sha256": hashes}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 

@@ -1,5 +1,6 @@
 """Tokenizers and models: from ids or folders, and saved again in formats that need none of this project."""
 
+import copy
 import math
 import os
 import types
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import processors
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from adapters import base_of, merged, new_adapter, with_adapter
+from adapters import adapter_to_add, base_of, merged, new_adapter, new_parts, with_adapter, with_its_adapter
 from config import Config, UsageError
 from distributed import size
 from files import read_object, whole_folder
@@ -206,14 +207,22 @@ def thin_gradient(language_model: PreTrainedModel) -> None:
 
 def check_packages(config: Config) -> None:
     """Raise UsageError if a package is not installed that is imported only where it is asked for."""
-    if config.load_in_8bit or config.load_in_4bit or config.reference_in_8bit or config.reward_in_8bit:
+    others_in_8bit = config.task == "train" and (config.reference_in_8bit or config.reward_in_8bit)
+    if config.load_in_8bit or config.load_in_4bit or others_in_8bit:
         check_installed("bitsandbytes", "loading in 8 or 4 bits")
     if config.has_adapter:
         check_installed("peft", "--lora_r" if config.lora_r else "--peft_model_path")
 
 
-def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False, outliers_from: float = 0.0) -> dict:
-    """The settings that load weights in 8 or 4 bits. Raises UsageError if bitsandbytes is not installed.
+def quantized(
+    device: torch.device,
+    in_8bit: bool,
+    in_4bit: bool = False,
+    outliers_from: float = 0.0,
+    kept: list[str] | None = None,
+) -> dict:
+    """The settings that load weights in 8 or 4 bits, but for the modules that are `kept` as they are: none named, the
+    output layer. Raises UsageError if bitsandbytes is not installed.
 
     Columns of activations with a number of at least `outliers_from` anywhere in a batch are multiplied in 16 bits, in
     all its rows: a token's probability would hang on the texts beside it. 0: no column is.
@@ -226,6 +235,7 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False, outlie
         load_in_4bit=in_4bit,
         bnb_4bit_quant_type="nf4",
         llm_int8_threshold=outliers_from,
+        llm_int8_skip_modules=kept,
     )
     return {"quantization_config": settings, "device_map": {"": device}}
 
@@ -258,12 +268,50 @@ def load_language_model(
     settings["config"] = config
     settings["dtype"] = getattr(torch, dtype)
     model = load_weights(factory, flag, path, allow_pickle=allow_pickle, **settings)
+    steady(model)
+    return model if in_8bit or in_4bit else model.to(device)
+
+
+def steady(model: PreTrainedModel) -> None:
+    """Have weights in few bits, of which the files may say so themselves, compute the same in every mode and batch."""
     for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt":  # also where the files say so
+        if type(module).__name__ == "Linear8bitLt":
             module.state.threshold = 0.0
             keep_in_train_mode(module)
         module.support_avx512bf16_for_cpu = False  # else 4-bit weights are repacked, and the gradient is lost
+
+
+def load_under_head(
+    config: PretrainedConfig,
+    path: str,
+    dtype: str,
+    device: torch.device,
+    in_8bit: bool = False,
+    in_4bit: bool = False,
+    flag: str = "base_model_name",
+    allow_pickle: bool = False,
+) -> PreTrainedModel:
+    """The trunk of the model at `path` as `load_language_model` loads it, under a classifier's head in float32, which
+    is new where the files have none like it.
+    """
+    factory = transformers.AutoModelForSequenceClassification
+    settings = {"config": config, "dtype": getattr(torch, dtype)}
+    if in_8bit or in_4bit:
+        with torch.device("meta"):
+            kept = new_parts(factory.from_config(copy.deepcopy(config)))
+        settings |= quantized(device, in_8bit, in_4bit, kept=kept)
+    model = load_weights(factory, flag, path, is_new=True, allow_pickle=allow_pickle, **settings)
+    steady(model)
+    if model.dtype != torch.float32:
+        for name in new_parts(model):
+            keep_in_float32(model.get_submodule(name))
     return model if in_8bit or in_4bit else model.to(device)
+
+
+def keep_in_float32(module: torch.nn.Module) -> None:
+    """Have a module's weights in float32, and what it is given, too."""
+    module.float()
+    module.register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
 
 
 def check_encoder(kind: str, config: PretrainedConfig, path: str) -> None:
@@ -313,10 +361,7 @@ def load_base(
     config: Config, path: str, device: torch.device, adapter: str, flag: str = "base_model_name"
 ) -> PreTrainedModel:
     """The language model at `path`, under the adapter that the folder holds, or else the one at `adapter`, if any."""
-    base = base_of(path)
-    if adapter and base != path:
-        raise UsageError(f"--{flag} {path} is an adapter itself; --peft_model_path {adapter} cannot be added")
-    adapter = adapter if base == path else path
+    base, adapter = with_its_adapter(path, adapter, flag)
     base_flag = flag if base == path else "base_model_name"
     bits = (config.load_in_8bit, config.load_in_4bit)
     language_model = load_language_model(
@@ -348,24 +393,41 @@ def load_policy(
     return policy
 
 
+def to_be_trained(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """The model under its adapter, or else a new one, that alone is trained; without either, all of it is."""
+    if hasattr(model, "peft_config"):
+        return model
+    if config.lora_r:
+        return new_adapter(model, config)
+    thin_gradient(model)
+    return model
+
+
+def count_parameters(model: torch.nn.Module) -> str:
+    """How many parameters there are, and how many of them are trained where an adapter freezes the rest."""
+    whole = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{whole:,} parameters" + (f", of which {trained:,} are trained" if trained < whole else "")
+
+
+def recompute_activations(model: PreTrainedModel, config: Config) -> None:
+    """With --gradient_checkpointing, have activations computed anew for the gradient, in train mode."""
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     """What training starts from: the model at `path` under the adapter and with the critic that the config asks for.
 
     What is not there is new: an adapter that changes nothing, a critic from the base model, a value head of zeros.
     """
-    language_model = load_base(config, path, device, config.peft_model_path)
-    is_adapted = hasattr(language_model, "peft_config")
-    if config.lora_r and not is_adapted:
-        language_model = new_adapter(language_model, config)
-    elif not is_adapted:
-        thin_gradient(language_model)
+    language_model = to_be_trained(load_base(config, path, device, adapter_to_add(config, path)), config)
     run = path if saved_critic_kind(path, config.critic) == config.critic else None
     critic = load_critic(config.critic, run, base_of(path), device, allow_pickle=config.allow_pickle)
     policy = with_value_head(language_model, critic, config.critic, config)
     if run:
         load_value_head(policy, run)
-    if config.gradient_checkpointing:
-        policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(policy.language_model, config)
     return policy
 
 
@@ -393,11 +455,10 @@ def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyMode
     """The frozen reference: a copy of the policy as it starts, or with --reference_in_8bit its base model in 8 bits."""
     if not config.reference_in_8bit:
         return frozen_copy(policy)
-    base = base_of(path)
+    base, adapter = with_its_adapter(path, adapter_to_add(config, path))
     language_model = load_language_model(
         base, config.dtype, policy.device, in_8bit=True, allow_pickle=config.allow_pickle
     )
-    adapter = config.peft_model_path if base == path else path
     if adapter:
         language_model = with_adapter(language_model, adapter, base, config.allow_pickle)
     return PolicyModel(language_model, mixed_precision=policy.mixed_precision).requires_grad_(False).eval()
@@ -408,6 +469,40 @@ def from_anywhere(path: str | None) -> str | None:
     return os.path.abspath(path) if path and Path(path).is_dir() else path
 
 
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False) -> None:
+    """The model, or its adapter alone, and the tokenizer in the formats of transformers and peft, loadable without this
+    project. With `merge`, an adapter is folded into a copy of the whole model.
+
+    Beside an adapter is what the base model's folder does not say: the ends of a response, a classifier's labels.
+    """
+    if merge and hasattr(model, "merge_and_unload"):
+        model = merged(model)
+    for adapter in getattr(model, "peft_config", {}).values():
+        for name in ("target_modules", "modules_to_save"):
+            if isinstance(getattr(adapter, name, None), set | list):
+                names = sorted(set(getattr(adapter, name)))  # a set's order is another in every process
+                setattr(adapter, name, names)
+        adapter.base_model_name_or_path = from_anywhere(adapter.base_model_name_or_path)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    elif hasattr(model, "peft_config"):
+        labels = copy.deepcopy(model.config)
+        vars(labels).pop("quantization_config", None)  # of weights that are elsewhere
+        labels.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def loader_of(model: PreTrainedModel) -> str:
+    """The Python that loads such a model with transformers alone, `{}` being the place."""
+    if not model.can_generate():
+        labels = ", config=transformers.AutoConfig.from_pretrained(FOLDER)" * hasattr(model, "peft_config")
+        return f"transformers.AutoModelForSequenceClassification.from_pretrained({{}}{labels})"
+    factory = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    return f"transformers.{factory}.from_pretrained({{}})"
+
+
 def save_policy(
     policy: PolicyModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -416,30 +511,19 @@ def save_policy(
     replaces: str = "",
     settings: Config | None = None,
 ) -> None:
-    """The language model, or its adapter alone, and the tokenizer in the formats of transformers and peft, loadable
-    without this project; value head and critic beside them; and a manifest that says what is there.
+    """The language model or its adapter, and the tokenizer, as by `write_model`; value head and critic beside them; and
+    a manifest that says what is there.
 
-    With `merge`, an adapter is folded into a copy of the whole model. `replaces` as in `whole_folder`. With `settings`,
-    they are written too, and the folder is a run to the tasks that use one.
+    `replaces` as in `whole_folder`. With `settings`, they are written too, and the folder is a run to the tasks that
+    use one.
     """
-    language_model = policy.language_model
-    if merge and hasattr(language_model, "merge_and_unload"):
-        language_model = merged(language_model)
-    for adapter in getattr(language_model, "peft_config", {}).values():
-        if isinstance(adapter.target_modules, set):
-            adapter.target_modules = sorted(adapter.target_modules)  # a set's order is another in every process
-        adapter.base_model_name_or_path = from_anywhere(adapter.base_model_name_or_path)
     with whole_folder(folder, replaces) as scratch:
-        language_model.save_pretrained(scratch)
-        (scratch / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
-        language_model.generation_config.save_pretrained(scratch)  # the ends of a response, beside an adapter as well
-        tokenizer.save_pretrained(scratch)
+        write_model(policy.language_model, tokenizer, scratch, merge)
         if policy.critic is not None:
             policy.critic.save_pretrained(scratch / "critic")
         head = {name: tensor.contiguous().cpu() for name, tensor in policy.value_head.state_dict().items()}
         save_file(head, scratch / "value_head.safetensors")
         if settings:
             write_settings(scratch, settings)
-        factory = "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM"
-        loader = f"transformers.{factory}.from_pretrained({{}})"
+        loader = loader_of(policy.language_model)
         write_manifest(scratch, loader, base_of(str(scratch)), critic=policy.critic_kind)

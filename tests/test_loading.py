@@ -339,7 +339,7 @@ def test_a_new_head_may_take_the_place_of_another_and_nothing_else_may_be_new(lo
 
 
 def check_two_labels(folder: Path) -> None:
-    assert new_classifier(str(folder), {0: "bad", 1: "good"}, PAD).score.weight.shape == (2, 16)
+    assert new_classifier(Config(), str(folder), {0: "bad", 1: "good"}, PAD, CPU).score.weight.shape == (2, 16)
 
 
 def test_what_can_be_no_name_of_a_repository_has_no_files():
@@ -369,10 +369,10 @@ def test_an_adapter_without_one_of_its_weights_is_refused(tmp_path):
 
 def test_a_new_head_is_put_on_a_whole_trunk_alone(tmp_path):
     save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
-    assert new_classifier(str(tmp_path), {0: "bad", 1: "good"}, PAD).score.weight.shape == (2, 32)
+    assert new_classifier(Config(), str(tmp_path), {0: "bad", 1: "good"}, PAD, CPU).score.weight.shape == (2, 32)
     change_weights(tmp_path, **{"transformer.h.1.ln_1.bias": None})
     with pytest.raises(UsageError, match=r"lacks transformer\.h\.1\.ln_1\.bias of a GPT2ForSequenceClassification"):
-        new_classifier(str(tmp_path), {0: "bad", 1: "good"}, PAD)
+        new_classifier(Config(), str(tmp_path), {0: "bad", 1: "good"}, PAD, CPU)
 
 
 def test_an_adapter_of_a_folder_can_be_loaded_from_another_working_directory(tmp_path, monkeypatch):
