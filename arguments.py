@@ -33,7 +33,7 @@ SOME_READ = {  # tasks: the settings that these alone read
     ("train",): "resume save_every keep_checkpoints final_dir log_with reference_in_8bit sft_first missing_eos_penalty "
     "whiten_scores normalize_scores score_clip",
     ("train", "sft"): "merge",
-    ("train", "sft", "reward"): "lora_r lora_alpha gradient_checkpointing",
+    ("train", "sft", "reward"): "lora_r lora_alpha",
     (
         "train",
         "sft",
@@ -42,7 +42,7 @@ SOME_READ = {  # tasks: the settings that these alone read
         "evaluate",
     ): "seed device matmul_precision base_model_name allow_pickle "
     "dtype mixed_precision load_in_8bit load_in_4bit prompt_column prompt_template chat",
-    ("train", "sft", "reward", "evaluate"): "peft_model_path mini_batch_size",
+    ("train", "sft", "reward", "evaluate"): "peft_model_path mini_batch_size gradient_checkpointing",
     ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
     "sft_batch_size sft_learning_rate",
     ("train", "evaluate"): "min_prompt_chars max_prompt_chars",
