@@ -30,16 +30,17 @@ READERS = {  # the tasks that read a group's settings, but for those of SOME_REA
     "generate": ("generate",),
 }
 SOME_READ = {  # tasks: the settings that these alone read
-    ("train",): "resume save_every keep_checkpoints final_dir log_with lora_r lora_alpha merge "
-    "reference_in_8bit gradient_checkpointing sft_first missing_eos_penalty whiten_scores normalize_scores "
-    "score_clip",
+    ("train",): "resume save_every keep_checkpoints final_dir log_with reference_in_8bit sft_first missing_eos_penalty "
+    "whiten_scores normalize_scores score_clip",
+    ("train", "sft"): "merge",
+    ("train", "sft", "reward"): "lora_r lora_alpha push_to_hub",
     ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name allow_pickle "
-    "prompt_column prompt_template chat system",
+    "dtype mixed_precision load_in_8bit load_in_4bit prompt_column prompt_template chat system",
+    ("train", "sft", "reward", "evaluate"): "peft_model_path mini_batch_size gradient_checkpointing",
     ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
     "sft_batch_size sft_learning_rate",
-    ("train", "evaluate"): "peft_model_path min_prompt_chars max_prompt_chars mini_batch_size",
+    ("train", "evaluate"): "min_prompt_chars max_prompt_chars",
     ("train", "reward", "evaluate"): "label_column",
-    ("train", "sft", "reward"): "push_to_hub",
     ("train", "reward"): "chosen_column rejected_column reward_steps reward_batch_size reward_learning_rate",
     ("train", "sft", "generate", "evaluate"): "max_new_tokens long_prompts",
     ("train", "generate", "evaluate"): "batch_size",
@@ -222,6 +223,18 @@ def asks_classifier(config: Config) -> bool:
     return "reward_model" in config.reward_weights if config.reward_weights else not config.reward_fn
 
 
+def starts_from_adapter(config: Config) -> bool:
+    """Whether the model to be trained is an adapter already: that of the sft stage, where there is one, or named."""
+    stage = config.run_folder / "sft"
+    start = stage if config.task != "sft" and stage.exists() else Path(config.base_model_name)
+    return (start / "adapter_config.json").exists()
+
+
+def adapts_nothing(config: Config) -> bool:
+    """Whether an adapter is asked for on a model of random weights, all of which have to be trained."""
+    return config.task == "sft" and config.trains_from_scratch and config.has_adapter
+
+
 WITHOUT_EFFECT = {  # settings: when they change nothing, and why
     "base_model_name": (lambda config: config.task == "generate", "the model is that of the run (--output_dir)"),
     "reward_model_path reward_label reward_output reward_input reward_in_8bit": (
@@ -233,11 +246,19 @@ WITHOUT_EFFECT = {  # settings: when they change nothing, and why
         "the length has no weight: name length in --reward_weights",
     ),
     "merge": (
-        lambda config: not config.has_adapter and not (Path(config.base_model_name) / "adapter_config.json").exists(),
+        lambda config: not config.has_adapter and not starts_from_adapter(config),
         "there is no adapter to fold in (--lora_r, --peft_model_path)",
     ),
     "lora_alpha": (lambda config: not config.lora_r, "there is no new adapter (--lora_r)"),
     "lora_r": (lambda config: config.peft_model_path, "the adapter of --peft_model_path has a rank of its own"),
+    "lora_r lora_alpha": (
+        lambda config: config.lora_r and not config.peft_model_path and starts_from_adapter(config),
+        "what it starts from is an adapter, which goes on with a rank of its own",
+    ),
+    "lora_r lora_alpha load_in_8bit load_in_4bit merge": (
+        adapts_nothing,
+        "the model made here is trained whole (an adapter is put on a --base_model_name)",
+    ),
     "kl_horizon": (lambda config: not config.kl_target, "--kl_coef is fixed (--kl_target)"),
     "n_updates": (lambda config: config.epochs, "--epochs says how long to train"),
     "sft_steps": (lambda config: config.sft_epochs, "--sft_epochs says how long to train"),

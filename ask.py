@@ -18,7 +18,8 @@ from dataset import Row
 from device import prepare_device
 from files import check_writable, write_whole
 from generate import respond
-from loading import load_policy, load_tokenizer, one_sentence
+from hub import one_sentence
+from loading import load_policy, load_tokenizer
 from model import PolicyModel
 from preflight import prompt_room
 from progress import tell, visible

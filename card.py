@@ -16,12 +16,13 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import AutoConfig
 
+from adapters import base_of
 from arguments import OF_A_START, is_read, notes, versions
 from config import PATHS, PRESETS, Config, UsageError
 from files import MANIFEST, read_object, read_rows, write_whole
 from folders import KEPT_BACK, STATS, last_name, loading_line, notice, run_above, stage_folder
+from hub import load
 from intervals import wilson_interval
-from loading import base_of, load
 from plot import telling_samples
 from progress import visible
 from provenance import read_record

@@ -14,21 +14,23 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import logsigmoid
 from torchtyping import TensorType, is_float
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from adapters import adapter_to_add, with_adapter, with_its_adapter
 from config import Config, UsageError
 from dataset import column, load_rows, pad
 from device import prepare_device
 from folders import notice, stage_folder
+from hub import load
 from intervals import wilson_interval
-from loading import load_tokenizer, load_weights
+from loading import load_tokenizer, load_under_head, recompute_activations, to_be_trained
 from plot import plot_reliability
-from probe import context_length, special_ends
+from probe import context_length, is_exact, special_ends
 from prompts import bare_ids, check_answers, check_template, prompt_texts
 from provenance import Source, columns_read
 from randomness import uniforms
 from reward import PAIR_SEPARATOR, Reading, padding_is_harmless, reading_of, text_logits
-from sft import fit, length_grouped, own_loss, save_stage, try_out
+from sft import fit, length_grouped, levers, rows_of, save_stage, try_out
 
 
 def classifier_batch(
@@ -75,6 +77,19 @@ def pair_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     rewards = model(**batch).logits[:, 0]
     chosen, rejected = rewards.chunk(2)
     return bradley_terry_loss(chosen=chosen, rejected=rejected)
+
+
+def pairs_in_passes(batch: dict, most_rows: int) -> list[dict]:
+    """`in_passes` for a batch whose first half holds the chosen texts: a pair's two share a pass."""
+    n_pairs = len(batch["labels"]) // 2
+    most_pairs = max(1, most_rows // 2)
+    if n_pairs <= most_pairs:
+        return [batch]
+    passes = []
+    for start in range(0, n_pairs, most_pairs):
+        chosen = list(range(n_pairs))[start : start + most_pairs]
+        passes.append(rows_of(batch, chosen + [n_pairs + pair for pair in chosen]))
+    return passes
 
 
 def pair_reading(config: Config, tokenizer: PreTrainedTokenizerBase) -> Reading:
@@ -135,23 +150,31 @@ def class_batches(
         yield classifier_batch(parts, [labels[i] for i in group], tokenizer.pad_token_id, device)
 
 
-def new_classifier(base_model: str, names: dict[int, str], pad_id: int, allow_pickle: bool = False) -> PreTrainedModel:
-    """The base model's trunk under a new head with these labels. Raises UsageError for an encoder-decoder."""
-    model = load_weights(
-        AutoModelForSequenceClassification,
+def new_classifier(
+    config: Config, base_model: str, names: dict[int, str], pad_id: int, device: torch.device
+) -> PreTrainedModel:
+    """The base model's trunk under a new head with these labels; under an adapter where the config asks for one, or the
+    base model is one, which then goes on as the classifier's. Raises UsageError for an encoder-decoder.
+    """
+    base, adapter = with_its_adapter(base_model, adapter_to_add(config, base_model))
+    model_config = load(
+        AutoConfig.from_pretrained,
         "base_model_name",
-        base_model,
-        is_new=True,
-        allow_pickle=allow_pickle,
-        dtype=torch.float32,
+        base,
         num_labels=len(names),
         id2label=names,
         problem_type="single_label_classification" if len(names) > 1 else "regression",  # whatever the base was for
         pad_token_id=pad_id,
     )
-    model.config.get_text_config().pad_token_id = pad_id
-    if model.config.is_encoder_decoder:
+    model_config.get_text_config().pad_token_id = pad_id
+    if model_config.is_encoder_decoder:
         raise UsageError(f"--task reward trains causal models and encoders here; {base_model} is neither")
+    bits = (config.load_in_8bit, config.load_in_4bit)
+    model = load_under_head(model_config, base, config.dtype, device, *bits, allow_pickle=config.allow_pickle)
+    if adapter:
+        model = with_adapter(model, adapter, base, config.allow_pickle, has_new_head=True)
+    model = to_be_trained(model, config)
+    recompute_activations(model, config)
     return model
 
 
@@ -173,7 +196,7 @@ def held_out_predictions(
     can_be_padded: bool = True,
 ) -> tuple[Predictions, dict[str, float]]:
     """The `predictions` for pairs or whole texts; and by name which share of them is right, and of first halves."""
-    score = partial(text_logits, model, tokenizer, can_be_padded=can_be_padded)
+    score = partial(text_logits, model, tokenizer, batch_size=config.mini_batch_size, can_be_padded=can_be_padded)
     if config.chosen_column:
         chosen, rejected = pair_texts(rows, config, tokenizer)
         encode = pair_reading(config, tokenizer).encode
@@ -227,32 +250,34 @@ def run_reward(config: Config, base_model: str) -> Path:
     """
     folder = stage_folder(config, "reward")
     device = prepare_device(config)
-    tokenizer = load_tokenizer(base_model, writes=False)
+    tokenizer = load_tokenizer(base_model, adapter=adapter_to_add(config, base_model), writes=False)
     rows = load_rows(config, "train")
     held_out = load_rows(config, "validation", 2000)
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
-    model = new_classifier(base_model, names, tokenizer.pad_token_id, config.allow_pickle).to(device)
+    model = new_classifier(config, base_model, names, tokenizer.pad_token_id, device)
     length = min(context_length(model), config.context_length)
     model.config.reads_conversations = bool(config.chosen_column) and config.chat  # saved, for those who score with it
     if config.chosen_column:
         model.config.prompt_response_separator = PAIR_SEPARATOR
         batches = pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=length, device=device)
-        loss = pair_loss
+        passes_of = partial(pairs_in_passes, most_rows=config.mini_batch_size)
+        objective = levers(config) | {"loss_of": pair_loss, "passes_of": passes_of}
     else:
         batches = class_batches(rows=rows, config=config, tokenizer=tokenizer, length=length, device=device)
-        loss = own_loss
+        objective = levers(config)
     if config.dry_run:
-        first = try_out(model, batches, "reward model", loss_of=loss)
+        first = try_out(model, batches, "reward model", **objective)
         told = f"{len(rows):,} rows in {config.reward_steps:,} steps; the first loss is {first:.3f}"
         print(f"dry run: {folder} would be a reward model of {base_model}, on {told}")
         return folder
-    fit(model, batches, config.reward_steps, config.reward_learning_rate, "reward model", loss_of=loss)
+    fit(model, batches, config.reward_steps, config.reward_learning_rate, "reward model", **objective)
     reader = copy.deepcopy(tokenizer)  # it is told to cut and to pad, and the tokenizer is saved as it is
     reader.model_max_length = length  # of the texts that the model has learned from
     can_be_padded = padding_is_harmless(model, reader)
     results, figures = held_out_predictions(config, model, reader, held_out, can_be_padded)
     source = Source(columns_read(config, rows[0], *label_columns(config)), rows, held_out, start=base_model)
-    save_stage(folder, "reward", model, tokenizer, config, source, **figures)
+    # An adapter is folded in where that rounds nothing, and what is saved scores as what was trained.
+    save_stage(folder, "reward", model, tokenizer, config, source, merge=is_exact(model), **figures)
     certainties, is_right = results.certainty.tolist(), results.is_right.tolist()
     figure = plot_reliability(folder, certainties, is_right, n_labels=max(2, len(names)), notice=notice(config))
     n_right, chance = sum(is_right), 1 / max(2, len(names))

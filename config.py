@@ -41,6 +41,7 @@ class Stopped(RunError):
 
 VERSION = "0.1.0"
 TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")
+TRAINING = ("train", "sft", "reward")  # tasks that train a model
 USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finished run and its settings
 MIN_TEMPERATURE = 1e-3  # below it, logits over it could leave float32
 REWARD_WEIGHTS = (
@@ -52,6 +53,7 @@ POLICIES = (
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
 )
 MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest that measures as exact as float32"
+DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = ("", "tensorboard", "wandb", "trackio", "swanlab")
 LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which a setting meets the tensors
 LONGEST_NAME = 255  # bytes of a file's or folder's name, on Linux as on macOS
@@ -93,7 +95,7 @@ class Config:
     dry_run: bool = option("task", False, "check all that can be, show three samples, write nothing")
 
     base_model_name: str = option("model", "", "language model: Hub id or folder; none: trained here from scratch")
-    dtype: str = option("model", "float32", "of the weights", ("float32", "bfloat16", "float16"))
+    dtype: str = option("model", "float32", "of the weights", DTYPES)
     mixed_precision: str = option("model", "no", "autocast forward passes to bfloat16", ("no", "bf16"))
     allow_pickle: bool = option("model", False, "read weights that are in a pickle (.bin) alone: its numbers, no code")
     peft_model_path: str = option("model", "", "LoRA adapter to go on training, on the base model: Hub id or folder")
@@ -144,7 +146,7 @@ class Config:
     n_updates: int = option("ppo", 100, "rollouts, each followed by an update", "[1, inf)")
     epochs: float = option("ppo", 0.0, "passes over the prompts, in place of n_updates; 0: as it says", "[0, 1e6]")
     batch_size: int = option("ppo", 64, "prompts in a rollout", "[1, 1000000]")
-    mini_batch_size: int = option("ppo", 16, "most rows in a forward pass", "[1, inf)")
+    mini_batch_size: int = option("ppo", 16, "most rows in a forward pass, of every training", "[1, inf)")
     gradient_accumulation_steps: int = option("ppo", 1, "minibatches in an optimizer step", "[1, inf)")
     ppo_epochs: int = option("ppo", 4, "passes over a rollout", "[1, 1000]")
     learning_rate: float = option("ppo", 1e-5, "Adam's, at the start; falls linearly to 0", "(0, inf)")
@@ -172,12 +174,12 @@ class Config:
     sft_first: bool = option("stages", False, "`--task train` runs `--task sft` first where its folder is not there")
     sft_epochs: float = option("stages", 0.0, "passes over the texts, in place of sft_steps; 0: as it says", "[0, 1e6]")
     sft_steps: int = option("stages", 1700, "optimizer steps of the language model's training", "[1, inf)")
-    sft_batch_size: int = option("stages", 12, "texts a step", "[1, 1000000]")
+    sft_batch_size: int = option("stages", 12, "texts an optimizer step", "[1, 1000000]")
     sft_learning_rate: float = option("stages", 2e-5, "AdamW's peak", "(0, inf)")
     chosen_column: str = option("stages", "", "column of the better answers: a reward model is trained on pairs")
     rejected_column: str = option("stages", "rejected", "column of the worse ones")
     reward_steps: int = option("stages", 300, "optimizer steps of the classifier's training", "[1, inf)")
-    reward_batch_size: int = option("stages", 32, "texts a step", "[1, 1000000]")
+    reward_batch_size: int = option("stages", 32, "texts or pairs an optimizer step", "[1, 1000000]")
     reward_learning_rate: float = option("stages", 1e-5, "AdamW's peak", "(0, inf)")
 
     eval_samples: int = option("evaluation", 256, "held-out prompts", "[2, 1000000]")
@@ -254,11 +256,11 @@ class Config:
 
     def check_weights_dtype(self) -> None:
         """Raise UsageError if weights would be trained that cannot be, or would lose what was learned."""
-        training = self.task == "train"
+        training = self.task in TRAINING
         in_few_bits = self.load_in_8bit or self.load_in_4bit
         if self.load_in_8bit and self.load_in_4bit:
             raise UsageError("--load_in_8bit and --load_in_4bit were both given: choose one of them")
-        if training and in_few_bits and self.merge:
+        if training and self.task != "reward" and in_few_bits and self.merge:
             raise UsageError("--merge would round the adapter away in weights of 8 or 4 bits: save the adapter alone")
         if in_few_bits and not self.has_adapter:
             raise UsageError("--load_in_8bit and --load_in_4bit freeze the weights: add --lora_r or --peft_model_path")

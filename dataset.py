@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, first_line, nearest
 from files import read_object
-from loading import hub_error, one_sentence
+from hub import hub_error, one_sentence
 from reviews import movie_reviews
 from trust import check_links, check_names
 

@@ -14,6 +14,7 @@ from statistics import fmean
 import numpy as np
 import torch
 
+from adapters import adapter_to_add
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
 from device import prepare_device
@@ -346,7 +347,7 @@ def load_policies(config: Config, paths: dict[str, str], device: torch.device):
     flags = ["policies"] * len(paths) if config.policies else ["base_model_name", "output_dir"]
     first, policies = None, {}
     for flag, (name, path) in zip(flags, paths.items(), strict=True):
-        adapter = config.peft_model_path if flag == "base_model_name" else ""  # where the run started from
+        adapter = adapter_to_add(config, path) if flag == "base_model_name" else ""  # where the run started from
         tokenizer = load_tokenizer(path, flag, adapter)
         first = first or tokenizer
         if tokenizer.get_vocab() != first.get_vocab():

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from config import Config, RunError, UsageError, to_json
+from config import TRAINING, Config, RunError, UsageError, to_json
 from files import (
     MANIFEST,
     check_writable,
@@ -117,7 +117,7 @@ def starting_model(config: Config) -> str:
 
     Raises UsageError for an adapter to go on with, and no model that it is for.
     """
-    if config.task == "train" and config.peft_model_path and config.trains_from_scratch:
+    if config.task in TRAINING and config.peft_model_path and config.trains_from_scratch:
         settings = Path(config.peft_model_path) / "adapter_config.json"
         own = read_object(settings).get("base_model_name_or_path") if settings.exists() else None
         raise UsageError(
@@ -385,10 +385,12 @@ def loading_line(loader: str, folder: Path, base: str) -> str:
     return f"peft.PeftModel.from_pretrained({loader.format(repr(base))}, FOLDER)"
 
 
-def write_manifest(folder: Path, loader: str, base: str, critic: str) -> None:
-    """manifest.json: the `loading_line`, what the folder's value head reads, and every file with its SHA-256."""
+def write_manifest(folder: Path, loader: str, base: str, **facts) -> None:
+    """manifest.json: the `loading_line`, facts that loading needs, such as what a value head reads, and every file with
+    its SHA-256.
+    """
     hashes = {name: file["sha256"] for name, file in described_files(folder).items()}
-    manifest = {"loads_with": loading_line(loader, folder, base), "critic": critic, "sha256": hashes}
+    manifest = {"loads_with": loading_line(loader, folder, base), **facts, "sha256": hashes}
     write_whole(folder / MANIFEST, json.dumps(manifest, indent=2))
 
 

@@ -1,123 +1,30 @@
 """Tokenizers and models: from ids or folders, and saved again in formats that need none of this project."""
 
 import copy
-import functools
-import importlib.util
 import math
 import os
 import types
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
-from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tokenizers import processors
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file, logging
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from config import Config, RunError, UsageError, first_line
+from adapters import adapter_to_add, base_of, merged, new_adapter, new_parts, with_adapter, with_its_adapter
+from config import Config, UsageError
 from distributed import size
 from files import read_object, whole_folder
 from folders import write_manifest, write_settings
+from hub import check_installed, has_file, load, one_sentence, own_settings, pickle_refused, prepare_config
 from model import PolicyModel, frozen_copy
 from probe import difference, is_exact, read_in_three_ways, special_ends
 from progress import tell
-from trust import check_links, check_names
-
-logging.set_verbosity_error()
-logging.disable_progress_bar()
-logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
-os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # the Hub's robot is not asked to convert a pickle
-warnings.filterwarnings("ignore", module="transformers|peft|bitsandbytes|huggingface_hub")
-
-NO_ERRORS = {  # of `cached_file`: None for what is not there
-    "_raise_exceptions_for_missing_entries": False,
-    "_raise_exceptions_for_gated_repo": False,
-    "_raise_exceptions_for_connection_errors": False,
-}
+from trust import check_names
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 OLD_CONSTANTS = ("attn.bias", "masked_bias", "position_ids", "inv_freq", "causal_mask", "version")  # once saved, too
-
-
-@functools.cache
-def hub_error() -> str:
-    """Why the Hub cannot be reached, asked as the library asks, if it cannot: then its cache alone is read, at once."""
-    try:
-        huggingface_hub.get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except Exception as error:  # whatever the library's HTTP client raises
-        constants.HF_HUB_OFFLINE = True
-        return f"{constants.ENDPOINT} cannot be reached ({first_line(error)})"
-    return ""
-
-
-@contextmanager
-def one_sentence(problem: str) -> Iterator[None]:
-    """Turn what a library raises in the block into a UsageError that begins with the problem, unless memory ran out.
-
-    A sentence of our own stays as it is.
-    """
-    try:
-        yield
-    except (UsageError, RunError):
-        raise
-    except Exception as error:  # a damaged file can raise anything
-        if isinstance(error, MemoryError) or "tried to allocate" in str(error).lower():
-            raise
-        text = str(error).replace(":\n\t", ": ")  # torch begins a list below
-        if "Weights only load failed" in text:
-            text = "its pickle (.bin) holds more than numbers, and only these are read"
-        reason = first_line(Exception(text or type(error).__name__))
-        raise UsageError(f"{problem}: {reason}") from None
-
-
-def load(from_pretrained: Callable, flag: str, path: str, **settings):
-    """`from_pretrained(path)`, its many ways to fail told in one sentence that names the flag.
-
-    Of a model only its numbers are taken, never code: without `trust_remote_code` False, transformers would ask whether
-    to run it.
-    """
-    if Path(path).is_dir():
-        check_links(Path(path), flag, depth=2)
-        problem = "a folder without a usable model"
-    elif Path(path).exists():
-        raise UsageError(f"--{flag} {path} is no folder, expected one in which a model is saved, or a Hub id")
-    else:
-        reason = hub_error() or "no reachable Hub model"
-        problem = f"no folder, and {reason}"
-    with one_sentence(f"--{flag} {path} is {problem}"):
-        try:
-            return from_pretrained(path, trust_remote_code=False, **settings)
-        except (ValueError, OSError) as error:
-            if "cannot be loaded with `safetensors`" in str(error):
-                raise pickle_refused(flag, path) from None
-            if "trust_remote_code" not in str(error):
-                raise
-            raise UsageError(
-                f"--{flag} {path} can only be loaded by running code that comes with it, which is never done here; "
-                "expected a model of a family that transformers has itself"
-            ) from None
-
-
-def pickle_refused(flag: str, path: str, name: str = ".bin") -> UsageError:
-    return UsageError(
-        f"--{flag} {path} has its weights in a pickle ({name}), which can hold code: expected safetensors "
-        "(save_pretrained writes it), or --allow_pickle, to have the numbers alone read from it"
-    )
-
-
-def own_settings(path: str, name: str) -> dict:
-    """The object in a JSON file of a folder or a Hub repository; an empty one where there is no such file."""
-    file = None
-    with suppress(OSError):  # of what can be no name of a repository
-        file = cached_file(path, name, **NO_ERRORS)
-    return read_object(Path(file)) if file else {}
 
 
 def named_weights(settings: dict) -> list:
@@ -206,35 +113,6 @@ def listed(names: set[str], most: int = 3) -> str:
     return ", ".join(first) + more
 
 
-def base_of(path: str) -> str:
-    """Where the whole model is: at the path itself, or where an adapter that is saved there says."""
-    adapter = Path(path) / "adapter_config.json"
-    if not adapter.exists():
-        return path
-    base = read_object(adapter).get("base_model_name_or_path", 0)
-    base = path if base is None else base
-    if not isinstance(base, str):
-        raise UsageError(f"{adapter} cannot be read: its base_model_name_or_path is no text")
-    return base
-
-
-def check_is_whole(path: str, flag: str) -> None:
-    """Raise UsageError for a folder that holds an adapter alone, where a whole model is trained or asked."""
-    base = base_of(path)
-    if base != path:
-        raise UsageError(
-            f"--{flag} {path} is an adapter of {base}, expected a whole model: merge the two (--merge, or "
-            "merge_and_unload of peft) and save that"
-        )
-
-
-def has_file(path: str, name: str) -> bool:
-    """Whether a folder or a Hub repository has a file of that name."""
-    with suppress(OSError):  # of what can be no name of a repository
-        return path != "" and cached_file(path, name, **NO_ERRORS) is not None
-    return False
-
-
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, problem: str) -> None:
     """Raise UsageError if the tokenizer has ids that the model lacks, but for special tokens that nothing here uses."""
     n_embedded = getattr(config.get_text_config(), "vocab_size", math.inf)
@@ -314,22 +192,6 @@ def load_tokenizer(
     return tokenizer
 
 
-def prepare_config(config: PretrainedConfig) -> PretrainedConfig:
-    """Set every dropout probability to 0: with dropout, the same tokens would score differently each time.
-
-    In the configuration rather than in the modules, because T5 and Llama read some of theirs as plain numbers. GPT-2's
-    and Flan-T5's activation gets its other name in transformers: the same function in one kernel, not eight.
-    """
-    for name, value in vars(config).items():
-        if isinstance(value, PretrainedConfig):  # a model of several, each with a configuration of its own
-            prepare_config(value)
-        elif "drop" in name and isinstance(value, float):
-            setattr(config, name, 0.0)
-        elif value == "gelu_new":
-            setattr(config, name, "gelu_pytorch_tanh")
-    return config
-
-
 def thin_gradient(language_model: PreTrainedModel) -> None:
     """Where the input embedding is the output layer too, let its gradient be the rows read, not a matrix of zeros but
     for them: the output layer's, to which it is added, is a full one. For a model that is trained whole, as fused Adam
@@ -343,21 +205,24 @@ def thin_gradient(language_model: PreTrainedModel) -> None:
             module.sparse = language_model.device.type == "cpu" and size() == 1  # the CPU is where it was measured
 
 
-def check_installed(package: str, what: str) -> None:
-    if not importlib.util.find_spec(package):
-        raise UsageError(f"{what} needs {package}: pip install {package}")
-
-
 def check_packages(config: Config) -> None:
     """Raise UsageError if a package is not installed that is imported only where it is asked for."""
-    if config.load_in_8bit or config.load_in_4bit or config.reference_in_8bit or config.reward_in_8bit:
+    others_in_8bit = config.task == "train" and (config.reference_in_8bit or config.reward_in_8bit)
+    if config.load_in_8bit or config.load_in_4bit or others_in_8bit:
         check_installed("bitsandbytes", "loading in 8 or 4 bits")
     if config.has_adapter:
         check_installed("peft", "--lora_r" if config.lora_r else "--peft_model_path")
 
 
-def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False, outliers_from: float = 0.0) -> dict:
-    """The settings that load weights in 8 or 4 bits. Raises UsageError if bitsandbytes is not installed.
+def quantized(
+    device: torch.device,
+    in_8bit: bool,
+    in_4bit: bool = False,
+    outliers_from: float = 0.0,
+    kept: list[str] | None = None,
+) -> dict:
+    """The settings that load weights in 8 or 4 bits, but for the modules that are `kept` as they are: none named, the
+    output layer. Raises UsageError if bitsandbytes is not installed.
 
     Columns of activations with a number of at least `outliers_from` anywhere in a batch are multiplied in 16 bits, in
     all its rows: a token's probability would hang on the texts beside it. 0: no column is.
@@ -370,6 +235,7 @@ def quantized(device: torch.device, in_8bit: bool, in_4bit: bool = False, outlie
         load_in_4bit=in_4bit,
         bnb_4bit_quant_type="nf4",
         llm_int8_threshold=outliers_from,
+        llm_int8_skip_modules=kept,
     )
     return {"quantization_config": settings, "device_map": {"": device}}
 
@@ -402,76 +268,50 @@ def load_language_model(
     settings["config"] = config
     settings["dtype"] = getattr(torch, dtype)
     model = load_weights(factory, flag, path, allow_pickle=allow_pickle, **settings)
-    for module in model.modules():
-        if type(module).__name__ == "Linear8bitLt":  # also where the files say so
-            module.state.threshold = 0.0
-            keep_in_train_mode(module)
-        module.support_avx512bf16_for_cpu = False  # else 4-bit weights are repacked, and the gradient is lost
+    steady(model)
     return model if in_8bit or in_4bit else model.to(device)
 
 
-def adapter_settings(path: str, base: str, name: str, allow_pickle: bool = False):
-    """peft's settings of the adapter at `path`. Raises UsageError unless it is whole, changes weights, and is one of
-    the model `base`, which may also be called by its own `name`.
+def steady(model: PreTrainedModel) -> None:
+    """Have weights in few bits, of which the files may say so themselves, compute the same in every mode and batch."""
+    for module in model.modules():
+        if type(module).__name__ == "Linear8bitLt":
+            module.state.threshold = 0.0
+            keep_in_train_mode(module)
+        module.support_avx512bf16_for_cpu = False  # else 4-bit weights are repacked, and the gradient is lost
+
+
+def load_under_head(
+    config: PretrainedConfig,
+    path: str,
+    dtype: str,
+    device: torch.device,
+    in_8bit: bool = False,
+    in_4bit: bool = False,
+    flag: str = "base_model_name",
+    allow_pickle: bool = False,
+) -> PreTrainedModel:
+    """The trunk of the model at `path` as `load_language_model` loads it, under a classifier's head in float32, which
+    is new where the files have none like it.
     """
-    import peft
-
-    if Path(path).exists() and len(list(Path(path).glob("adapter_*"))) < 2:  # peft would ask the Hub for the other
-        raise UsageError(f"--peft_model_path {path} lacks adapter_config.json or adapter_model.safetensors")
-    settings = prepare_config(load(peft.PeftConfig.from_pretrained, "peft_model_path", path))
-    if settings.is_prompt_learning:
-        kind = settings.peft_type.value
-        raise UsageError(
-            f"--peft_model_path {path} is of the kind {kind}, which puts vectors of its own before every text; "
-            "expected an adapter that changes weights, such as LoRA"
-        )
-    if getattr(settings, "adapters", None):
-        raise UsageError(f"--peft_model_path {path} is made of other adapters, that it names; expected one by itself")
-    if not allow_pickle and not has_file(path, "adapter_model.safetensors"):
-        raise pickle_refused("peft_model_path", path, "adapter_model.bin")
-    settings.inference_mode = False
-    own = settings.base_model_name_or_path or base
-    if Path(own).name not in (Path(base).name, Path(name).name):
-        raise UsageError(
-            f"--peft_model_path {path} is an adapter of {own}, not of {base}; "
-            f"if they are the same model, name it alike in {path}/adapter_config.json"
-        )
-    return settings
+    factory = transformers.AutoModelForSequenceClassification
+    settings = {"config": config, "dtype": getattr(torch, dtype)}
+    if in_8bit or in_4bit:
+        with torch.device("meta"):
+            kept = new_parts(factory.from_config(copy.deepcopy(config)))
+        settings |= quantized(device, in_8bit, in_4bit, kept=kept)
+    model = load_weights(factory, flag, path, is_new=True, allow_pickle=allow_pickle, **settings)
+    steady(model)
+    if model.dtype != torch.float32:
+        for name in new_parts(model):
+            keep_in_float32(model.get_submodule(name))
+    return model if in_8bit or in_4bit else model.to(device)
 
 
-def new_adapter(language_model: PreTrainedModel, config: Config) -> PreTrainedModel:
-    """The model under a new LoRA adapter of rank --lora_r, which changes nothing yet. It has no dropout."""
-    check_installed("peft", "--lora_r")
-    import peft
-
-    task = "SEQ_2_SEQ_LM" if language_model.config.is_encoder_decoder else "CAUSAL_LM"
-    settings = peft.LoraConfig(r=config.lora_r, lora_alpha=config.lora_alpha, task_type=task)
-    with one_sentence(f"--lora_r {config.lora_r} finds no place in {language_model.name_or_path}"):
-        return peft.get_peft_model(language_model, settings)
-
-
-def with_adapter(language_model: PreTrainedModel, path: str, base: str, allow_pickle: bool = False) -> PreTrainedModel:
-    """The model, which is that of `base`, under the adapter at `path`, with the ends of a response saved beside it.
-
-    The adapter alone is trained, in float32 whatever the base weights are in, and has no dropout. Raises UsageError for
-    an adapter of another model.
-    """
-    check_installed("peft", "--peft_model_path")
-    import peft
-
-    settings = adapter_settings(path, base, language_model.name_or_path, allow_pickle)
-    own = settings.base_model_name_or_path
-    problem = f"--peft_model_path {path} is an adapter of {own}, not of {base}"
-    if own in (None, base):
-        problem = f"--peft_model_path {path} is an adapter that does not fit {base}"
-    with one_sentence(problem):
-        adapted = peft.get_peft_model(language_model, settings)
-        result = adapted.load_adapter(path, "default", is_trainable=True)
-        if result.missing_keys or result.unexpected_keys:
-            raise ValueError("it has weights for other layers")
-    if has_file(path, "generation_config.json"):
-        language_model.generation_config = load(GenerationConfig.from_pretrained, "peft_model_path", path)
-    return adapted
+def keep_in_float32(module: torch.nn.Module) -> None:
+    """Have a module's weights in float32, and what it is given, too."""
+    module.float()
+    module.register_forward_pre_hook(lambda _, inputs: tuple(tensor.float() for tensor in inputs))
 
 
 def check_encoder(kind: str, config: PretrainedConfig, path: str) -> None:
@@ -521,10 +361,7 @@ def load_base(
     config: Config, path: str, device: torch.device, adapter: str, flag: str = "base_model_name"
 ) -> PreTrainedModel:
     """The language model at `path`, under the adapter that the folder holds, or else the one at `adapter`, if any."""
-    base = base_of(path)
-    if adapter and base != path:
-        raise UsageError(f"--{flag} {path} is an adapter itself; --peft_model_path {adapter} cannot be added")
-    adapter = adapter if base == path else path
+    base, adapter = with_its_adapter(path, adapter, flag)
     base_flag = flag if base == path else "base_model_name"
     bits = (config.load_in_8bit, config.load_in_4bit)
     language_model = load_language_model(
@@ -556,24 +393,41 @@ def load_policy(
     return policy
 
 
+def to_be_trained(model: PreTrainedModel, config: Config) -> PreTrainedModel:
+    """The model under its adapter, or else a new one, that alone is trained; without either, all of it is."""
+    if hasattr(model, "peft_config"):
+        return model
+    if config.lora_r:
+        return new_adapter(model, config)
+    thin_gradient(model)
+    return model
+
+
+def count_parameters(model: torch.nn.Module) -> str:
+    """How many parameters there are, and how many of them are trained where an adapter freezes the rest."""
+    whole = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return f"{whole:,} parameters" + (f", of which {trained:,} are trained" if trained < whole else "")
+
+
+def recompute_activations(model: PreTrainedModel, config: Config) -> None:
+    """With --gradient_checkpointing, have activations computed anew for the gradient, in train mode."""
+    if config.gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+
+
 def new_policy(config: Config, path: str, device: torch.device) -> PolicyModel:
     """What training starts from: the model at `path` under the adapter and with the critic that the config asks for.
 
     What is not there is new: an adapter that changes nothing, a critic from the base model, a value head of zeros.
     """
-    language_model = load_base(config, path, device, config.peft_model_path)
-    is_adapted = hasattr(language_model, "peft_config")
-    if config.lora_r and not is_adapted:
-        language_model = new_adapter(language_model, config)
-    elif not is_adapted:
-        thin_gradient(language_model)
+    language_model = to_be_trained(load_base(config, path, device, adapter_to_add(config, path)), config)
     run = path if saved_critic_kind(path, config.critic) == config.critic else None
     critic = load_critic(config.critic, run, base_of(path), device, allow_pickle=config.allow_pickle)
     policy = with_value_head(language_model, critic, config.critic, config)
     if run:
         load_value_head(policy, run)
-    if config.gradient_checkpointing:
-        policy.language_model.activation_checkpointing_enable({"use_reentrant": False})
+    recompute_activations(policy.language_model, config)
     return policy
 
 
@@ -601,38 +455,52 @@ def load_reference(config: Config, path: str, policy: PolicyModel) -> PolicyMode
     """The frozen reference: a copy of the policy as it starts, or with --reference_in_8bit its base model in 8 bits."""
     if not config.reference_in_8bit:
         return frozen_copy(policy)
-    base = base_of(path)
+    base, adapter = with_its_adapter(path, adapter_to_add(config, path))
     language_model = load_language_model(
         base, config.dtype, policy.device, in_8bit=True, allow_pickle=config.allow_pickle
     )
-    adapter = config.peft_model_path if base == path else path
     if adapter:
         language_model = with_adapter(language_model, adapter, base, config.allow_pickle)
     return PolicyModel(language_model, mixed_precision=policy.mixed_precision).requires_grad_(False).eval()
 
 
-def merged(language_model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of the whole model with its adapter folded in.
-
-    Where an adapted layer shares its weights with one that is not adapted, or otherwise, as input embedding and output
-    layer do, it gets weights of its own first: else the other layer would get the adapter, too.
-    """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    copied = copy.deepcopy(language_model)
-    n_uses = Counter(id(parameter) for _, parameter in copied.named_parameters(remove_duplicate=False))
-    for module in copied.modules():
-        if isinstance(module, BaseTunerLayer):
-            layer = module.get_base_layer()
-            if n_uses[id(layer.weight)] > 1:
-                layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-                copied.config.tie_word_embeddings = False
-    return copied.merge_and_unload()
-
-
 def from_anywhere(path: str | None) -> str | None:
     """A Hub id as it is; a folder's name such that it can be found from another working directory, too."""
     return os.path.abspath(path) if path and Path(path).is_dir() else path
+
+
+def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, merge: bool = False) -> None:
+    """The model, or its adapter alone, and the tokenizer in the formats of transformers and peft, loadable without this
+    project. With `merge`, an adapter is folded into a copy of the whole model.
+
+    Beside an adapter is what the base model's folder does not say: the ends of a response, a classifier's labels.
+    """
+    if merge and hasattr(model, "merge_and_unload"):
+        model = merged(model)
+    for adapter in getattr(model, "peft_config", {}).values():
+        for name in ("target_modules", "modules_to_save"):
+            if isinstance(getattr(adapter, name, None), set | list):
+                names = sorted(set(getattr(adapter, name)))  # a set's order is another in every process
+                setattr(adapter, name, names)
+        adapter.base_model_name_or_path = from_anywhere(adapter.base_model_name_or_path)
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
+    if model.can_generate():
+        model.generation_config.save_pretrained(folder)
+    elif hasattr(model, "peft_config"):
+        labels = copy.deepcopy(model.config)
+        vars(labels).pop("quantization_config", None)  # of weights that are elsewhere
+        labels.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def loader_of(model: PreTrainedModel) -> str:
+    """The Python that loads such a model with transformers alone, `{}` being the place."""
+    if not model.can_generate():
+        labels = ", config=transformers.AutoConfig.from_pretrained(FOLDER)" * hasattr(model, "peft_config")
+        return f"transformers.AutoModelForSequenceClassification.from_pretrained({{}}{labels})"
+    factory = "AutoModelForSeq2SeqLM" if model.config.is_encoder_decoder else "AutoModelForCausalLM"
+    return f"transformers.{factory}.from_pretrained({{}})"
 
 
 def save_policy(
@@ -643,30 +511,19 @@ def save_policy(
     replaces: str = "",
     settings: Config | None = None,
 ) -> None:
-    """The language model, or its adapter alone, and the tokenizer in the formats of transformers and peft, loadable
-    without this project; value head and critic beside them; and a manifest that says what is there.
+    """The language model or its adapter, and the tokenizer, as by `write_model`; value head and critic beside them; and
+    a manifest that says what is there.
 
-    With `merge`, an adapter is folded into a copy of the whole model. `replaces` as in `whole_folder`. With `settings`,
-    they are written too, and the folder is a run to the tasks that use one.
+    `replaces` as in `whole_folder`. With `settings`, they are written too, and the folder is a run to the tasks that
+    use one.
     """
-    language_model = policy.language_model
-    if merge and hasattr(language_model, "merge_and_unload"):
-        language_model = merged(language_model)
-    for adapter in getattr(language_model, "peft_config", {}).values():
-        if isinstance(adapter.target_modules, set):
-            adapter.target_modules = sorted(adapter.target_modules)  # a set's order is another in every process
-        adapter.base_model_name_or_path = from_anywhere(adapter.base_model_name_or_path)
     with whole_folder(folder, replaces) as scratch:
-        language_model.save_pretrained(scratch)
-        (scratch / "README.md").unlink(missing_ok=True)  # peft's, a form that nobody has filled in
-        language_model.generation_config.save_pretrained(scratch)  # the ends of a response, beside an adapter as well
-        tokenizer.save_pretrained(scratch)
+        write_model(policy.language_model, tokenizer, scratch, merge)
         if policy.critic is not None:
             policy.critic.save_pretrained(scratch / "critic")
         head = {name: tensor.contiguous().cpu() for name, tensor in policy.value_head.state_dict().items()}
         save_file(head, scratch / "value_head.safetensors")
         if settings:
             write_settings(scratch, settings)
-        factory = "AutoModelForSeq2SeqLM" if policy.is_encoder_decoder else "AutoModelForCausalLM"
-        loader = f"transformers.{factory}.from_pretrained({{}})"
+        loader = loader_of(policy.language_model)
         write_manifest(scratch, loader, base_of(str(scratch)), critic=policy.critic_kind)

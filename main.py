@@ -93,8 +93,8 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
     import torch
 
     from distributed import from_first, processes
-    from push import check_push, push
     from prompts import with_prompt_column
+    from push import check_push, push
     from run import run_ppo
     from trackers import check_tracker
 

@@ -8,20 +8,14 @@ import torch
 from torch.nn.functional import pad
 
 import ppo
+from adapters import adapter_to_add
 from classifier import check_labels
 from config import Config, RunError, UsageError
 from dataset import load_rows
 from device import prepare_device
 from folders import stage_folder
 from generate import respond, score_responses
-from loading import (
-    check_can_be_sampled,
-    check_encoder,
-    check_is_whole,
-    check_packages,
-    load_language_model,
-    load_tokenizer,
-)
+from loading import check_encoder, check_packages, count_parameters, load_base, load_tokenizer
 from model import PolicyModel
 from probe import context_length
 from prompts import (
@@ -58,8 +52,7 @@ BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
 def check_before_training(config: Config, trains_reward: bool) -> None:
     """Refuse, before minutes of training, what would be refused after them: data, columns, weights, lengths."""
     check_weights(config)
-    if config.task == "train":
-        check_packages(config)
+    check_packages(config)
     if config.reward_fn:
         load_reward_function(config.reward_fn)
     reads_all = config.dataset_path or trains_reward
@@ -71,8 +64,6 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
             check_prompts(asked, config)
         if (config.completion_column or config.chat) and (config.task == "sft" or config.sft_first):
             answers(in_file_order(some_rows), config)
-    if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):
-        check_is_whole(config.base_model_name, "base_model_name")
     comes_later = config.task == "train" and (
         trains_reward or (config.sft_first and not stage_folder(config, "sft").exists())
     )
@@ -93,11 +84,10 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
 
 def check_start(config: Config) -> None:
     """Raise UsageError if PPO could not start from the base model, whatever the stages before it make of it."""
-    device = prepare_device(config)
-    model = load_language_model(config.base_model_name, config.dtype, device, allow_pickle=config.allow_pickle)
-    check_can_be_sampled(model, config.base_model_name)
+    adapter = adapter_to_add(config, config.base_model_name)
+    model = load_base(config, config.base_model_name, prepare_device(config), adapter)
     check_encoder(config.critic, model.config, config.base_model_name)
-    tokenizer = load_tokenizer(config.base_model_name, adapter=config.peft_model_path)
+    tokenizer = load_tokenizer(config.base_model_name, adapter=adapter)
     with redirect_stdout(io.StringIO()):  # what is cut will be told when it is
         training, validation, held_out = load_all_prompts(config, tokenizer, most_prompts(config))
     check_context(config, PolicyModel(model), training + validation + held_out)
@@ -152,13 +142,6 @@ def prompt_room(config: Config, policy: PolicyModel) -> int:
     if response > most:
         raise UsageError(f"--max_new_tokens {response} is more than the {most} tokens that the model has room for")
     return room
-
-
-def count_parameters(policy: PolicyModel) -> str:
-    """How many parameters there are, and how many of them are trained where an adapter freezes the rest."""
-    whole = sum(p.numel() for p in policy.parameters())
-    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    return f"{whole:,} parameters" + (f", of which {trained:,} are trained" if trained < whole else "")
 
 
 def memory_estimate(config: Config, policy: PolicyModel) -> str:

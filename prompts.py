@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, template_fields
 from dataset import column, load_rows, place_of
-from loading import one_sentence
+from hub import one_sentence
 from model import PolicyModel
 from probe import special_ends
 from randomness import permutation

@@ -12,19 +12,12 @@ from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, disable_progress_bars, validate_repo_id
 
+from adapters import base_of
 from card import CARD, RELIABILITY_FIGURE, TRAINING_FIGURE
 from config import Config, RunError, UsageError, first_line
 from files import MANIFEST, read_object
 from folders import stage_folder
-from loading import base_of, hub_error, one_sentence
-from provenance import RECORD, ROWS
-
-AT_HOME = (
-    "run_config.json",
-    RECORD,
-    ROWS,
-)  # of a stage's folder: they name this disk's places, or say what rows it saw
-
+from hub import hub_error, one_sentence
 
 def check_push(config: Config, base_model: str) -> None:
     """Raise UsageError if --push_to_hub could not be done: for a name that is none, where nobody is logged in or may
@@ -99,14 +92,10 @@ def check_is_empty(repo: str) -> None:
 
 
 def public_files(folder: Path) -> list[str]:
-    """The files of a folder that are uploaded: model, tokenizer, value head, the card with its figure.
-
-    Not the state of the run, nor its logs and settings, nor what is known of its rows.
+    """The files of a folder that are uploaded: those of its manifest (model, tokenizer, value head), the card with its
+    figure. Not the state of the run, nor its logs and settings, nor what is known of its rows.
     """
-    if (folder / MANIFEST).exists():
-        names = [*read_object(folder / MANIFEST)["sha256"], MANIFEST, CARD]
-    else:
-        names = [path.name for path in folder.iterdir() if path.is_file() and path.name not in AT_HOME]
+    names = [*read_object(folder / MANIFEST)["sha256"], MANIFEST, CARD]
     figures = [name for name in (TRAINING_FIGURE, RELIABILITY_FIGURE) if (folder / name).exists()]
     return sorted([*names, *figures])
 

@@ -31,9 +31,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from config import Config, RunError, UsageError, first_line, nearest
+from adapters import base_of, with_adapter
+from config import DTYPES, Config, RunError, UsageError, first_line, nearest
 from dataset import pad
-from loading import check_is_whole, load, load_tokenizer, load_weights, prepare_config, quantized
+from files import MANIFEST, read_object
+from hub import has_file, load, prepare_config
+from loading import load_tokenizer, load_under_head, load_weights, quantized
 from probe import context_length, special_ends
 from progress import tell
 from prompts import answered, chat_text, check_system, is_conversation, template_ids, text_ids
@@ -397,9 +400,13 @@ def prepare_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 def load_classifier(
     config: Config, path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device
 ) -> PreTrainedModel:
-    """The classifier at `path`, frozen, in float32. Raises UsageError for a model without a head, or another weight."""
+    """The classifier at `path`, frozen, in float32; an adapter on the base weights that it was trained on. Raises
+    UsageError for a model without a head, or another weight.
+    """
     model_config = prepare_config(load(AutoConfig.from_pretrained, "reward_model_path", path))
     prepare_padding(model_config, tokenizer)
+    if base_of(path) != path:
+        return load_adapted(config, path, model_config, device).requires_grad_(False).eval()
     settings = {"config": model_config, "dtype": torch.float32} | quantized(
         device, config.reward_in_8bit, outliers_from=6.0
     )
@@ -411,12 +418,36 @@ def load_classifier(
     return classifier.requires_grad_(False).eval()
 
 
+def check_says_labels(path: str) -> None:
+    """Raise UsageError for a folder that holds an adapter alone, without the configuration of a classifier."""
+    base = base_of(path)
+    if base != path and not has_file(path, "config.json"):
+        raise UsageError(
+            f"--reward_model_path {path} is an adapter of {base} without a classifier's config.json, which has the "
+            "labels: expected one that --task reward has saved, or a whole model (merge_and_unload of peft)"
+        )
+
+
+def load_adapted(config: Config, path: str, model_config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
+    """The classifier whose adapter and head are at `path`, on the base model's weights in as many bits as they were
+    trained on, or with --reward_in_8bit in 8.
+    """
+    base = base_of(path)
+    manifest = Path(path) / MANIFEST
+    weights = read_object(manifest).get("base_weights", {}) if manifest.exists() else {}
+    in_4bit = weights.get("load_in_4bit") is True
+    in_8bit = weights.get("load_in_8bit") is True or (config.reward_in_8bit and not in_4bit)
+    dtype = weights.get("dtype") if weights.get("dtype") in DTYPES else "float32"
+    classifier = load_under_head(model_config, base, dtype, device, in_8bit, in_4bit, allow_pickle=config.allow_pickle)
+    return with_adapter(classifier, path, base, config.allow_pickle, flag="reward_model_path")
+
+
 def load_reward_model(config: Config, path: str, device: torch.device) -> Callable[..., TensorType["batch"]]:
     """The classifier at `path`, from texts, and how to `encode` them, to rewards.
 
     Raises UsageError for a label or head that it does not have.
     """
-    check_is_whole(path, "reward_model_path")
+    check_says_labels(path)
     tokenizer = load_tokenizer(path, "reward_model_path", writes=False)
     classifier = load_classifier(config, path, tokenizer, device)
     label = label_index(classifier.config.id2label, config.reward_label)
@@ -481,7 +512,7 @@ def check_weights(config: Config) -> None:
     if "length" in names or config.length_range:
         length_term(config.length_range)
     if config.task == "train" and config.reward_model_path and needs_reward_model(config):
-        check_is_whole(config.reward_model_path, "reward_model_path")
+        check_says_labels(config.reward_model_path)
         classifier = load(AutoConfig.from_pretrained, "reward_model_path", config.reward_model_path)
         label_index(classifier.id2label, config.reward_label)
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 
 import report
+from adapters import adapter_to_add, merged
 from card import write_run_card
 from checkpoint import (
     BYTES_A_SECOND,
@@ -39,21 +40,13 @@ from distributed import from_first, gathered, is_first, size
 from evaluation import compare, evaluate_policy
 from files import append_row, cut_rows, move_into, read_object, read_rows
 from folders import POLICY_MARKER, STATS, best_of, claimed, how_to_resume, notice
-from loading import (
-    load_policy,
-    load_reference,
-    load_tokenizer,
-    merged,
-    new_policy,
-    one_sentence,
-    save_policy,
-)
+from hub import one_sentence
+from loading import count_parameters, load_policy, load_reference, load_tokenizer, new_policy, save_policy
 from model import PolicyModel
 from plot import plot_training, reward_difference, sample_pairs
 from preflight import (
     check_context,
     check_invariants,
-    count_parameters,
     gap_of_policies,
     is_close,
     memory_estimate,
@@ -184,7 +177,7 @@ def load_models(
         device = prepare_device(replace(config, matmul_precision=began.matmul_precision))
     else:
         device = prepare_device(config)
-    tokenizer = load_tokenizer(base_model, adapter=config.peft_model_path)
+    tokenizer = load_tokenizer(base_model, adapter=adapter_to_add(config, base_model))
     prompts = Prompts(*load_all_prompts(config, tokenizer, began.n_prompts if began else most_prompts(config)))
     policy = new_policy(config, base_model, device)
     terms = load_reward_terms(config, reward_model_path, device, separator_of(policy, config))

@@ -6,7 +6,9 @@ end, never the prompt.
 
 import itertools
 import math
+import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,14 +16,25 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from adapters import adapter_to_add, base_of
 from card import CARD, stage_card
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad
 from device import prepare_device
 from files import whole_folder, write_whole
-from folders import stage_folder
+from folders import stage_folder, write_manifest
 from generate import end_ids
-from loading import check_is_whole, load_language_model, load_tokenizer, prepare_config, thin_gradient
+from hub import prepare_config
+from loading import (
+    count_parameters,
+    load_base,
+    load_tokenizer,
+    loader_of,
+    recompute_activations,
+    thin_gradient,
+    to_be_trained,
+    write_model,
+)
 from probe import context_length
 from progress import progress
 from prompts import bare_ids, end_of_answer, limit_length, make_prompts, own_answer, text_ids
@@ -38,6 +51,60 @@ def own_loss(model: PreTrainedModel, batch: dict) -> torch.Tensor:
     return model(**batch).loss
 
 
+def n_terms(model: PreTrainedModel, batch: dict) -> int:
+    """Over how many the loss of a batch is a mean: tokens that are predicted, else rows, be they texts or pairs'."""
+    labels = batch["labels"]
+    if labels.dim() == 1:
+        return len(labels)
+    first = 0 if model.config.is_encoder_decoder else 1  # nothing predicts a causal model's first token
+    return int((labels[:, first:] != IGNORED).sum())
+
+
+def rows_of(batch: dict, rows: list[int]) -> dict:
+    """Some rows of a batch, without the columns that are padding in all of them."""
+    part = {name: tensor[rows] for name, tensor in batch.items()}
+    width = int(part["attention_mask"].sum(1).max())
+    part |= {name: part[name][:, :width] for name in ("input_ids", "attention_mask")}
+    if part["labels"].dim() > 1:  # the last token of a text is always learned
+        n_labels = int((part["labels"] != IGNORED).any(0).nonzero().max()) + 1
+        part["labels"] = part["labels"][:, :n_labels]
+    return {name: tensor.contiguous() for name, tensor in part.items()}
+
+
+def in_passes(batch: dict, most_rows: int) -> list[dict]:
+    """The batch as those of the forward passes that share its optimizer step, of at most so many rows."""
+    n_rows = len(batch["labels"])
+    if n_rows <= most_rows:
+        return [batch]
+    return [rows_of(batch, list(range(n_rows))[start : start + most_rows]) for start in range(0, n_rows, most_rows)]
+
+
+def add_gradient(
+    model: PreTrainedModel, batch: dict, loss_of: Callable, passes_of: Callable, mixed_precision: bool
+) -> float:
+    """Add the gradient of a batch's loss to the parameters', a pass at a time; the loss.
+
+    Each pass counts by its share of what the mean is over, so that the passes add up to the whole: a mean of means
+    would weigh the tokens of short texts more.
+    """
+    passes = passes_of(batch)
+    n_whole = n_terms(model, batch) if len(passes) > 1 else 0
+    total = 0.0
+    for part in passes:
+        share = n_terms(model, part) / n_whole if n_whole else 1.0
+        if share == 0:  # of no term there is no mean
+            continue
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=mixed_precision):
+            loss = loss_of(model, part) * share
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def whole(batch: dict) -> list[dict]:
+    return [batch]
+
+
 def fit(
     model: PreTrainedModel,
     batches: Iterator[dict],
@@ -45,8 +112,13 @@ def fit(
     learning_rate: float,
     name: str,
     loss_of: Callable = own_loss,
+    passes_of: Callable = whole,
+    mixed_precision: bool = False,
 ) -> float:
-    """Minimise a loss by AdamW: a tenth of warm-up, then linearly to 0. Returns the recent mean loss."""
+    """Minimise a loss by AdamW: a tenth of warm-up, then linearly to 0. Returns the recent mean loss.
+
+    Each of the batches is an optimizer step, in the forward passes that `passes_of` makes of it.
+    """
     warm_up = math.ceil(steps / 10)
 
     def share_of_peak(step: int) -> float:
@@ -54,36 +126,45 @@ def fit(
         falling = (steps - step) / max(1, steps - warm_up)
         return min(rising, falling)
 
-    optimizer = torch.optim.AdamW(model.parameters(), learning_rate, betas=(0.9, 0.98), fused=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, share_of_peak)
     model.train()
-    recent = 0.0
+    recent, n_tokens, started = 0.0, 0, time.perf_counter()
     with progress(steps, name, "step") as advance:
         for step in range(steps):
-            loss = loss_of(model, next(batches))
+            batch = next(batches)
             optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            loss = add_gradient(model, batch, loss_of, passes_of, mixed_precision)
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             schedule.step()
-            recent = loss.item() if step == 0 else 0.95 * recent + 0.05 * loss.item()
+            recent = loss if step == 0 else 0.95 * recent + 0.05 * loss
             if not math.isfinite(recent):
                 raise RunError(f"the loss of the {name} is {recent} at step {step}; try a lower learning rate")
-            advance({"loss": f"{recent:.3f}"})
+            n_tokens += int(batch["attention_mask"].sum())
+            rate = n_tokens / (time.perf_counter() - started)
+            advance({"loss": f"{recent:.3f}", "tokens/s": f"{rate:,.0f}"})
     model.eval()
     return recent
 
 
-def try_out(model: PreTrainedModel, batches: Iterator[dict], name: str, loss_of: Callable = own_loss) -> float:
+def try_out(
+    model: PreTrainedModel,
+    batches: Iterator[dict],
+    name: str,
+    loss_of: Callable = own_loss,
+    passes_of: Callable = whole,
+    mixed_precision: bool = False,
+) -> float:
     """The loss of the first batch, with its gradient: what `fit` begins with, but for the step itself.
 
     Raises RunError where it is no number.
     """
-    loss = loss_of(model.train(), next(batches))
-    loss.backward()
-    if not math.isfinite(loss.item()):
-        raise RunError(f"the loss of the {name} is {loss.item()} before any step")
-    return loss.item()
+    loss = add_gradient(model.train(), next(batches), loss_of, passes_of, mixed_precision)
+    if not math.isfinite(loss):
+        raise RunError(f"the loss of the {name} is {loss} before any step")
+    return loss
 
 
 def length_grouped(lengths: list[int], batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -219,15 +300,14 @@ def endless_batches(
 
 
 @torch.no_grad()
-def perplexity(model: PreTrainedModel, examples: list[Example], pad_id: int) -> float:
+def perplexity(model: PreTrainedModel, examples: list[Example], pad_id: int, batch_size: int = 64) -> float:
     """exp of the mean negative log-likelihood a token, over all predicted tokens of the examples."""
-    is_encoder_decoder = model.config.is_encoder_decoder
-    first = 0 if is_encoder_decoder else 1  # nothing predicts a causal model's first token
     total = 0.0
     count = 0
-    for start in range(0, len(examples), 64):
-        batch = language_batch(examples[start : start + 64], pad_id, is_encoder_decoder, model.device)
-        n_predicted = (batch["labels"][:, first:] != IGNORED).sum().item()
+    for start in range(0, len(examples), batch_size):
+        some = examples[start : start + batch_size]
+        batch = language_batch(some, pad_id, model.config.is_encoder_decoder, model.device)
+        n_predicted = n_terms(model, batch)
         total += own_loss(model, batch).item() * n_predicted
         count += n_predicted
     return math.exp(total / count)
@@ -274,14 +354,17 @@ def new_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> Pr
 
 
 def start_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """What is to be trained on texts: --base_model_name, or a small GPT-2 of random weights."""
+    """What is to be trained on texts: --base_model_name, all of it or an adapter on it, or a small GPT-2 of random
+    weights, all of them.
+    """
     device = prepare_device(config)
     if config.trains_from_scratch:
         model = new_language_model(config, tokenizer).to(device)
+        thin_gradient(model)
     else:
-        check_is_whole(config.base_model_name, "base_model_name")
-        model = load_language_model(config.base_model_name, "float32", device, allow_pickle=config.allow_pickle)
-    thin_gradient(model)
+        adapter = adapter_to_add(config, config.base_model_name)
+        model = to_be_trained(load_base(config, config.base_model_name, device, adapter), config)
+    recompute_activations(model, config)
     return model
 
 
@@ -300,6 +383,12 @@ def training_batches(
     return batches, n_steps(config.sft_steps, config.sft_epochs, len(examples), config.sft_batch_size)
 
 
+def levers(config: Config) -> dict:
+    """How `fit` and `try_out` go through a batch of texts."""
+    passes_of = partial(in_passes, most_rows=config.mini_batch_size)
+    return {"passes_of": passes_of, "mixed_precision": config.mixed_precision == "bf16"}
+
+
 def train_language_model(
     config: Config, rows: list[dict], tokenizer: PreTrainedTokenizerBase, name: str
 ) -> PreTrainedModel:
@@ -307,7 +396,7 @@ def train_language_model(
     model = start_language_model(config, tokenizer)
     examples = language_examples(rows, config, tokenizer, model)
     batches, steps = training_batches(model, examples, config, tokenizer.pad_token_id)
-    fit(model, batches, steps, config.sft_learning_rate, name)
+    fit(model, batches, steps, config.sft_learning_rate, name, **levers(config))
     return model
 
 
@@ -318,14 +407,18 @@ def save_stage(
     tokenizer: PreTrainedTokenizerBase,
     config: Config,
     source: Source,
+    merge: bool = False,
     **figures: float,
 ) -> None:
-    """Model, tokenizer, settings, what it was made from with its figures on held-out rows, and the card of a model of
-    that stage: all or nothing.
+    """The model or its adapter, which with `merge` is folded in, tokenizer, settings, what it was made from with its
+    figures on held-out rows, and the card of a model of that stage: all or nothing.
     """
     with whole_folder(folder) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        write_model(model, tokenizer, scratch, merge)
+        weights = {name: getattr(config, name) for name in ("dtype", "load_in_8bit", "load_in_4bit")}
+        base = base_of(str(scratch))
+        facts = {} if base == str(scratch) else {"base_weights": weights}
+        write_manifest(scratch, loader_of(model), base, **facts)
         write_whole(scratch / "run_config.json", to_json(config))
         write_record(scratch, source, **figures)
         write_whole(scratch / CARD, stage_card(scratch, config, stage, model.config.is_encoder_decoder))
@@ -343,22 +436,23 @@ def run_sft(config: Config) -> Path:
         texts = column(rows, config.prompt_column, "prompt_column")
         tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)
     else:
-        tokenizer = load_tokenizer(config.base_model_name)
+        adapter = adapter_to_add(config, config.base_model_name)
+        tokenizer = load_tokenizer(config.base_model_name, adapter=adapter)
     model = start_language_model(config, tokenizer)
     examples = language_examples(rows, config, tokenizer, model)
     held_out_examples = language_examples(held_out, config, tokenizer, model)
     batches, steps = training_batches(model, examples, config, tokenizer.pad_token_id)
-    size = f"{model.num_parameters():,} parameters"
+    size = count_parameters(model)
     if config.dry_run:
-        loss = try_out(model, batches, "language model")
+        loss = try_out(model, batches, "language model", **levers(config))
         told = f"{size}, on {len(examples):,} examples in {steps:,} steps; the first loss is {loss:.3f}"
         print(f"dry run: {folder} would be a language model of {told}")
         return folder
-    fit(model, batches, steps, config.sft_learning_rate, "language model")
-    result = perplexity(model, held_out_examples, tokenizer.pad_token_id)
+    fit(model, batches, steps, config.sft_learning_rate, "language model", **levers(config))
+    result = perplexity(model, held_out_examples, tokenizer.pad_token_id, config.mini_batch_size)
     source = Source(
         columns_read(config, rows[0], config.completion_column), rows, held_out, start=config.base_model_name
     )
-    save_stage(folder, "sft", model, tokenizer, config, source, perplexity=result)
+    save_stage(folder, "sft", model, tokenizer, config, source, merge=config.merge, perplexity=result)
     print(f"language model: held-out perplexity {result:.2f} a token, {size}, in {folder}")
     return folder

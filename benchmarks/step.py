@@ -40,7 +40,8 @@ from benchmarks.machine import QUIET, cpu_seconds, foreign_cores, peak_mb, wait_
 from config import Config, UsageError
 from prompts import Prompt
 from device import prepare_device
-from loading import load_reference, new_policy, prepare_config
+from hub import prepare_config
+from loading import load_reference, new_policy
 from model import PolicyModel
 
 SIZES = {

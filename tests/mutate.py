@@ -34,6 +34,9 @@ TESTS = {  # those of the reading path, what its random numbers are, and what a 
     "reward.py": ["test_reward.py", "test_heads.py"],
     "report.py": ["test_report.py"],
     "evaluation.py": ["test_evaluation.py", "test_task_evaluate.py"],
+    "hub.py": ["test_loading.py"],
+    "push.py": ["test_push.py"],
+    "adapters.py": ["test_adapters.py", "test_any_model.py"],
     "loading.py": ["test_loading.py", "test_adapters.py", "test_any_model.py"],
 }
 # Instead of the project's own options, which may start processes of their own.

@@ -27,10 +27,12 @@ from tokenizers import AddedToken
 import generate
 import ppo
 import preflight
+from adapters import merged
 from config import Config, RunError, UsageError
 from dataset import pad
 from generate import end_ids, sample
-from loading import load_policy, load_tokenizer, merged, new_policy, prepare_config, save_policy
+from hub import prepare_config
+from loading import load_policy, load_tokenizer, new_policy, save_policy
 from model import PolicyModel
 from preflight import check_invariants
 from prompts import Prompt, bare_ids
@@ -534,17 +536,6 @@ def test_a_token_behind_which_sampling_and_scoring_would_differ_is_never_drawn()
     assert_close(first.entropy[0, 0], -torch.special.xlogy(probabilities, probabilities).sum(), atol=1e-5)
 
 
-@pytest.mark.parametrize("task", ["sft", "reward", "train"])
-def test_a_stage_is_not_trained_from_an_adapter_alone(task, place, capsys):
-    make_adapter(place / "ADAPTER")
-    rows = [{"text": "abc", "label": n % 2} for n in range(40)]
-    Path("lab.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = ["--task", task, "--base_model_name", "ADAPTER", "--dataset_path", "lab.jsonl"]
-    assert_refused(
-        capsys, place, flags, f"--base_model_name ADAPTER is an adapter of {place}/MODEL, expected a whole model"
-    )
-
-
 def test_completions_beyond_the_context_are_refused(place, capsys):
     rows = [{"text": "abc" * 20, "answer": "de" * 6} for _ in range(40)]
     Path("long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -618,7 +609,7 @@ def test_an_adapter_of_a_model_with_more_tokens_does_not_fit(place, capsys):
 
 def test_an_adapter_is_no_reward_model(place, capsys):
     make_adapter(place / "ADAPTER")
-    words = f"--reward_model_path ADAPTER is an adapter of {place}/MODEL, expected a whole model: merge the two"
+    words = f"--reward_model_path ADAPTER is an adapter of {place}/MODEL without a classifier's config.json"
     assert_refused(capsys, place, command(reward_fn="", reward_model_path="ADAPTER"), words)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from micro import micro_config, review_texts
 from tiny_models import letter_tokenizer
+from transformers import AutoModelForSequenceClassification
 
 import classifier
 import dataset
@@ -279,7 +280,7 @@ def test_a_reward_model_learns_which_answer_is_preferred(chain, tmp_path):
     folder = run_reward(config, str(chain.root / "saved_models/tiny/sft"))
     assert json.loads((folder / "config.json").read_text())["id2label"] == {"0": "REWARD"}
     assert (folder / "plots/reliability.png").exists()
-    model = classifier.AutoModelForSequenceClassification.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
     tokenizer = classifier.load_tokenizer(str(folder))
     (_, right), _ = held_out_predictions(config, model, tokenizer, rows[:20])
     assert right.float().mean() > 0.9

@@ -295,7 +295,7 @@ def test_a_text_at_the_limit_is_read(name, tmp_path):
 
 def test_an_unknown_label_is_refused_before_an_adapter(tmp_path):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somewhere"}))
-    with pytest.raises(UsageError, match="is an adapter of somewhere, expected a whole model"):
+    with pytest.raises(UsageError, match=r"is an adapter of somewhere without a classifier's config\.json"):
         load_reward_model(settings(reward_label="nothing"), str(tmp_path), CPU)
 
 

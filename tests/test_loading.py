@@ -34,15 +34,8 @@ from transformers import (
 import loading
 from classifier import new_classifier
 from config import Config, UsageError
-from loading import (
-    load,
-    load_language_model,
-    load_policy,
-    load_tokenizer,
-    new_policy,
-    prepare_config,
-    save_policy,
-)
+from hub import has_file, load, prepare_config
+from loading import load_language_model, load_policy, load_tokenizer, new_policy, save_policy
 from probe import context_length
 from reward import load_reward_model
 from sft import new_language_model, new_tokenizer
@@ -346,11 +339,11 @@ def test_a_new_head_may_take_the_place_of_another_and_nothing_else_may_be_new(lo
 
 
 def check_two_labels(folder: Path) -> None:
-    assert new_classifier(str(folder), {0: "bad", 1: "good"}, PAD).score.weight.shape == (2, 16)
+    assert new_classifier(Config(), str(folder), {0: "bad", 1: "good"}, PAD, CPU).score.weight.shape == (2, 16)
 
 
 def test_what_can_be_no_name_of_a_repository_has_no_files():
-    assert not loading.has_file("../nope", "config.json") and not loading.has_file("a/b/c", "config.json")
+    assert not has_file("../nope", "config.json") and not has_file("a/b/c", "config.json")
 
 
 @pytest.mark.parametrize("kind", ["separate", "encoder"])
@@ -376,10 +369,10 @@ def test_an_adapter_without_one_of_its_weights_is_refused(tmp_path):
 
 def test_a_new_head_is_put_on_a_whole_trunk_alone(tmp_path):
     save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
-    assert new_classifier(str(tmp_path), {0: "bad", 1: "good"}, PAD).score.weight.shape == (2, 32)
+    assert new_classifier(Config(), str(tmp_path), {0: "bad", 1: "good"}, PAD, CPU).score.weight.shape == (2, 32)
     change_weights(tmp_path, **{"transformer.h.1.ln_1.bias": None})
     with pytest.raises(UsageError, match=r"lacks transformer\.h\.1\.ln_1\.bias of a GPT2ForSequenceClassification"):
-        new_classifier(str(tmp_path), {0: "bad", 1: "good"}, PAD)
+        new_classifier(Config(), str(tmp_path), {0: "bad", 1: "good"}, PAD, CPU)
 
 
 def test_an_adapter_of_a_folder_can_be_loaded_from_another_working_directory(tmp_path, monkeypatch):
@@ -492,7 +485,8 @@ def close(server: http.server.ThreadingHTTPServer) -> None:
 
 def in_a_new_process(code: str, folder: Path, **environment: str) -> str:
     """What the code prints with the loading functions at hand and an empty cache, and without a word of a library's."""
-    code = "import torch\nfrom config import *\nfrom loading import *\nfrom reward import *\nfrom sft import *\n" + code
+    modules = ("config", "adapters", "loading", "reward", "sft")
+    code = "import torch\n" + "".join(f"from {module} import *\n" for module in modules) + code
     online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
     environment = {**os.environ, **online, "PYTHONPATH": str(Path(loading.__file__).parent), **environment}
     done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, capture_output=True, text=True)
@@ -548,7 +542,7 @@ def test_a_model_of_the_hub_is_loaded_and_again_from_its_cache_when_the_hub_is_g
 
 
 def test_a_folder_is_loaded_without_asking_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(loading, "hub_error", lambda: pytest.fail("the Hub is asked"))
+    monkeypatch.setattr("hub.hub_error", lambda: pytest.fail("the Hub is asked"))
     save_policy(tiny_policy("gpt2"), letter_tokenizer(), tmp_path)
     load_tokenizer(str(tmp_path))
     load_policy(Config(), str(tmp_path), CPU)

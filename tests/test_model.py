@@ -41,13 +41,8 @@ import ppo
 from config import Config
 from dataset import pad
 from generate import sample
-from loading import (
-    load_language_model,
-    load_policy,
-    new_policy,
-    prepare_config,
-    save_policy,
-)
+from hub import prepare_config
+from loading import load_language_model, load_policy, new_policy, save_policy
 from model import (
     PolicyModel,
     eval_mode,

@@ -13,15 +13,15 @@ from huggingface_hub import close_session, constants
 from micro import PPO, assert_refused, flags, last_line_of_errors, listing, run_main
 from stand_in_hub import TOKEN, Hub, served
 
+import hub as hub_reading
 import push as pushing
-import loading
 from arguments import is_read
 from config import TASKS, Config
 
 pytest_plugins = ["micro"]
 pytestmark = pytest.mark.usefixtures("no_figures")
 MODEL = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
-MODEL |= {"tokenizer.json", "tokenizer_config.json"}
+MODEL |= {"tokenizer.json", "tokenizer_config.json", "manifest.json"}
 
 
 @pytest.fixture
@@ -34,10 +34,10 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     with served(here):
         monkeypatch.setattr(constants, "ENDPOINT", here.endpoint)
-        loading.hub_error.cache_clear()
+        hub_reading.hub_error.cache_clear()
         yield here
     close_session()
-    loading.hub_error.cache_clear()
+    hub_reading.hub_error.cache_clear()
 
 
 def train(*more, **changes) -> list[str]:
@@ -57,7 +57,7 @@ def test_the_result_is_uploaded_as_it_is_into_a_private_repository(hub, workplac
     """Policy, tokenizer, value head, manifest, card; not the state of the run, its logs or its settings."""
     assert run_main(*train("mine")) == 0
     folder = workplace / "saved_models/tiny/ppo-2"
-    assert set(sent(hub, "me/mine")) == MODEL | {"value_head.safetensors", "manifest.json"}
+    assert set(sent(hub, "me/mine")) == MODEL | {"value_head.safetensors"}
     for name, data in sent(hub, "me/mine").items():
         assert (folder / name).read_bytes() == data, name
     assert hub.private == {"me/mine"}
@@ -176,7 +176,7 @@ def test_an_adapter_of_a_model_that_nobody_else_has_is_refused(hub, workplace, c
     )
     assert_refused(capsys, workplace, [*train("mine"), *adapter], words)
     assert run_main(*train("mine"), *adapter, "--merge") == 0
-    assert set(sent(hub, "me/mine")) == MODEL | {"value_head.safetensors", "manifest.json"}
+    assert set(sent(hub, "me/mine")) == MODEL | {"value_head.safetensors"}
     assert not [name for name, data in sent(hub, "me/mine").items() if str(workplace).encode() in data]
 
 
@@ -206,7 +206,7 @@ def test_an_upload_that_fails_leaves_the_run_and_says_how_it_is_done_again(hub, 
     command = [str(Path(sys.executable).with_name(program)), *arguments]
     done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert set(sent(hub, "me/mine")) == MODEL | {"value_head.safetensors", "manifest.json"}
+    assert set(sent(hub, "me/mine")) == MODEL | {"value_head.safetensors"}
     assert all((workplace / folder / name).read_bytes() == data for name, data in sent(hub, "me/mine").items())
 
 

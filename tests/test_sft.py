@@ -138,13 +138,15 @@ def test_texts_of_one_length_are_batched_with_others_in_each_pass():
 class Line(nn.Module):
     """loss = w: Adam moves w by the learning rate in every step, whatever the gradient's size."""
 
+    device = CPU
+
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.zeros(()))
         self.seen = []
         self.modes = []
 
-    def forward(self, scale: float):
+    def forward(self, scale: float, attention_mask: torch.Tensor):
         self.seen.append(self.w.item())
         self.modes.append(self.training)
         return SimpleNamespace(loss=self.w * scale)
@@ -154,7 +156,7 @@ def test_fit_warms_up_for_a_tenth_and_falls_to_zero():
     """20 steps at peak 1e-3: a half and the whole of it, then 18/18, 17/18, ... 1/18. In train mode, which a model that
     was loaded is not in, and by gradients that are cut to a norm of 1."""
     line = Line().eval()
-    fit(line, iter([{"scale": 3.0}] * 20), 20, 1e-3, "line")
+    fit(line, iter([{"scale": 3.0, "attention_mask": torch.ones(1, 1)}] * 20), 20, 1e-3, "line")
     moves = [a - b for a, b in zip(line.seen, [*line.seen[1:], line.w.item()], strict=True)]
     assert moves == pytest.approx([5e-4, 1e-3, *(1e-3 * k / 18 for k in range(18, 0, -1))], abs=2e-6)
     assert all(line.modes) and not line.training
@@ -163,7 +165,9 @@ def test_fit_warms_up_for_a_tenth_and_falls_to_zero():
 
 def test_the_order_of_texts_is_drawn_by_the_seed(tokenizer, monkeypatch):
     drawn = []
-    monkeypatch.setattr(sft, "fit", lambda model, batches, *_: drawn.append(next(batches)["input_ids"].tolist()))
+    monkeypatch.setattr(
+        sft, "fit", lambda model, batches, *_, **named: drawn.append(next(batches)["input_ids"].tolist())
+    )
     rows = [{"text": text} for text in review_texts(20)]
     for seed in (0, 0, 1):
         train_language_model(micro_config(seed=seed, sft_batch_size=2), rows, tokenizer, "language model")
@@ -182,7 +186,7 @@ def test_the_loss_falls_on_a_text_that_is_memorised(language_model, tokenizer):
 
 def test_a_corpus_without_any_text_is_refused(tokenizer, monkeypatch):
     """Rather than waited for: there is no batch to draw."""
-    monkeypatch.setattr(sft, "fit", lambda *_: 0.0)
+    monkeypatch.setattr(sft, "fit", lambda *_, **named: 0.0)
     with pytest.raises(UsageError, match="text"):
         train_language_model(micro_config(), [{"text": ""}] * 2, tokenizer, "language model")
 

@@ -156,7 +156,7 @@ def classifier_in(folder: Path, config: Config):
 
 LOADERS = {  # every other place where weights are loaded
     "a classifier": classifier_in,
-    "a new classifier's trunk": lambda folder, config: new_classifier(str(folder), {0: "a"}, PAD, config.allow_pickle),
+    "a new classifier's trunk": lambda folder, config: new_classifier(config, str(folder), {0: "a"}, PAD, CPU),
     "a policy": lambda folder, config: load_policy(config, str(folder), CPU),
     "a critic": lambda folder, config: load_critic(
         "separate", None, str(folder), CPU, allow_pickle=config.allow_pickle
@@ -333,7 +333,7 @@ def test_no_file_of_a_model_names_code_on_the_hub(model, monkeypatch):
     monkeypatch.setattr(fetch, lambda *_, **__: pytest.fail("code is fetched"))
     edit(model / "config.json", attn_implementation="made/up", _attn_implementation_internal="made/up")
     assert load(model).config._attn_implementation == "sdpa"
-    assert new_classifier(str(model), {0: "a"}, PAD).config._attn_implementation == "sdpa"
+    assert new_classifier(Config(), str(model), {0: "a"}, PAD, CPU).config._attn_implementation == "sdpa"
 
 
 def test_a_tokenizer_is_read_from_its_own_folder(model, tmp_path):
