@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedModel, Pr
 
 from config import Config, UsageError
 from dataset import column, load_rows, pad
-from device import prepare_device
+from device import choose_precision, prepare_device, products, set_precision
 from folders import notice, stage_folder
 from intervals import wilson_interval
 from loading import load_tokenizer, load_weights
@@ -216,6 +216,8 @@ def run_reward(config: Config, base_model: str) -> Path:
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
     model = new_classifier(base_model, names, tokenizer.pad_token_id, config.allow_pickle).to(device)
     length = min(context_length(model), config.context_length)
+    work = products(config.reward_batch_size * length)
+    set_precision(choose_precision(model, work, config), config, device)
     if config.chosen_column:
         model.config.prompt_response_separator = PAIR_SEPARATOR  # saved with it, for those who score with it
         batches = pair_batches(rows=rows, config=config, tokenizer=tokenizer, length=length, device=device)

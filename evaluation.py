@@ -16,7 +16,7 @@ import torch
 
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
-from device import prepare_device
+from device import choose_precision, pick_device, prepare_device, products, set_precision
 from distributed import gathered, own_share
 from files import check_writable, write_table, write_whole
 from folders import policy_folder, run_above, stage_folder
@@ -267,7 +267,7 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
         rows = load_rows(config, "judge")
         model = train_language_model(config, rows, tokenizer, "fluency judge")
         save_stage(folder, model, tokenizer, config, Source(columns_read(config, rows[0]), rows, held_out=[]))
-    return PolicyModel(load_language_model(str(folder), "float32", prepare_device(config))).eval()
+    return PolicyModel(load_language_model(str(folder), "float32", pick_device(config.device))).eval()
 
 
 def add_judgements(rows: list[dict], text_judge, fluency_judge: PolicyModel | None, pad_id: int) -> None:
@@ -430,6 +430,9 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
         return try_evaluation(config, policies, fixed, prompts, results)
     text_judge = load_text_judge(config) if config.trains_from_scratch else None
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
+    # only now, so that a judge that had to be trained leaves no other numbers than one that was there
+    work = products(config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens))
+    set_precision(choose_precision(reference.language_model, work, config), config, device)
     results.mkdir(exist_ok=True)  # before the work, as it may fail
     tables = {}
     for split in prompts:

@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad
-from device import prepare_device
+from device import choose_precision, prepare_device, products, set_precision
 from files import whole_folder, write_whole
 from folders import stage_folder
 from loading import check_is_whole, load_language_model, load_tokenizer, prepare_config, thin_gradient
@@ -269,6 +269,8 @@ def start_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> 
     else:
         check_is_whole(config.base_model_name, "base_model_name")
         model = load_language_model(config.base_model_name, "float32", device, allow_pickle=config.allow_pickle)
+    work = products(config.sft_batch_size * config.context_length)
+    set_precision(choose_precision(model, work, config), config, device)
     thin_gradient(model)
     return model
 
