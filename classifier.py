@@ -19,7 +19,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from adapters import adapter_to_add, with_adapter, with_its_adapter
 from config import Config, UsageError
 from dataset import column, load_rows, pad
-from device import prepare_device
+from device import choose_precision, prepare_device, products, set_precision
 from folders import notice, stage_folder
 from hub import load
 from intervals import wilson_interval
@@ -256,6 +256,8 @@ def run_reward(config: Config, base_model: str) -> Path:
     names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
     model = new_classifier(config, base_model, names, tokenizer.pad_token_id, device)
     length = min(context_length(model), config.context_length)
+    work = products(config.reward_batch_size * length)
+    set_precision(choose_precision(model, work, config), config, device)
     model.config.reads_conversations = bool(config.chosen_column) and config.chat  # saved, for those who score with it
     if config.chosen_column:
         model.config.prompt_response_separator = PAIR_SEPARATOR

@@ -52,7 +52,7 @@ POLICIES = (
     "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several times; none: "
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
 )
-MATMUL_PRECISION = "of float32 products, as torch names it; auto: the loosest that measures as exact as float32"
+MATMUL_PRECISION = "of float32 products, as torch names it; auto: the fastest here of those as exact as float32"
 DTYPES = ("float32", "bfloat16", "float16")
 TRACKERS = ("", "tensorboard", "wandb", "trackio", "swanlab")
 LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which a setting meets the tensors

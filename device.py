@@ -1,30 +1,43 @@
 """Where numbers are computed, how float32 is multiplied there, and what becomes of memory that is freed."""
 
 import ctypes
+import math
 import os
+import platform
 import sys
+import time
+from collections import Counter
 from contextlib import suppress
+from pathlib import Path
 
 import torch
 
 from config import Config, UsageError
 from distributed import size
+from files import state_folder
 
 EXACT = 1e-6  # relative error of a product that is still one of float32
+CLEARLY = 0.75  # of the time that torch's own products take; attention goes slower without them: 0.83 gained nothing
+WIDEST, MOST_ROWS = 768, 256  # of the matrices that are timed; larger ones take longer, and say the same
+LEAST_ROUNDS, MOST_ROUNDS, TIMING_S = 3, 10, 0.2  # of timing; the seconds end it in between
 
 
 def prepare_device(config: Config) -> torch.device:
-    """The device to compute on, with torch set to the matrix products that --matmul_precision asks for there."""
+    """The device to compute on, with float32 multiplied there as --matmul_precision says; where that is `auto`, as by
+    torch itself, until there is a model for `choose_precision`.
+    """
     device = pick_device(config.device)
-    precision = config.matmul_precision
-    if precision == "auto":
-        precision = loosest_exact(device)
+    set_precision("highest" if config.matmul_precision == "auto" else config.matmul_precision, config, device)
+    return device
+
+
+def set_precision(precision: str, config: Config, device: torch.device) -> None:
+    """Have torch multiply float32 by that setting, and attend in the way that goes with it."""
     torch.set_float32_matmul_precision(precision)
     # Fused attention multiplies block by block, for which oneDNN in float32 is slow, but keeps no (time, time) tensor.
     by_onednn = device.type == "cpu" and precision != "highest" and config.mixed_precision == "no"
     longest = max(config.context_length, config.max_prompt_length + config.max_new_tokens)
     torch.backends.cuda.enable_flash_sdp(not by_onednn or longest > 256)
-    return device
 
 
 def pick_device(name: str) -> torch.device:
@@ -55,27 +68,141 @@ def own_gpu(name: str) -> None:
     torch.cuda.set_device(number)
 
 
-def loosest_exact(device: torch.device) -> str:
-    """The loosest of torch's settings that computes a product in another way, and with the error of float32 still.
+# --------------------------------------------------------------------------------------------------------------------
+# --matmul_precision auto
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def choose_precision(model: torch.nn.Module, work: Counter[int], config: Config) -> str:
+    """--matmul_precision; for `auto` the setting that multiplies matrices as wide as the model's, of so many rows by
+    how often, fastest on this processor, of those with the error of float32: `highest` unless another clearly is.
+
+    It is found once and noted: two starts of a run are to give the same bytes, and times vary.
+    """
+    if config.matmul_precision != "auto":
+        return config.matmul_precision
+    exact = exact_precisions(model.device)
+    if len(exact) == 1:
+        return exact[0]
+    width = min(WIDEST, max(min(weight.shape) for weight in model.parameters() if weight.dim() == 2))
+    passes = " and ".join(f"{n} x {rows} rows" for rows, n in work.items())
+    situation = f"{processor()}, torch {torch.__version__}, {torch.get_num_threads()} threads, width {width}, {passes}"
+    found = noted_precision(situation)
+    if found is None:
+        found = fastest(exact, work, width)
+        if not config.dry_run:
+            note_precision(situation, found)
+        found = noted_precision(situation) or found  # of two processes, that of the first to note it
+    return found if found in exact else exact[0]
+
+
+def exact_precisions(device: torch.device) -> list[str]:
+    """`highest`, and those of torch's settings that compute a product in another way, with the error of float32 still.
 
     `medium` lets a product be taken in bfloat16, which some processors do; on others it takes another library, oneDNN,
-    that works in float32, on AMD's with AVX-512 twice as fast. `high` is for TF32, which GPUs have.
+    that works in float32: on some of AMD's faster than MKL, on Intel's slower. `high` is for TF32, which GPUs have.
     """
     generator = torch.Generator().manual_seed(0)
     left = torch.randn(512, 512, generator=generator).to(device)
     right = torch.randn(512, 512, generator=generator).to(device)
     before = torch.get_float32_matmul_precision()
     products = {}
-    for precision in ("medium", "high", "highest"):
+    for precision in ("highest", "medium", "high"):
         torch.set_float32_matmul_precision(precision)
-        products[precision] = left @ right
+        product = left @ right
+        if not any(torch.equal(product, other) for other in products.values()):
+            products[precision] = product
     torch.set_float32_matmul_precision(before)
     exact = left.double() @ right.double()
-    for precision, product in products.items():
-        differs = not torch.equal(product, products["highest"])
-        if differs and (product - exact).norm() < EXACT * exact.norm():
-            return precision
-    return "highest"
+    close = [name for name, product in products.items() if (product - exact).norm() < EXACT * exact.norm()]
+    return ["highest", *(name for name in close if name != "highest")]
+
+
+def work_of_run(config: Config) -> Counter[int]:
+    """How often an update multiplies matrices of how many rows by each weight matrix: all prompts' next tokens when it
+    samples; the tokens of a minibatch when it scores, twice, and, forward and backward, when it learns.
+    """
+    tokens = config.batch_size * (config.max_prompt_length + config.max_new_tokens)
+    sampling = products(config.batch_size, config.batch_size * config.max_new_tokens)
+    minibatch = config.mini_batch_size * tokens // config.batch_size
+    return sampling + products(minibatch, tokens * (2 + 3 * config.ppo_epochs))
+
+
+def products(rows: int, total: int = 1) -> Counter[int]:
+    """So many rows, `total` of them, as products of at most MOST_ROWS each: the same work in what is timed soon."""
+    rows = min(rows, MOST_ROWS)
+    return Counter({rows: math.ceil(total / rows)})
+
+
+def fastest(precisions: list[str], work: Counter[int], width: int) -> str:
+    """The setting by which the work, products of so many rows by how often, takes the least time; the first of them
+    where none is clearly faster. Each has its turn in every round, and its shortest time counts.
+    """
+    generator = torch.Generator().manual_seed(0)
+    shapes = {rows: ((rows, width), (width, 4 * width), (rows, 4 * width)) for rows in work}
+    operands = {rows: [torch.randn(*shape, generator=generator) for shape in shapes[rows]] for rows in work}
+    before = torch.get_float32_matmul_precision()
+    times = {precision: dict.fromkeys(work, math.inf) for precision in precisions}
+    started = time.perf_counter()
+    for done in range(MOST_ROUNDS):
+        if done >= LEAST_ROUNDS and time.perf_counter() - started > TIMING_S:
+            break
+        for precision in precisions:
+            torch.set_float32_matmul_precision(precision)
+            for rows in work:
+                times[precision][rows] = min(times[precision][rows], product_seconds(*operands[rows]))
+    torch.set_float32_matmul_precision(before)
+    totals = {name: sum(n * times[name][rows] for rows, n in work.items()) for name in precisions}
+    best = min(precisions, key=totals.get)
+    return best if totals[best] < CLEARLY * totals[precisions[0]] else precisions[0]
+
+
+def product_seconds(x: torch.Tensor, weight: torch.Tensor, grad: torch.Tensor) -> float:
+    """CPU time of a layer's product and its two gradients, of all threads: how long other processes keep them waiting
+    is no part of it.
+    """
+    started = time.process_time()
+    x @ weight
+    grad @ weight.T
+    x.T @ grad
+    return time.process_time() - started
+
+
+def processor() -> str:
+    """What kind of processor this is."""
+    names = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    lines = []
+    with suppress(OSError):  # Linux alone has it
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].split("\n")
+    values = [line.partition(":")[2].strip() for line in lines if line.startswith(names)]
+    return " ".join(values) or f"{platform.machine()} {platform.processor()}"
+
+
+def notes_file() -> Path:
+    return state_folder() / "matmul_precision"
+
+
+def noted_precision(situation: str) -> str | None:
+    """What was noted first for the situation."""
+    with suppress(OSError, ValueError, RuntimeError):
+        for line in notes_file().read_text(encoding="utf-8").split("\n"):
+            known, _, precision = line.rpartition(": ")
+            if known == situation:
+                return precision
+    return None
+
+
+def note_precision(situation: str, precision: str) -> None:
+    """Add a line to what is noted. Where nothing can be noted, each start finds out for itself."""
+    with suppress(OSError, RuntimeError):
+        notes_file().parent.mkdir(parents=True, exist_ok=True)
+        with notes_file().open("a", encoding="utf-8") as file:
+            file.write(f"{situation}: {precision}\n")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Memory
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def keep_freed_memory() -> None:

@@ -17,7 +17,7 @@ import torch
 from adapters import adapter_to_add
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, pad
-from device import prepare_device
+from device import choose_precision, pick_device, prepare_device, products, set_precision
 from distributed import gathered, own_share
 from files import check_writable, write_table, write_whole
 from folders import policy_folder, run_above, stage_folder
@@ -269,7 +269,7 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
         model = train_language_model(config, rows, tokenizer, "fluency judge")
         source = Source(columns_read(config, rows[0]), rows, held_out=[])
         save_stage(folder, "judge", model, tokenizer, config, source)
-    return PolicyModel(load_language_model(str(folder), "float32", prepare_device(config))).eval()
+    return PolicyModel(load_language_model(str(folder), "float32", pick_device(config.device))).eval()
 
 
 def add_judgements(rows: list[dict], text_judge, fluency_judge: PolicyModel | None, pad_id: int) -> None:
@@ -432,6 +432,9 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
         return try_evaluation(config, policies, fixed, prompts, results)
     text_judge = load_text_judge(config) if config.trains_from_scratch else None
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
+    # only now, so that a judge that had to be trained leaves no other numbers than one that was there
+    work = products(config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens))
+    set_precision(choose_precision(reference.language_model, work, config), config, device)
     results.mkdir(exist_ok=True)  # before the work, as it may fail
     tables = {}
     for split in prompts:

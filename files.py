@@ -35,6 +35,15 @@ HELD: set[int] = set()  # descriptors of this process's locks
 os.register_at_fork(after_in_child=lambda: [os.close(descriptor) for descriptor in HELD])  # else a child has them, too
 
 
+def state_folder() -> Path:
+    """Where notes are kept that this user's runs leave for later ones, beyond the reach of any run's folder.
+
+    Raises RuntimeError for a user without a home.
+    """
+    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(state).expanduser() / "ppo"
+
+
 def beside(path: Path, state: str = "unfinished") -> Path:
     """A name in the same folder for what is not in its place; of a long name the first letters, lest it be too long."""
     return path.with_name(f".{path.name[:50]}.{os.getpid()}-{secrets.token_hex(4)}.{state}")

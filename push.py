@@ -19,6 +19,7 @@ from files import MANIFEST, read_object
 from folders import stage_folder
 from hub import hub_error, one_sentence
 
+
 def check_push(config: Config, base_model: str) -> None:
     """Raise UsageError if --push_to_hub could not be done: for a name that is none, where nobody is logged in or may
     write there, where there are files already, and for an adapter of a model that nobody else has.

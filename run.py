@@ -35,7 +35,7 @@ from checkpoint import (
     trained_weights,
 )
 from config import BrokenPolicy, Config, RunError, Stopped, UsageError, first_line, template_fields
-from device import prepare_device
+from device import choose_precision, prepare_device, set_precision, work_of_run
 from distributed import from_first, gathered, is_first, size
 from evaluation import compare, evaluate_policy
 from files import append_row, cut_rows, move_into, read_object, read_rows
@@ -174,12 +174,13 @@ def load_models(
 ) -> tuple[PolicyModel, Fixed, Prompts]:
     """The policy, what it is held to and rewarded by, and the prompts; of a run that is resumed as it `began`."""
     if began:
-        device = prepare_device(replace(config, matmul_precision=began.matmul_precision))
-    else:
-        device = prepare_device(config)
+        config = replace(config, matmul_precision=began.matmul_precision)
+    device = prepare_device(config)
     tokenizer = load_tokenizer(base_model, adapter=adapter_to_add(config, base_model))
     prompts = Prompts(*load_all_prompts(config, tokenizer, began.n_prompts if began else most_prompts(config)))
     policy = new_policy(config, base_model, device)
+    precision = from_first(partial(choose_precision, policy.language_model, work_of_run(config), config))
+    set_precision(precision, config, device)
     terms = load_reward_terms(config, reward_model_path, device, separator_of(policy, config))
     fixed = Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
     return policy, fixed, prompts

@@ -20,7 +20,7 @@ from adapters import adapter_to_add, base_of
 from card import CARD, stage_card
 from config import Config, RunError, UsageError, to_json
 from dataset import column, load_rows, pad
-from device import prepare_device
+from device import choose_precision, prepare_device, products, set_precision
 from files import whole_folder, write_whole
 from folders import stage_folder, write_manifest
 from generate import end_ids
@@ -364,6 +364,8 @@ def start_language_model(config: Config, tokenizer: PreTrainedTokenizerBase) -> 
     else:
         adapter = adapter_to_add(config, config.base_model_name)
         model = to_be_trained(load_base(config, config.base_model_name, device, adapter), config)
+    work = products(config.sft_batch_size * config.context_length)
+    set_precision(choose_precision(model, work, config), config, device)
     recompute_activations(model, config)
     return model
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from config import UsageError
+from files import state_folder
 
 
 def root_of(folder: Path) -> Path:
@@ -50,12 +51,11 @@ def check_names(names: Iterable, place: str) -> None:
 
 
 def known_file() -> Path:
-    """Where it is noted which functions this user's runs were trained with, beyond the reach of any run's folder.
+    """Where it is noted which functions this user's runs were trained with.
 
     Raises RuntimeError for a user without a home.
     """
-    state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
-    return Path(state).expanduser() / "ppo" / "reward_functions"
+    return state_folder() / "reward_functions"
 
 
 def known_functions() -> list[str]:

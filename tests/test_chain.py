@@ -340,3 +340,36 @@ def test_mixed_precision_is_that_of_every_product_in_every_task(workplace, no_ba
             found.clear()
             assert run_main("--task", *arguments) == 0
             assert found == expected, arguments
+
+
+TASKS = {
+    "sft": ["--output_dir", "new"],
+    "reward": ["--output_dir", "new", "--base_model_name", "saved_models/tiny/sft"],
+    "train": ["--output_dir", "new"],
+    "generate": ["--prompt", "The film"],
+    "evaluate": [],
+}
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_multiplies_as_is_fastest_for_its_model(task, precision, workplace, no_bars, monkeypatch, capsys):
+    """What is fastest is found for matrices as wide as the model's, and is what the task leaves set: also where a judge
+    had to be trained on the way, for which another is the fastest."""
+    widths = []
+    others = ["medium" if precision == "highest" else "highest"] if task == "evaluate" else []
+
+    def fastest(exact, work, width):
+        widths.append(width)
+        return others.pop() if others else precision
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(workplace / "state"))
+    monkeypatch.setattr("device.exact_precisions", lambda _: ["highest", "medium"])
+    monkeypatch.setattr("device.fastest", fastest)
+    given = TASKS[task] if task in ("generate", "evaluate") else [*flags(max_prompt_length=12), *TASKS[task]]
+    assert run_main("--task", task, *given) == 0
+    assert torch.get_float32_matmul_precision() == precision
+    assert torch.backends.cuda.flash_sdp_enabled() == (precision == "highest")
+    assert set(widths) == {SETTINGS["n_embd"]}
+    if task == "train":
+        assert f"float32 products: {precision}\n" in capsys.readouterr().out

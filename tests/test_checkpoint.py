@@ -991,3 +991,15 @@ def test_a_run_killed_at_random_moments_goes_on(system, kills, chain, questions,
         assert run_of(cwd) == run_of(whole), (number, where)
         shutil.rmtree(cwd)
     print(f"{system}: killed after {where} updates of 6")
+
+
+def test_a_run_that_goes_on_multiplies_as_it_began(questions, t5_folder, monkeypatch):
+    """Though it would choose otherwise by now, on another machine or with its notes lost."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(questions / "state"))
+    monkeypatch.setattr("device.exact_precisions", lambda _: ["highest", "medium"])
+    monkeypatch.setattr("device.fastest", lambda *_: "highest")
+    config = Config(dataset_path="prompts.jsonl", prompt_column="question", reward_fn="rewards.py:reward")
+    began = Began(reference="", n_prompts=None, matmul_precision="medium")
+    for before, expected in ((None, "highest"), (began, "medium"), (None, "highest")):
+        run.load_models(config, str(t5_folder), "", before)
+        assert torch.get_float32_matmul_precision() == expected

@@ -10,6 +10,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -26,8 +27,9 @@ from transformers import AutoModel, AutoModelForTextEncoding
 import device
 import distributed
 import main
+import run
 import train
-from config import RunError, UsageError
+from config import Config, RunError, UsageError
 from distributed import processes
 from evaluation import evaluate_policy
 from files import read_rows
@@ -343,6 +345,20 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
     device.own_gpu("cuda")
     assert taken == [1]
+
+
+def precision_in_group(model: Path, settings: dict) -> str:
+    """How a process multiplies, which by its own measurement would do so otherwise than the other."""
+    own = ["medium", "highest"]
+    with processes(), patch.object(run, "choose_precision", lambda *_: own[distributed.rank()]):
+        run.load_models(Config(**settings), str(model), "")
+        return torch.get_float32_matmul_precision()
+
+
+def test_all_processes_multiply_as_the_first_one_chose(questions, t5_folder):
+    data = {"dataset_path": str(questions / "prompts.jsonl"), "prompt_column": "question"}
+    settings = data | {"base_model_name": str(t5_folder), "reward_fn": f"{questions / 'rewards.py'}:reward"}
+    assert in_processes(precision_in_group, t5_folder, settings) == ["medium", "medium"]
 
 
 # ----------------------------------------------------------------------------------------------------------------
