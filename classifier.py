@@ -17,7 +17,7 @@ from torchtyping import TensorType, is_float
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from config import Config, UsageError
-from dataset import column, load_rows, pad
+from dataset import check_column, column, distinct, load_rows, most_texts, pad
 from device import prepare_device
 from folders import notice, stage_folder
 from intervals import wilson_interval
@@ -51,7 +51,8 @@ def cut_short(ids: list[int], length: int, whole: float, end: float) -> list[int
 
 def class_names(rows: list[dict], config: Config) -> dict[int, str]:
     """The classes of the label column by number. Raises UsageError unless they are 0, 1, ..., two at least."""
-    labels = sorted(set(column(rows, config.label_column, "label_column", int)))
+    check_column(rows, config.label_column, "label_column", int)
+    labels = sorted(distinct(rows, config.label_column))
     if labels != list(range(len(labels))) or len(labels) < 2 or isinstance(labels[0], bool):
         raise UsageError(f"--label_column {config.label_column!r} holds {labels[:5]}, expected 0, 1, ...")
     names = {label: str(label) for label in labels}
@@ -191,8 +192,8 @@ def check_labels(rows: list[dict], held_out: list[dict], config: Config) -> None
     """Raise UsageError unless both have the answers of a reward model of pairs, or classes from 0 of a classifier."""
     if config.chosen_column:
         for some_rows in (rows, held_out):
-            column(some_rows, config.chosen_column, "chosen_column")
-            column(some_rows, config.rejected_column, "rejected_column")
+            check_column(some_rows, config.chosen_column, "chosen_column")
+            check_column(some_rows, config.rejected_column, "rejected_column")
         return
     known = class_names(rows, config)
     for label in column(held_out, config.label_column, "label_column", int):
@@ -211,9 +212,9 @@ def run_reward(config: Config, base_model: str) -> Path:
     folder = stage_folder(config, "reward")
     device = prepare_device(config)
     tokenizer = load_tokenizer(base_model, writes=False)
-    rows = load_rows(config, "train")
-    held_out = load_rows(config, "validation", 2000)
-    names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
+    rows = list(load_rows(config, "train", most_texts(config, "reward")))
+    held_out = list(load_rows(config, "validation", 2000))
+    names = {0: "REWARD"} if config.chosen_column else class_names(load_rows(config, "train"), config)
     model = new_classifier(base_model, names, tokenizer.pad_token_id, config.allow_pickle).to(device)
     length = min(context_length(model), config.context_length)
     if config.chosen_column:

@@ -1,6 +1,7 @@
 """What is checked and said before a run: data and settings, memory, the model's context, the start-up invariants."""
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ from torch.nn.functional import pad
 import ppo
 from classifier import check_labels
 from config import Config, RunError, UsageError
-from dataset import column, load_rows
+from dataset import check_column, load_rows
 from device import prepare_device
 from folders import stage_folder
 from generate import respond, score_responses
@@ -24,7 +25,7 @@ from loading import (
 )
 from model import PolicyModel
 from probe import context_length
-from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts, most_prompts
+from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts, longest_prompt, make_room, most_prompts
 from randomness import uniforms
 from reward import check_weights, load_reward_function
 from train import Fixed, Rollout
@@ -59,7 +60,7 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
     for some_rows in (rows, held_out):
         check_prompts(some_rows, config)
         if config.completion_column and (config.task == "sft" or config.sft_first):
-            column(some_rows, config.completion_column, "completion_column")
+            check_column(some_rows, config.completion_column, "completion_column")
     if not config.trains_from_scratch and (config.task != "train" or trains_reward or config.sft_first):
         check_is_whole(config.base_model_name, "base_model_name")
     comes_later = config.task == "train" and (
@@ -88,8 +89,8 @@ def check_start(config: Config) -> None:
     check_encoder(config.critic, model.config, config.base_model_name)
     tokenizer = load_tokenizer(config.base_model_name, adapter=config.peft_model_path)
     with redirect_stdout(io.StringIO()):  # what is cut will be told when it is
-        training, validation, held_out = load_all_prompts(config, tokenizer, most_prompts(config))
-    check_context(config, PolicyModel(model), training + validation + held_out)
+        prompts = load_all_prompts(config, tokenizer, most_prompts(config))
+    check_context(config, PolicyModel(model), *prompts)
 
 
 def check_own_model(config: Config) -> None:
@@ -113,17 +114,19 @@ def check_lengths(config: Config) -> None:
         )
 
 
-def check_context(config: Config, policy: PolicyModel, prompts: list[Prompt]) -> None:
+def check_context(config: Config, policy: PolicyModel, *prompts: Sequence[Prompt]) -> None:
     """Raise UsageError if the longest prompt and a response, together or in encoder and decoder, may not fit the
-    model's context.
+    model's context. Prompts that are yet to be made will be cut to it.
     """
-    prompt = max(len(prompt.ids) for prompt in prompts)
+    prompt = max(map(longest_prompt, prompts))
     room = prompt_room(config, policy)
     if prompt > room:
         raise UsageError(
             f"the longest prompt has {prompt} tokens, and with --max_new_tokens {config.max_new_tokens} the model can "
             f"read {room} at most: let prompts be cut with --max_prompt_length {room}, or lower --max_new_tokens"
         )
+    for some in prompts:
+        make_room(some, room)
 
 
 def prompt_room(config: Config, policy: PolicyModel) -> int:

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from config import Config, RunError, UsageError, to_json
-from dataset import column, load_rows, pad
+from dataset import column, load_rows, most_texts, pad
 from device import prepare_device
 from files import whole_folder, write_whole
 from folders import stage_folder
@@ -321,8 +321,8 @@ def run_sft(config: Config) -> Path:
     A dry run makes all of it but the steps, and leaves nothing.
     """
     folder = stage_folder(config, "sft")
-    rows = load_rows(config, "train")
-    held_out = load_rows(config, "validation", 1000)
+    rows = load_rows(config, "train", most_texts(config, "sft"))
+    held_out = list(load_rows(config, "validation", 1000))
     if config.trains_from_scratch:
         texts = column(rows, config.prompt_column, "prompt_column")
         tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)
