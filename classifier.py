@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters import adapter_to_add, with_adapter, with_its_adapter
 from config import Config, UsageError
-from dataset import column, load_rows, pad
+from dataset import check_column, column, distinct, load_rows, most_texts, pad
 from device import choose_precision, prepare_device, products, set_precision
 from folders import notice, stage_folder
 from hub import load
@@ -30,7 +30,7 @@ from prompts import bare_ids, check_answers, check_template, prompt_texts
 from provenance import Source, columns_read
 from randomness import uniforms
 from reward import PAIR_SEPARATOR, Reading, padding_is_harmless, reading_of, text_logits
-from sft import fit, length_grouped, levers, rows_of, save_stage, try_out
+from sft import fit, length_grouped, levers, part_of, save_stage, try_out
 
 
 def classifier_batch(
@@ -53,7 +53,8 @@ def cut_short(ids: list[int], length: int, whole: float, end: float) -> list[int
 
 def class_names(rows: list[dict], config: Config) -> dict[int, str]:
     """The classes of the label column by number. Raises UsageError unless they are 0, 1, ..., two at least."""
-    labels = sorted(set(column(rows, config.label_column, "label_column", int)))
+    check_column(rows, config.label_column, "label_column", int)
+    labels = sorted(distinct(rows, config.label_column))
     if labels != list(range(len(labels))) or len(labels) < 2 or isinstance(labels[0], bool):
         raise UsageError(f"--label_column {config.label_column!r} holds {labels[:5]}, expected 0, 1, ...")
     names = {label: str(label) for label in labels}
@@ -88,7 +89,7 @@ def pairs_in_passes(batch: dict, most_rows: int) -> list[dict]:
     passes = []
     for start in range(0, n_pairs, most_pairs):
         chosen = list(range(n_pairs))[start : start + most_pairs]
-        passes.append(rows_of(batch, chosen + [n_pairs + pair for pair in chosen]))
+        passes.append(part_of(batch, chosen + [n_pairs + pair for pair in chosen]))
     return passes
 
 
@@ -251,9 +252,9 @@ def run_reward(config: Config, base_model: str) -> Path:
     folder = stage_folder(config, "reward")
     device = prepare_device(config)
     tokenizer = load_tokenizer(base_model, adapter=adapter_to_add(config, base_model), writes=False)
-    rows = load_rows(config, "train")
-    held_out = load_rows(config, "validation", 2000)
-    names = {0: "REWARD"} if config.chosen_column else class_names(rows, config)
+    rows = list(load_rows(config, "train", most_texts(config, "reward")))
+    held_out = list(load_rows(config, "validation", 2000))
+    names = {0: "REWARD"} if config.chosen_column else class_names(load_rows(config, "train"), config)
     model = new_classifier(config, base_model, names, tokenizer.pad_token_id, device)
     length = min(context_length(model), config.context_length)
     work = products(config.reward_batch_size * length)

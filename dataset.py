@@ -7,7 +7,7 @@ PPO), `judge` (the independent judges of an evaluation), `validation` (to choose
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, first_line, nearest
 from files import read_object
-from hub import hub_error, one_sentence
+from hub import hub_error
 from reviews import movie_reviews
+from rows import IN_A_BATCH, Row, Rows, check_is_utf_8, open_table
 from trust import check_links, check_names
 
 PARTS = ("train", "judge", "validation", "test")
@@ -38,17 +39,9 @@ SHARES = {"judge": 25, "validation": 10, "test": 10}  # per cent of the training
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 # half of a character as JSON escapes it, first or second
 HALF = rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
+CHECKED = "text_is_checked"  # a file beside what `datasets` has made of a file's rows, which stays until it changes
+LOOKED_AT = 20_000  # rows that are looked at one by one before the work begins; of more, the others when they are used
 UNREADABLE = re.compile(rb"(^|[\[,])\s*null\s*($|[\],])|" + HALF)  # in JSON, what the library may fall over or drop
-
-
-class Row(dict):
-    """A row of the data, by column, and its number in the file: rows are shuffled."""
-
-    __slots__ = ("number",)
-
-    def __init__(self, columns: dict, number: int) -> None:
-        super().__init__(columns)
-        self.number = number  # counted from 1
 
 
 def load_splits(path: str, name: str = "") -> dict:
@@ -69,18 +62,19 @@ def load_splits(path: str, name: str = "") -> dict:
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.ArrowBasedBuilder.DEFAULT_WRITER_BATCH_SIZE = IN_A_BATCH
     try:
         if kind:
-            check_is_text(path, kind)
             options = {"encoding": "utf-8-sig"} if kind == "text" else {}  # the others drop a mark by themselves
-            splits = datasets.load_dataset(kind, data_files=path, **options)
+            builder = datasets.load_dataset_builder(kind, data_files=path, **options)
+            splits = prepared(builder, path, kind)
             check_is_rows(splits["train"].take(2).to_list(), path)  # by a number, an image it names would be opened
             return splits
         check_places(path)
         if is_saved(place):
             saved = datasets.load_from_disk(path)
             return saved if isinstance(saved, dict) else {"train": saved}
-        return datasets.load_dataset(path, name or None)
+        return prepared(datasets.load_dataset_builder(path, name or None), path)
     except UsageError:
         raise
     except Exception as error:  # the library raises a dozen kinds
@@ -97,6 +91,21 @@ def load_splits(path: str, name: str = "") -> dict:
         raise UsageError(
             f"--dataset_path {path} cannot be loaded: {unreachable or first_line(Exception(text))}"
         ) from None
+
+
+def prepared(builder, path: str, kind: str | None = None) -> dict:
+    """The splits that a builder of `datasets` makes, or has made at an earlier start. Their text is checked once."""
+    checked = Path(builder.cache_dir) / CHECKED
+    if kind and not checked.exists():
+        check_is_text(path, kind)
+    builder.download_and_prepare()
+    splits = builder.as_dataset()
+    if not checked.exists():
+        for split in splits.values():
+            check_is_utf_8(open_table(split, path))
+        with suppress(OSError):  # others' folder: it is checked again the next time
+            checked.touch()
+    return splits
 
 
 def is_saved(folder: Path) -> bool:
@@ -186,22 +195,24 @@ def json_rows(path: str) -> Iterator:
 
     Raises UsageError naming the line that is no JSON.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")
-    lines = text.split("\n")
-    is_list = text.lstrip().startswith("[")
-    is_one = is_list or lines[0].strip() == "{"
-    for number, part in enumerate([text] if is_one else lines, 1):
-        if not part.strip():
-            continue
-        try:
-            found = json.loads(part, object_pairs_hook=columns_once)
-        except (ValueError, RecursionError) as error:
-            line = number + getattr(error, "lineno", 1) - 1
-            reason = getattr(error, "msg", str(error))
-            raise UsageError(f"--dataset_path {path} cannot be loaded: line {line} is no JSON: {reason}") from None
-        rows = found if is_list else [found]
-        is_texts = is_list and all(isinstance(row, str) for row in rows)
-        yield from ({"text": row} for row in rows) if is_texts else rows
+    with open(path, encoding="utf-8-sig") as file:
+        first = file.readline()
+        begins = first if first.strip() else next((line for line in file if line.strip()), "")
+        is_list = begins.lstrip().startswith("[")
+        is_one = is_list or first.strip() == "{"
+        file.seek(0)
+        for number, part in enumerate([file.read()] if is_one else file, 1):
+            if not part.strip():
+                continue
+            try:
+                found = json.loads(part.removesuffix("\n"), object_pairs_hook=columns_once)
+            except (ValueError, RecursionError) as error:
+                line = number + getattr(error, "lineno", 1) - 1
+                reason = getattr(error, "msg", str(error))
+                raise UsageError(f"--dataset_path {path} cannot be loaded: line {line} is no JSON: {reason}") from None
+            rows = found if is_list else [found]
+            is_texts = is_list and all(isinstance(row, str) for row in rows)
+            yield from ({"text": row} for row in rows) if is_texts else rows
 
 
 def columns_once(pairs: list[tuple]) -> dict:
@@ -243,14 +254,16 @@ def held_out_shares(own: dict[str, str], with_judge: bool) -> dict[str, int]:
     return shares
 
 
-def shuffled_rows(split) -> list[Row]:
+def shuffled_rows(split, path: str) -> Rows | list:
     """Always in the same order, but not in the file's: some are sorted by label."""
-    order = np.random.default_rng(0).permutation(len(split))
-    rows = split.select(order).to_list()
-    return [Row(columns, number) for columns, number in zip(rows, (order + 1).tolist(), strict=True)]
+    if len(split) == 0:
+        return []
+    order = np.arange(len(split), dtype=np.uint32)
+    np.random.default_rng(0).shuffle(order)
+    return Rows(open_table(split, path), order)
 
 
-def divide(rows: list[dict], shares: dict[str, int]) -> dict[str, list[dict]]:
+def divide(rows: Sequence[dict], shares: dict[str, int]) -> dict[str, Sequence[dict]]:
     """So many per cent of the rows for each part, one row at least, and the rest for `train`."""
     parts = {"judge": []}  # where no share is for it
     start = 0
@@ -263,7 +276,7 @@ def divide(rows: list[dict], shares: dict[str, int]) -> dict[str, list[dict]]:
 
 
 @functools.cache
-def split_parts(path: str, name: str, split: str, with_judge: bool) -> dict[str, list[dict]]:
+def split_parts(path: str, name: str, split: str, with_judge: bool) -> dict[str, Sequence[dict]]:
     """The rows of every part: a split of its own, else a fixed random share of the training split, as is then said.
 
     A tenth each for validation and test; a quarter for the judges, which only the models trained here have.
@@ -274,11 +287,10 @@ def split_parts(path: str, name: str, split: str, with_judge: bool) -> dict[str,
         raise UsageError(f"--dataset_split {split!r} is not in {path}; it has {known}")
     own = own_splits(splits, split)
     shares = held_out_shares(own, with_judge)
-    with one_sentence(f"--dataset_path {path} cannot be loaded"):  # only now is a folder's text decoded
-        rows = shuffled_rows(splits[split])
-        parts = divide(rows, shares)
-        for part, name in own.items():
-            parts[part] = shuffled_rows(splits[name])
+    rows = shuffled_rows(splits[split], path)
+    parts = divide(rows, shares)
+    for part, name in own.items():
+        parts[part] = shuffled_rows(splits[name], path)
     for part in ("train", "validation", "test"):
         if not parts[part]:
             raise UsageError(f"--dataset_path {path} has no rows for {part}: {len(rows)} in {split!r}")
@@ -291,7 +303,7 @@ def split_parts(path: str, name: str, split: str, with_judge: bool) -> dict[str,
 built_in_rows = functools.cache(movie_reviews)  # a run's stages read the same corpus
 
 
-def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]:
+def load_rows(config: Config, part: str, limit: int | None = None) -> Sequence[dict]:
     """The rows of one part, or the first `limit`. Raises UsageError if the data is missing, empty or unreadable."""
     if not config.dataset_path:
         return built_in_rows(min(limit or config.n_reviews, config.n_reviews), PARTS.index(part))
@@ -299,27 +311,62 @@ def load_rows(config: Config, part: str, limit: int | None = None) -> list[dict]
     return split_parts(path, name, split, with_judge=config.trains_from_scratch)[part][:limit]
 
 
+def most_texts(config: Config, stage: str) -> int | None:
+    """How many rows a stage, `sft` or `reward`, takes from the data, where there are more; None: all of them.
+
+    They are those that its steps have room for, and no fewer than are looked at beforehand.
+    """
+    if stage == "sft":
+        steps, batch_size = config.sft_steps, config.sft_batch_size
+    else:
+        steps, batch_size = config.reward_steps, config.reward_batch_size
+    takes_all = stage == "sft" and config.sft_epochs
+    return None if takes_all else max(LOOKED_AT, steps * batch_size)
+
+
 def place_of(row: dict) -> str:
     """`row 7` of its file, where it is of one."""
     return f"row {row.number}" if isinstance(row, Row) else "a row"
 
 
-def column(rows: list[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> list:
-    """One column of the rows. Raises UsageError naming the columns there are, or what was found instead of `kind`.
+def in_file_order(rows: Sequence[dict]) -> Sequence[dict]:
+    """The rows as they were before they were shuffled, so that of several that are wrong the first is named."""
+    if isinstance(rows, Rows):
+        return rows.in_file_order()
+    return sorted(rows, key=lambda row: getattr(row, "number", 0))
+
+
+def suspects(rows: Sequence[dict], name: str, kind: type | tuple[type, ...] = str) -> Sequence[dict]:
+    """The rows that may hold something else than `kind` in a column: all of those that have no type in common."""
+    return rows.suspects(name, kind) if isinstance(rows, Rows) else rows
+
+
+def check_column(rows: Sequence[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> None:
+    """Raise UsageError unless there is the column, naming those that there are, and it holds `kind` in every row.
 
     Any `kind` there is does not take a null.
     """
-    if name not in rows[0]:
-        known = ", ".join(rows[0]) + nearest(name, rows[0])
+    first_row = rows[0]
+    if name not in first_row:
+        known = ", ".join(first_row) + nearest(name, first_row)
         raise UsageError(f"--{flag} {name!r} is no column of the data; it has {known}")
-    wrong = [row for row in rows if row[name] is None or not isinstance(row[name], kind)]
-    if wrong:
-        first = min(wrong, key=lambda row: getattr(row, "number", 0))
-        kinds = kind if isinstance(kind, tuple) else (kind,)
-        expected = " or ".join("value" if each is object else each.__name__ for each in kinds)
-        found = "null" if first[name] is None else type(first[name]).__name__
-        raise UsageError(f"--{flag} {name!r} holds a {found} in {place_of(first)}, expected a {expected}")
-    return [row[name] for row in rows]
+    for row in in_file_order(suspects(rows, name, kind)):
+        if row[name] is None or not isinstance(row[name], kind):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            expected = " or ".join("value" if each is object else each.__name__ for each in kinds)
+            found = "null" if row[name] is None else type(row[name]).__name__
+            raise UsageError(f"--{flag} {name!r} holds a {found} in {place_of(row)}, expected a {expected}")
+
+
+def column(rows: Sequence[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> list:
+    """One column of the rows. Raises UsageError as `check_column` does."""
+    check_column(rows, name, flag, kind)
+    return [row[name] for row in (rows.only([name]) if isinstance(rows, Rows) else rows)]
+
+
+def distinct(rows: Sequence[dict], name: str) -> set:
+    """The values of a column of numbers or texts, each once."""
+    return rows.distinct(name) if isinstance(rows, Rows) else {row[name] for row in rows}
 
 
 def pad(

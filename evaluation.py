@@ -16,7 +16,7 @@ import torch
 
 from adapters import adapter_to_add
 from config import Config, UsageError, first_line
-from dataset import PARTS, column, load_rows, pad
+from dataset import PARTS, column, load_rows, most_texts, pad
 from device import choose_precision, pick_device, prepare_device, products, set_precision
 from distributed import gathered, own_share
 from files import check_writable, write_table, write_whole
@@ -29,7 +29,7 @@ from plot import sample_pairs
 from ppo import kl_estimate
 from preflight import check_context
 from progress import progress, say, tell
-from prompts import Prompt, load_prompts, separator_of
+from prompts import Prompt, load_prompts, rows_of, separator_of
 from provenance import Source, columns_read, other_start, overlaps, usable_stage
 from randomness import uniforms
 from reviews import movie_reviews
@@ -240,7 +240,8 @@ def bag_of_words_judge(texts: list[str], labels: list[int]):
 
 def load_text_judge(config: Config):
     """The bag-of-words judge, its accuracy printed; None where the data has no labels of 0 and 1, or too few words."""
-    rows, held_out = load_rows(config, "judge"), load_rows(config, "test", 2000)
+    rows = list(load_rows(config, "judge", most_texts(config, "sft")))
+    held_out = list(load_rows(config, "test", 2000))
     if config.label_column not in rows[0] or {row[config.label_column] for row in rows} != {0, 1}:
         return None
 
@@ -265,7 +266,7 @@ def load_fluency_judge(config: Config, tokenizer) -> PolicyModel:
     folder = stage_folder(config, "judge")
     if not usable_stage(config, str(folder), "sft", part="judge"):
         torch.manual_seed(config.seed + 1)
-        rows = load_rows(config, "judge")
+        rows = load_rows(config, "judge", most_texts(config, "sft"))
         model = train_language_model(config, rows, tokenizer, "fluency judge")
         source = Source(columns_read(config, rows[0]), rows, held_out=[])
         save_stage(folder, "judge", model, tokenizer, config, source)
@@ -366,8 +367,7 @@ def load_held_out(config: Config, tokenizer) -> tuple[dict[str, list[Prompt]], d
         if len(prompts[split]) < 2:
             raise UsageError(f"{split} has {len(prompts[split])} prompts, expected at least 2")
         if config.reference_column:
-            rows = [prompt.row for prompt in prompts[split]]
-            references[split] = column(rows, config.reference_column, "reference_column")
+            references[split] = column(rows_of(prompts[split]), config.reference_column, "reference_column")
     return prompts, references
 
 
@@ -378,8 +378,10 @@ def models_used(config: Config, paths: dict[str, str], reward_model_path: str) -
 
 def rows_to_judge_by(config: Config, prompts: dict[str, list[Prompt]]) -> dict[str, list[dict]]:
     """The rows on which no model should have been trained: those of the prompts, by split, and those of the judges."""
-    rows = {split: [prompt.row for prompt in some] for split, some in prompts.items()}
-    return rows | ({"judge": load_rows(config, "judge")} if config.trains_from_scratch else {})
+    rows = {split: rows_of(some) for split, some in prompts.items()}
+    if config.trains_from_scratch:
+        rows["judge"] = load_rows(config, "judge", most_texts(config, "sft"))
+    return rows
 
 
 def try_evaluation(
@@ -417,7 +419,7 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     tokenizer, policies = load_policies(config, paths, device)
     prompts, references = load_held_out(config, tokenizer)
     for policy in policies.values():
-        check_context(config, policy, [prompt for some in prompts.values() for prompt in some])
+        check_context(config, policy, *prompts.values())
     reference = next(iter(policies.values()))
     terms = load_reward_terms(config, reward_model_path, device, separator_of(reference, config))
     fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)

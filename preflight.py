@@ -1,6 +1,7 @@
 """What is checked and said before a run: data and settings, memory, the model's context, the start-up invariants."""
 
 import io
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import NamedTuple
 
@@ -22,14 +23,15 @@ from prompts import (
     Prompt,
     check_prompts,
     fitting_rows,
-    in_file_order,
     load_all_prompts,
+    longest_prompt,
+    make_room,
     most_prompts,
     without_whole_pairs,
 )
 from randomness import uniforms
 from reward import check_weights, load_reward_function
-from sft import answers
+from sft import check_answers_to_learn
 from train import Fixed, Rollout
 
 
@@ -63,7 +65,7 @@ def check_before_training(config: Config, trains_reward: bool) -> None:
         if asked:
             check_prompts(asked, config)
         if (config.completion_column or config.chat) and (config.task == "sft" or config.sft_first):
-            answers(in_file_order(some_rows), config)
+            check_answers_to_learn(some_rows, config)
     comes_later = config.task == "train" and (
         trains_reward or (config.sft_first and not stage_folder(config, "sft").exists())
     )
@@ -89,8 +91,8 @@ def check_start(config: Config) -> None:
     check_encoder(config.critic, model.config, config.base_model_name)
     tokenizer = load_tokenizer(config.base_model_name, adapter=adapter)
     with redirect_stdout(io.StringIO()):  # what is cut will be told when it is
-        training, validation, held_out = load_all_prompts(config, tokenizer, most_prompts(config))
-    check_context(config, PolicyModel(model), training + validation + held_out)
+        prompts = load_all_prompts(config, tokenizer, most_prompts(config))
+    check_context(config, PolicyModel(model), *prompts)
 
 
 def check_own_model(config: Config) -> None:
@@ -114,17 +116,19 @@ def check_lengths(config: Config) -> None:
         )
 
 
-def check_context(config: Config, policy: PolicyModel, prompts: list[Prompt]) -> None:
+def check_context(config: Config, policy: PolicyModel, *prompts: Sequence[Prompt]) -> None:
     """Raise UsageError if the longest prompt and a response, together or in encoder and decoder, may not fit the
-    model's context.
+    model's context. Prompts that are yet to be made will be cut to it.
     """
-    prompt = max(len(prompt.ids) for prompt in prompts)
+    prompt = max(map(longest_prompt, prompts))
     room = prompt_room(config, policy)
     if prompt > room:
         raise UsageError(
             f"the longest prompt has {prompt} tokens, and with --max_new_tokens {config.max_new_tokens} the model can "
             f"read {room} at most: let prompts be cut with --max_prompt_length {room}, or lower --max_new_tokens"
         )
+    for some in prompts:
+        make_room(some, room)
 
 
 def prompt_room(config: Config, policy: PolicyModel) -> int:

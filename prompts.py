@@ -6,19 +6,23 @@ through the tokenizer's own template of chat: a column of messages, or with `--c
 
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, template_fields
-from dataset import column, load_rows, place_of
+from dataset import LOOKED_AT, check_column, in_file_order, load_rows, place_of, suspects
 from hub import one_sentence
 from model import PolicyModel
 from probe import special_ends
 from randomness import permutation
+from rows import Rows
+
+AT_ONCE = 1000  # texts for a tokenizer: what it says of each token, beside its id, takes a hundred times the room
 
 
 class Prompt(NamedTuple):
@@ -58,27 +62,28 @@ def no_place_for_system(config: Config) -> UsageError:
     )
 
 
-def in_file_order(rows: list[dict]) -> list[dict]:
-    """The rows as they were before they were shuffled, so that of several that are wrong the first is named."""
-    return sorted(rows, key=lambda row: getattr(row, "number", 0))
-
-
-def check_prompts(rows: list[dict], config: Config) -> None:
+def check_prompts(rows: Sequence[dict], config: Config) -> None:
     """Raise UsageError unless the rows hold what prompts are made of: a template's columns, texts, or messages."""
-    if not config.prompt_template:
-        column(rows, config.prompt_column, "prompt_column", (str, list))
-        for row in in_file_order(rows):
-            if is_conversation(row, config):
-                conversation(row, config)
-        return
-    for row in in_file_order(rows):
-        if is_conversation(row, config):
+    fields = template_fields(config.prompt_template) if config.prompt_template else []
+    if not fields:
+        check_column(rows, config.prompt_column, "prompt_column", (str, list))
+    for row in with_messages(rows, config):
+        if fields:
             raise UsageError(
                 f"--prompt_template is for columns of text; --prompt_column {config.prompt_column!r} holds messages "
                 f"in {place_of(row)}, which go through the tokenizer's own template"
             )
-    for name in template_fields(config.prompt_template):
-        column(rows, name, "prompt_template", object)
+        conversation(row, config)
+    for name in fields:
+        check_column(rows, name, "prompt_template", object)
+
+
+def with_messages(rows: Sequence[dict], config: Config) -> list[dict]:
+    """Those that hold messages, in the file's order; of very many rows only the first ones are looked at."""
+    name = config.prompt_column
+    if name not in rows[0]:
+        return []
+    return [row for row in in_file_order(suspects(rows, name)[:LOOKED_AT]) if isinstance(row[name], list)]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -170,16 +175,18 @@ def answered(row: dict, answer: str | list[dict], config: Config) -> list[dict]:
     return [*conversation(row, config), *answer]
 
 
-def without_whole_pairs(rows: list[dict], config: Config) -> list[dict]:
+def without_whole_pairs(rows: Sequence[dict], config: Config) -> Sequence[dict]:
     """The rows but for those whose better and worse answer are both conversations with a prompt of their own."""
     pair = (config.chosen_column, config.rejected_column)
-    return [row for row in rows if not all(is_whole(row.get(name)) for name in pair)]
+    if not all(name in rows[0] for name in pair) or not suspects(rows, config.chosen_column):
+        return rows
+    return [row for row in rows if not all(is_whole(row[name]) for name in pair)]
 
 
-def check_answers(rows: list[dict], name: str, flag: str, config: Config) -> None:
+def check_answers(rows: Sequence[dict], name: str, flag: str, config: Config) -> None:
     """Raise UsageError unless the column holds answers: texts, or with conversations messages that end with one."""
-    column(rows, name, flag, (str, list) if config.chat else str)
-    for row in in_file_order(rows):
+    check_column(rows, name, flag, (str, list) if config.chat else str)
+    for row in in_file_order(suspects(rows, name)[:LOOKED_AT]):
         if isinstance(row[name], list):
             place = f"--{flag} {name!r} in {place_of(row)}"
             check_messages(row[name], place)
@@ -245,7 +252,7 @@ def prompt_text(row: dict, config: Config) -> str:
     return row[config.prompt_column]
 
 
-def prompt_texts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def prompt_texts(rows: Sequence[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of every row's prompt. Raises UsageError for a row of the data that has none, or that the tokenizer has
     no template for.
     """
@@ -297,8 +304,10 @@ def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: 
 
 def bare_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The texts' ids without special tokens at their ends. Raises UsageError for one that the model does not embed."""
+    encoded = []
     with one_sentence("a text has characters that the tokenizer does not take"):
-        encoded = tokenizer(texts, add_special_tokens=False).input_ids
+        for start in range(0, len(texts), AT_ONCE):
+            encoded += tokenizer(texts[start : start + AT_ONCE], add_special_tokens=False).input_ids
     n_embedded = getattr(tokenizer, "n_embedded", math.inf)
     for text, ids in zip(texts, encoded, strict=True):
         if max(ids, default=0) >= n_embedded:
@@ -346,8 +355,9 @@ def policy_text(row: dict, text: str, config: Config, tokenizer: PreTrainedToken
     return chat_text(conversation(row, config), row, tokenizer) if is_conversation(row, config) else text
 
 
-def make_prompts(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def make_prompts(rows: Sequence[dict], config: Config, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The rows' prompts, but for those without a token. A template of chat has written all special tokens itself."""
+    rows = list(rows)  # each is made once
     if config.prompt_tokens and is_conversation(rows[0], config):
         raise UsageError(f"--prompt_tokens {config.prompt_tokens} is for texts; these prompts are conversations")
     texts = prompt_texts(rows, config, tokenizer)
@@ -447,6 +457,17 @@ def limit_length(
 
     A template's own text is not cut, nor is the tokenizer's first special token.
     """
+    cut = cut_prompts(prompts, config, tokenizer, limit)
+    n_cut = sum(len(one.ids) < len(prompt.ids) for one, prompt in zip(cut, prompts, strict=True))
+    if n_cut:
+        print(f"{n_cut} of {len(prompts)} prompts were cut on the left to {limit or config.max_prompt_length} tokens")
+    return cut
+
+
+def cut_prompts(
+    prompts: list[Prompt], config: Config, tokenizer: PreTrainedTokenizerBase, limit: int | None = None
+) -> list[Prompt]:
+    """What `limit_length` makes of them, without a word."""
     name, remedy = "--max_prompt_length", "raise it"
     if limit:
         name, remedy = "the model's room of", "lower --max_new_tokens"
@@ -460,7 +481,6 @@ def limit_length(
             f"{len(longer)} of {len(prompts)} prompts are longer than {name} {limit} tokens "
             f"(the longest has {longest}); {remedy}, or let them be cut with --long_prompts truncate"
         )
-    print(f"{len(longer)} of {len(prompts)} prompts were cut on the left to {limit} tokens")
     cut = list(prompts)
     for number in longer:
         cut[number] = prompts[number]._replace(ids=cut_ids(prompts[number], config, limit, tokenizer))
@@ -482,13 +502,21 @@ def n_letters(value) -> int:
     return 0 if value is None else len(str(value))
 
 
-def fitting_rows(config: Config, part: str, limit: int | None) -> list[dict]:
+def lengths(rows: Sequence[dict], config: Config) -> Iterable[int]:
+    """Each row's `n_characters`; of a column of texts alone, by Arrow."""
+    found = rows.lengths(config.prompt_column) if isinstance(rows, Rows) else None
+    return (n_characters(row, config) for row in rows) if found is None else found
+
+
+def fitting_rows(config: Config, part: str, limit: int | None) -> Sequence[dict]:
     """The rows of a part whose prompt column has a length as configured, `limit` at most. Raises UsageError if none."""
     least = config.min_prompt_chars
     most = config.max_prompt_chars or math.inf
-    any_length = least == 0 and most == math.inf
-    rows = load_rows(config, part, limit if any_length else None)
-    fitting = [row for row in rows if least <= n_characters(row, config) <= most][:limit]
+    if least == 0 and most == math.inf:
+        return load_rows(config, part, limit)
+    rows = load_rows(config, part, None)
+    places = itertools.islice((n for n, length in enumerate(lengths(rows, config)) if least <= length <= most), limit)
+    fitting = rows.at(list(places)) if isinstance(rows, Rows) else [rows[n] for n in places]
     if not fitting:
         raise UsageError(
             f"--prompt_column {config.prompt_column!r} holds no text of --min_prompt_chars to --max_prompt_chars "
@@ -497,9 +525,57 @@ def fitting_rows(config: Config, part: str, limit: int | None) -> list[dict]:
     return fitting
 
 
-def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> list[Prompt]:
-    """Prompts from the `fitting_rows` of a part."""
-    prompts = make_prompts(fitting_rows(config, part, limit), config, tokenizer)
+class DrawnPrompts(Sequence):
+    """Prompts of more rows than are looked at beforehand: each is made whenever it is drawn. For a row that has none,
+    as it has no token, the next one stands in.
+    """
+
+    def __init__(self, rows: Sequence[dict], config: Config, tokenizer: PreTrainedTokenizerBase, longest: int) -> None:
+        self.rows = rows
+        self.config = config
+        self.tokenizer = tokenizer
+        self.longest = longest  # in tokens, of those that were looked at
+        self.room = None  # for a prompt in tokens, where that is less than max_prompt_length
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key):
+        if isinstance(key, slice):
+            return [self[place] for place in range(*key.indices(len(self)))]
+        if not -len(self) <= key < len(self):
+            raise IndexError(key)
+        for place in range(key, key + len(self)):
+            made = make_prompts([self.rows[place % len(self)]], self.config, self.tokenizer)
+            if made:
+                return cut_prompts(made, self.config, self.tokenizer, self.room)[0]
+        raise UsageError(f"--prompt_column {self.config.prompt_column!r} holds no text with a token any more")
+
+
+def rows_of(prompts: Sequence[Prompt]) -> Sequence[dict]:
+    """The rows that prompts were made of, or will be."""
+    return prompts.rows if isinstance(prompts, DrawnPrompts) else [prompt.row for prompt in prompts]
+
+
+def longest_prompt(prompts: Sequence[Prompt]) -> int:
+    """How many tokens the longest one has that there is yet."""
+    if isinstance(prompts, DrawnPrompts):
+        return prompts.longest
+    return max(len(prompt.ids) for prompt in prompts)
+
+
+def make_room(prompts: Sequence[Prompt], room: int) -> None:
+    """Have those that are yet to be made cut to the tokens that a model has room for."""
+    if isinstance(prompts, DrawnPrompts) and room < prompts.config.max_prompt_length:
+        prompts.room = room
+
+
+def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, limit: int | None) -> Sequence[Prompt]:
+    """Prompts from the `fitting_rows` of a part. Of very many, as many as are looked at beforehand are made and let go
+    again: being in random order, they are a sample of all.
+    """
+    rows = fitting_rows(config, part, limit)
+    prompts = make_prompts(rows[:LOOKED_AT], config, tokenizer)
     if not prompts:
         raise UsageError(
             f"--prompt_column {config.prompt_column!r} holds no text with a token of the tokenizer's in {part}"
@@ -513,7 +589,11 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, 
     if systems and drops_system(tokenizer, systems[0]):
         whose = f"the chat template of {tokenizer.name_or_path}"
         print(f"note: {whose} leaves the system's turn out, of {len(systems)} prompts")
-    return limit_length(prompts, config, tokenizer)
+    prompts = limit_length(prompts, config, tokenizer)
+    if len(rows) <= LOOKED_AT:
+        return prompts
+    print(f"{len(prompts):,} of {len(rows):,} prompts in {part} were looked at; the others are when they are drawn")
+    return DrawnPrompts(rows, config, tokenizer, longest=longest_prompt(prompts))
 
 
 def most_prompts(config: Config) -> int | None:
@@ -523,7 +603,7 @@ def most_prompts(config: Config) -> int | None:
 
 def load_all_prompts(
     config: Config, tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+) -> tuple[Sequence[Prompt], Sequence[Prompt], Sequence[Prompt]]:
     """The prompts of a run: to train on, `limit` at most, to choose a policy by, and to judge it by, which are others
     where one is chosen.
     """
@@ -543,7 +623,7 @@ def pass_order(n: int, number_of_pass: int, seed: int) -> TensorType["n"]:
     return permutation(seed, "prompts", number_of_pass, n)
 
 
-def batch_of(prompts: list[Prompt], batch_size: int, number: int, seed: int) -> list[Prompt]:
+def batch_of(prompts: Sequence[Prompt], batch_size: int, number: int, seed: int) -> list[Prompt]:
     """The prompts of update `number`, counted from 0: its places in an endless row of passes over all prompts.
 
     Each pass has an order of its own; what one pass lacks to fill a batch is taken from the next.

@@ -7,15 +7,16 @@ weights the stage started from: paths alone say nothing of what they held.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from config import Config, UsageError, template_fields
-from dataset import PARTS, load_rows
+from dataset import PARTS, load_rows, most_texts
 from files import read_object, write_whole
 from folders import run_above, trained_stage
 from progress import say
+from rows import Rows
 
 RECORD = "stage.json"
 ROWS = "rows.txt"
@@ -25,8 +26,8 @@ class Source(NamedTuple):
     """What a stage was made from."""
 
     columns: list[str]  # those of the rows that it read
-    rows: list[dict]
-    held_out: list[dict]
+    rows: Sequence[dict]
+    held_out: Sequence[dict]
     start: str = ""  # folder or id of the model it started from; none: random weights
 
 
@@ -37,8 +38,10 @@ def columns_read(config: Config, row: dict, *others: str) -> list[str]:
     return [name for name in names if name in row]
 
 
-def row_hashes(rows: list[dict], columns: list[str]) -> list[str]:
+def row_hashes(rows: Sequence[dict], columns: list[str]) -> list[str]:
     """A hash of every row's values in the columns, sorted: the order of the rows says nothing."""
+    if isinstance(rows, Rows):
+        rows = rows.only(columns).in_file_order()  # where many are, that is quicker
     hashes = []
     for row in rows:
         values = json.dumps([row.get(name) for name in columns], default=str)
@@ -109,7 +112,7 @@ def usable_stage(config: Config, path: str, stage: str, part: str = "train") -> 
         print(f"note: {path} does not say on which rows it was trained; some may be held out now, to judge it by")
         return True
     check_starting_weights(path, record["starts_from"])
-    check_rows(config, path, record["trained_on"], part)
+    check_rows(config, path, record["trained_on"], stage, part)
     say(described(path, record))
     return True
 
@@ -136,9 +139,9 @@ def other_start(run: Path) -> list[str]:
     return []
 
 
-def check_rows(config: Config, path: str, trained_on: dict, part: str) -> None:
+def check_rows(config: Config, path: str, trained_on: dict, stage: str, part: str) -> None:
     """Raise UsageError, which counts what differs, unless the data still has for the stage what it was trained on."""
-    now = row_hashes(load_rows(config, part), trained_on["columns"])
+    now = row_hashes(load_rows(config, part, most_texts(config, stage)), trained_on["columns"])
     if fingerprint(now)["sha256"] == trained_on["sha256"]:
         return
     before = read_hashes(Path(path))
@@ -178,7 +181,7 @@ def described(path: str, record: dict) -> str:
     return f"{path} is there and used as it is: trained on {record['trained_on']['rows']:,} rows{seed}{told}"
 
 
-def overlaps(folders: Iterable[str], held_out: dict[str, list[dict]]) -> list[str]:
+def overlaps(folders: Iterable[str], held_out: dict[str, Sequence[dict]]) -> list[str]:
     """A sentence for each model that was trained on some of the rows held out for a purpose, as its folder says."""
     notes = []
     for folder in dict.fromkeys(folders):
@@ -204,5 +207,5 @@ def overlaps_of_named(config: Config) -> list[str]:
         return []
     limits = {"validation": config.eval_samples, "test": config.eval_samples}
     if config.trains_from_scratch:
-        limits["judge"] = None
+        limits["judge"] = most_texts(config, "sft")
     return overlaps(known, {part: load_rows(config, part, limit) for part, limit in limits.items()})

@@ -33,5 +33,7 @@ def uniforms(seed: int, purpose: str, number: int, shape: tuple[int, int]) -> Te
 
 
 def permutation(seed: int, purpose: str, number: int, n: int, part: int = 0) -> TensorType["n"]:
-    """0, 1, ..., n - 1 in random order."""
-    return torch.from_numpy(generator(seed, purpose, number, part).permutation(n))
+    """0, 1, ..., n - 1 in random order, in 32 bits: they may be ten million."""
+    numbers = np.arange(n, dtype=np.int32)
+    generator(seed, purpose, number, part).shuffle(numbers)
+    return torch.from_numpy(numbers)

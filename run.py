@@ -7,7 +7,7 @@ import shlex
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -62,6 +62,7 @@ from prompts import (
     load_all_prompts,
     most_prompts,
     n_rollouts,
+    rows_of,
     separator_of,
 )
 from provenance import Source, check_same_rows, columns_read, write_record
@@ -76,9 +77,9 @@ MOST_IDLE_UPDATES = 3  # in a row, without a step: then the run ends
 class Prompts(NamedTuple):
     """To train on, to choose a policy by, and to judge it by: what chooses a policy cannot judge it."""
 
-    train: list[Prompt]
-    validation: list[Prompt]
-    held_out: list[Prompt]
+    train: Sequence[Prompt]
+    validation: Sequence[Prompt]
+    held_out: Sequence[Prompt]
 
 
 def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Path) -> None:
@@ -89,7 +90,7 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     began = numbers["began"] if numbers else None
     policy, fixed, prompts = load_models(config, base_model, reward_model_path, began)
     config = replace(config, n_updates=n_rollouts(config, len(prompts.train)))
-    check_context(config, policy, prompts.train + prompts.validation + prompts.held_out)
+    check_context(config, policy, *prompts)
     say_what_will_run(config, policy, base_model, len(prompts.train))
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     gap = check_invariants(policy, fixed, first, config)
@@ -188,8 +189,7 @@ def load_models(
 
 def source_of(prompts: Prompts, policy: PolicyModel, config: Config) -> Source:
     """What the run is made from."""
-    rows = [prompt.row for prompt in prompts.train]
-    held_out = [prompt.row for prompt in prompts.held_out]
+    rows, held_out = rows_of(prompts.train), rows_of(prompts.held_out)
     return Source(columns_read(config, rows[0]), rows, held_out, start=policy.language_model.name_or_path)
 
 

@@ -7,7 +7,7 @@ end, never the prompt.
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 from adapters import adapter_to_add, base_of
 from card import CARD, stage_card
 from config import Config, RunError, UsageError, to_json
-from dataset import column, load_rows, pad
+from dataset import LOOKED_AT, check_column, column, in_file_order, load_rows, most_texts, pad
 from device import choose_precision, prepare_device, products, set_precision
 from files import whole_folder, write_whole
 from folders import stage_folder, write_manifest
@@ -60,7 +60,7 @@ def n_terms(model: PreTrainedModel, batch: dict) -> int:
     return int((labels[:, first:] != IGNORED).sum())
 
 
-def rows_of(batch: dict, rows: list[int]) -> dict:
+def part_of(batch: dict, rows: list[int]) -> dict:
     """Some rows of a batch, without the columns that are padding in all of them."""
     part = {name: tensor[rows] for name, tensor in batch.items()}
     width = int(part["attention_mask"].sum(1).max())
@@ -76,7 +76,7 @@ def in_passes(batch: dict, most_rows: int) -> list[dict]:
     n_rows = len(batch["labels"])
     if n_rows <= most_rows:
         return [batch]
-    return [rows_of(batch, list(range(n_rows))[start : start + most_rows]) for start in range(0, n_rows, most_rows)]
+    return [part_of(batch, list(range(n_rows))[start : start + most_rows]) for start in range(0, n_rows, most_rows)]
 
 
 def add_gradient(
@@ -218,6 +218,14 @@ def answers(rows: list[dict], config: Config) -> list[str]:
     if config.completion_column:
         return column(rows, config.completion_column, "completion_column")
     return [own_answer(row, config) for row in rows]
+
+
+def check_answers_to_learn(rows: Sequence[dict], config: Config) -> None:
+    """Raise UsageError for a row without an answer; of very many messages only the first ones are looked at."""
+    if config.completion_column:
+        check_column(rows, config.completion_column, "completion_column")
+    else:
+        answers(in_file_order(rows[:LOOKED_AT]), config)
 
 
 def completions(rows: list[dict], config: Config, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> list[Example]:
@@ -432,8 +440,8 @@ def run_sft(config: Config) -> Path:
     A dry run makes all of it but the steps, and leaves nothing.
     """
     folder = stage_folder(config, "sft")
-    rows = load_rows(config, "train")
-    held_out = load_rows(config, "validation", 1000)
+    rows = load_rows(config, "train", most_texts(config, "sft"))
+    held_out = list(load_rows(config, "validation", 1000))
     if config.trains_from_scratch:
         texts = column(rows, config.prompt_column, "prompt_column")
         tokenizer = new_tokenizer(texts, config.vocab_size, config.context_length)

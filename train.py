@@ -15,7 +15,7 @@ rollout, `accumulate_gradient` the statistics of a step, and `update` sums their
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from statistics import fmean
@@ -342,7 +342,7 @@ def new_state(policy: PolicyModel, config: Config) -> State:
 
 
 def train(
-    state: State, fixed: Fixed, prompts: list[Prompt], config: Config
+    state: State, fixed: Fixed, prompts: Sequence[Prompt], config: Config
 ) -> Iterator[tuple[Rollout, dict[str, float]]]:
     """PPO: moves the state on, update by update, to the last one; yields after each its rollout and its statistics.
 

@@ -49,7 +49,7 @@ def write(folder, name: str, rows: list[dict] = ROWS) -> str:
 
 
 def parts_of(path: str, **settings) -> dict[str, list[dict]]:
-    return {part: load_rows(micro_config(dataset_path=path, **settings), part) for part in PARTS}
+    return {part: list(load_rows(micro_config(dataset_path=path, **settings), part)) for part in PARTS}
 
 
 def texts_of(rows: list[dict]) -> list[str]:
@@ -94,7 +94,7 @@ def test_a_folder_with_a_test_file_keeps_it_for_reporting(tmp_path):
 
 def test_the_first_rows_of_a_part_are_its_beginning(tmp_path):
     config = micro_config(dataset_path=write(tmp_path, "rows.csv"))
-    assert load_rows(config, "train", 7) == load_rows(config, "train")[:7]
+    assert list(load_rows(config, "train", 7)) == list(load_rows(config, "train"))[:7]
     built_in = micro_config(n_reviews=100)
     assert load_rows(built_in, "train", 7) == load_rows(built_in, "train")[:7]
 
@@ -179,7 +179,7 @@ def test_prompts_come_with_ids_and_their_own_row(tmp_path, tokenizer):
         assert SENTENCE.startswith(prompt.text) and len(prompt.text) < len(SENTENCE)
         assert prompt.ids == tokenizer(prompt.text).input_ids and 0 < len(prompt.ids) <= 8
         assert prompt.row["question"] == SENTENCE
-    assert [prompt.row for prompt in prompts] == load_rows(config, "train")[:10]
+    assert [prompt.row for prompt in prompts] == list(load_rows(config, "train", 10))
 
 
 def test_without_prompt_tokens_the_column_is_the_prompt(tmp_path, tokenizer):
@@ -524,7 +524,7 @@ def test_rows_know_their_number_in_the_file_though_they_are_shuffled(tmp_path):
     """Counted from 1: the first of the wrong ones is named."""
     rows = [{"text": None if number in (0, 30) else "a", "label": number} for number in range(40)]
     config = micro_config(dataset_path=write(tmp_path, "holes.jsonl", rows))
-    loaded = load_rows(config, "train") + load_rows(config, "validation") + load_rows(config, "test")
+    loaded = [row for part in ("train", "validation", "test") for row in load_rows(config, part)]
     assert all(row.number == row["label"] + 1 for row in loaded) and len(loaded) < 40
     loaded += load_rows(config, "judge")
     assert len(loaded) == 40

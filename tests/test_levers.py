@@ -23,7 +23,7 @@ from classifier import classifier_batch, new_classifier, pair_loss, pairs_in_pas
 from config import Config, UsageError
 from loading import load_policy, new_policy
 from reward import load_reward_model, own_reading, text_logits
-from sft import IGNORED, Example, add_gradient, in_passes, language_batch, own_loss, rows_of, whole
+from sft import IGNORED, Example, add_gradient, in_passes, language_batch, own_loss, part_of, whole
 
 pytest_plugins = ["micro"]
 peft = pytest.importorskip("peft")
@@ -87,10 +87,10 @@ def test_a_pass_has_no_padding_that_no_row_of_it_needs():
     batch = language_batch(EXAMPLES, PAD, False, CPU)
     first, last = in_passes(batch, 3)
     assert first["input_ids"].shape == (3, 8) and last["input_ids"].shape == (2, 8)
-    last = rows_of(batch, [4])
+    last = part_of(batch, [4])
     assert last["input_ids"].tolist() == [[3, 3, 6, 1]] and last["attention_mask"].tolist() == [[1] * 4]
     assert last["labels"].tolist() == [[IGNORED, IGNORED, 6, 1]]
-    both = rows_of(language_batch(EXAMPLES, PAD, True, CPU), [2])
+    both = part_of(language_batch(EXAMPLES, PAD, True, CPU), [2])
     assert both["input_ids"].tolist() == [[5]] and both["labels"].tolist() == [[9, 9, 3, 2, 4, 5, 1]]
     assert in_passes(batch, 5) == [batch]  # that very batch, so that its bytes are as ever
 

@@ -472,7 +472,7 @@ def read(reader: str, path: Path, tools: Tools) -> list:
     """What the reader makes of the rows to train on, as a task would."""
     settings = {"dataset_path": str(path), "prompt_tokens": 0, "max_prompt_length": 30, "base_model_name": "x"}
     config = with_prompt_column(micro_config(**settings | READER_SETTINGS.get(reader, {})))
-    rows = load_rows(config, "train") + load_rows(config, "validation") + load_rows(config, "test")
+    rows = [row for part in ("train", "validation", "test") for row in load_rows(config, part)]
     device = torch.device("cpu")
     check_prompts(rows, config)
     if reader in ("prompt", "template", "chat"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import randomness
-from randomness import PURPOSES, permutation, uniforms
+from randomness import PURPOSES, generator, permutation, uniforms
 
 ROOT = Path(randomness.__file__).parent
 
@@ -52,7 +52,8 @@ def test_the_first_rows_do_not_depend_on_how_many_there_are():
 
 def test_a_permutation_has_every_number_once():
     order = permutation(0, "prompts", 3, 1000)
-    assert order.dtype == torch.int64
+    assert order.tolist() == generator(0, "prompts", 3).permutation(1000).tolist()
+    assert order.element_size() == 4
     assert sorted(order.tolist()) == list(range(1000))
     assert order.tolist() != list(range(1000))
 
