@@ -292,11 +292,11 @@ def train_reward(*flags: str, monkeypatch, **settings) -> list[float]:
     scored = []
     real = classifier.save_stage
 
-    def noting(folder, model, tokenizer, *others, **named):
+    def noting(folder, stage, model, tokenizer, *others, **named):
         reader = copy.deepcopy(tokenizer)
         reader.model_max_length = 16
         scored.extend(text_logits(model, reader, TRIED)[:, -1].tolist())
-        real(folder, model, tokenizer, *others, **named)
+        real(folder, stage, model, tokenizer, *others, **named)
 
     monkeypatch.setattr(classifier, "save_stage", noting)
     assert run_main(*command("reward", *flags, **settings)) == 0
