@@ -402,12 +402,12 @@ def save_stage(
     """
     with whole_folder(folder) as scratch:
         write_model(model, tokenizer, scratch, merge)
-        write_whole(scratch / "run_config.json", to_json(config))
-        write_record(scratch, source, **figures)
         weights = {name: getattr(config, name) for name in ("dtype", "load_in_8bit", "load_in_4bit")}
         base = base_of(str(scratch))
         facts = {} if base == str(scratch) else {"base_weights": weights}
         write_manifest(scratch, loader_of(model), base, **facts)
+        write_whole(scratch / "run_config.json", to_json(config))
+        write_record(scratch, source, **figures)
 
 
 def run_sft(config: Config) -> Path:
