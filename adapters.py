@@ -100,7 +100,8 @@ def new_adapter(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         task_type=task_of(model),
         modules_to_save=new_parts(model) or None,
     )
-    with one_sentence(f"--lora_r {config.lora_r} finds no place in {model.name_or_path}"):
+    other = "(an adapter that peft has made, for layers of your choice, is named by --peft_model_path)"
+    with one_sentence(f"--lora_r {config.lora_r} finds no place in {model.name_or_path} {other}"):
         return peft.get_peft_model(model, settings)
 
 

@@ -222,7 +222,8 @@ def test_a_run_whose_adapters_settings_are_damaged_is_refused(damage, tmp_path):
 
 def test_lora_on_a_model_that_peft_does_not_know_is_refused(tmp_path):
     tiny_granite().save_pretrained(tmp_path)
-    assert refusal_of(Config(lora_r=4), tmp_path).startswith(f"--lora_r 4 finds no place in {tmp_path}: ")
+    sentence = refusal_of(Config(lora_r=4), tmp_path)
+    assert sentence.startswith(f"--lora_r 4 finds no place in {tmp_path} (") and "--peft_model_path" in sentence
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):

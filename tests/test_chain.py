@@ -69,8 +69,8 @@ def test_the_chain_leaves_its_stages_and_its_run_and_nothing_else(chain):
     folders = {name: set(os.listdir(chain.root / "saved_models/tiny" / name)) for name in ("sft", "reward", "ppo")}
     assert set(os.listdir(chain.root)) == {"saved_models"}
     assert set(os.listdir(chain.root / "saved_models/tiny")) == set(folders)
-    assert folders["sft"] == model | {"generation_config.json"}
-    assert folders["reward"] == model | {"plots"}
+    assert folders["sft"] == model | {"generation_config.json", "manifest.json"}
+    assert folders["reward"] == model | {"plots", "manifest.json"}
     assert folders["ppo"] == model | {
         "generation_config.json",
         "value_head.safetensors",
