@@ -26,7 +26,7 @@ from loading import load_language_model, load_policy, load_tokenizer
 from model import PolicyModel
 from plot import sample_pairs
 from ppo import kl_estimate
-from preflight import check_context
+from preflight import check_context, check_static_cache
 from progress import progress, say, tell
 from prompts import Prompt, load_prompts
 from provenance import Source, columns_read, other_start, overlaps, usable_stage
@@ -416,6 +416,7 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     prompts, references = load_held_out(config, tokenizer)
     for policy in policies.values():
         check_context(config, policy, [prompt for some in prompts.values() for prompt in some])
+        check_static_cache(config, policy)
     reference = next(iter(policies.values()))
     terms = load_reward_terms(config, reward_model_path, device, reference.separator)
     fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)

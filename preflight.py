@@ -11,9 +11,10 @@ import ppo
 from classifier import check_labels
 from config import Config, RunError, UsageError
 from dataset import column, load_rows
+from dataset import pad as pad_rows
 from device import prepare_device
 from folders import stage_folder
-from generate import respond, score_responses
+from generate import respond, sample, score_responses
 from loading import (
     check_can_be_sampled,
     check_encoder,
@@ -21,6 +22,7 @@ from loading import (
     check_packages,
     load_language_model,
     load_tokenizer,
+    one_sentence,
 )
 from model import PolicyModel
 from probe import context_length
@@ -141,6 +143,26 @@ def prompt_room(config: Config, policy: PolicyModel) -> int:
     if response > most:
         raise UsageError(f"--max_new_tokens {response} is more than the {most} tokens that the model has room for")
     return room
+
+
+@torch.no_grad()
+def check_static_cache(config: Config, policy: PolicyModel) -> None:
+    """Raise UsageError for a model that cannot be sampled with --static_cache, or draws from another distribution than
+    it has, seen on a few tokens of two prompts of unlike lengths.
+    """
+    if not config.static_cache:
+        return
+    language_model = policy.language_model
+    problem = f"--static_cache cannot be used with {language_model.name_or_path} ({language_model.config.model_type})"
+    prompts = pad_rows([[1, 2, 3], [1]], 0, "right" if policy.is_encoder_decoder else "left")
+    query_ids, query_mask = (tensor.to(policy.device) for tensor in prompts)
+    numbers = torch.full((2, 4), 0.5, device=policy.device)
+    with one_sentence(problem):
+        drawn = sample(policy, query_ids, query_mask, numbers, eos_ids=[-1], pad_id=0, static_cache=True)
+    scored = policy.score(query_ids, query_mask, drawn.response_ids, drawn.mask)
+    gap = gap_between(drawn.logprobs, scored.logprobs, drawn.mask)
+    if not is_close(gap, tolerance(config)):
+        raise UsageError(f"{problem}: with it a token's log-probability is {gap.most:.2g} nats off")
 
 
 def count_parameters(policy: PolicyModel) -> str:
