@@ -59,6 +59,7 @@ MAY_CHANGE = (  # when a run is resumed
     "push_to_hub",
     "allow_pickle",
     "device",
+    "static_cache",
 )
 OF_A_START = ("resume", "output_dir", "dry_run")  # settings of one start of a run, rather than of the run
 

@@ -21,7 +21,7 @@ from generate import respond
 from hub import one_sentence
 from loading import load_policy, load_tokenizer
 from model import PolicyModel
-from preflight import prompt_room
+from preflight import check_static_cache, prompt_room
 from progress import tell, visible
 from prompts import Prompt, asked, limit_length, make_prompts, separator_of
 from randomness import uniforms
@@ -46,6 +46,7 @@ def generate(config: Config, reward_model_path: str) -> None:
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config, config.output_dir, device, flag="output_dir").eval()
     set_precision(choose_precision(policy.language_model, products(config.batch_size), config), config, device)
+    check_static_cache(config, policy)
     terms = terms_to_write(config, reward_model_path, device, separator_of(policy, config))
     to_answer = partial(make_all_prompts, config=config, tokenizer=tokenizer, room=prompt_room(config, policy))
     prompts = to_answer(given) if given else (prompt for row in typed_rows(config) for prompt in to_answer([row]))

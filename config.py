@@ -139,6 +139,9 @@ class Config:
 
     max_new_tokens: int = option("sampling", 48, "longest response in tokens", "[1, 1000000]")
     temperature: float = option("sampling", 1.0, "divides the logits; 0 is greedy, for generate only", "[0, inf)")
+    static_cache: bool = option(
+        "sampling", False, "sampling's steps all of one shape, for a GPU to replay: docs/costs.md"
+    )
     top_k: int = option("sampling", 0, "draw among the k likeliest tokens, for generate only; 0: all", "[0, inf)")
     top_p: float = option("sampling", 1.0, "draw among the likeliest tokens of this mass, for generate only", "(0, 1]")
     min_new_tokens: int = option("sampling", 0, "no EOS before this many tokens, for generate only", "[0, inf)")

@@ -27,7 +27,7 @@ from loading import load_language_model, load_policy, load_tokenizer
 from model import PolicyModel
 from plot import sample_pairs
 from ppo import kl_estimate
-from preflight import check_context
+from preflight import check_context, check_static_cache
 from progress import progress, say, tell
 from prompts import Prompt, load_prompts, rows_of, separator_of
 from provenance import Source, columns_read, other_start, overlaps, usable_stage
@@ -420,6 +420,7 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     prompts, references = load_held_out(config, tokenizer)
     for policy in policies.values():
         check_context(config, policy, *prompts.values())
+        check_static_cache(config, policy)
     reference = next(iter(policies.values()))
     terms = load_reward_terms(config, reward_model_path, device, separator_of(reference, config))
     fixed = Fixed(reference=reference, tokenizer=tokenizer, terms=terms)

@@ -5,12 +5,16 @@ both. Top-k, top-p, a minimum length and greedy choice change the distribution, 
 (ask.py): config.py refuses them in training.
 """
 
+import copy
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch.nn.functional import pad as pad_columns
 from torchtyping import TensorType, is_float
-from transformers import PreTrainedTokenizerBase, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PreTrainedTokenizerBase, StaticCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from config import BrokenPolicy, Config, UsageError
 from dataset import decode_responses, pad
@@ -35,6 +39,7 @@ def sample(
     eos_ids: list[int],
     pad_id: int,
     min_new_tokens: int = 0,
+    static_cache: bool = False,
     on_tokens: Callable = lambda tokens: None,
     **options,
 ) -> Sample:
@@ -42,7 +47,8 @@ def sample(
 
     `uniforms` are the random numbers in [0, 1), one a token, and decide all: a row with the same prompt and numbers
     is the same up to rounding, whatever its neighbours are. Rows that have ended leave the batch, and its key/value
-    cache, once they are more than half of it. `on_tokens` is given each step's tokens.
+    cache, once they are more than half of it; with `static_cache` none does, and all steps but the first have tensors
+    of the same shapes. `on_tokens` is given each step's tokens.
     """
     max_new_tokens = uniforms.shape[1]
     ends = torch.tensor(eos_ids, device=query_ids.device)
@@ -52,8 +58,12 @@ def sample(
     ended = torch.zeros_like(query_mask[:, 0])
     with eval_mode(policy), policy.autocast():
         inputs = first_inputs(policy.language_model, query_ids, query_mask)
+        read, read_on = policy.language_model, policy.language_model
+        if static_cache:
+            inputs["past_key_values"] = new_static_cache(read, query_ids.shape[1], max_new_tokens)
+            read_on = replayed(read)
         for t in range(max_new_tokens):
-            output = policy.language_model(**inputs, use_cache=True)
+            output = read(**inputs, use_cache=True)
             logits = policy.drawable(output.logits[:, -1].to(policy.precision))
             if t < min_new_tokens:
                 logits[:, eos_ids] = float("-inf")
@@ -62,9 +72,11 @@ def sample(
             ended |= torch.isin(ids[:, t], ends)
             if ended.all():
                 break
-            inputs = next_inputs(inputs, ids[rows, t], output.past_key_values)
+            width = room(query_ids.shape[1] + max_new_tokens) if static_cache else query_ids.shape[1] + t + 1
+            inputs = next_inputs(inputs, ids[rows, t], output.past_key_values, width)
+            read = read_on
             running = ~ended[rows]
-            if running.sum() < len(rows) / 2:
+            if not static_cache and running.sum() < len(rows) / 2:
                 inputs = select_inputs(inputs, running)
                 rows = rows[running]
     ids = ids[:, : t + 1]
@@ -88,17 +100,40 @@ def first_inputs(language_model: torch.nn.Module, query_ids: torch.Tensor, query
     return {"input_ids": query_ids, "attention_mask": attention_mask, "position_ids": positions, "logits_to_keep": 1}
 
 
-def next_inputs(inputs: dict, tokens: TensorType["batch"], cache) -> dict:
-    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers."""
+def next_inputs(inputs: dict, tokens: TensorType["batch"], cache, width: int) -> dict:
+    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers, or in a static
+    one has room for, `width` tokens a row.
+    """
     if "decoder_input_ids" in inputs:
         return inputs | {"decoder_input_ids": tokens[:, None], "past_key_values": cache}
     mask = inputs["attention_mask"]
     return inputs | {
         "input_ids": tokens[:, None],
-        "attention_mask": torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1),
+        "attention_mask": pad_columns(mask, (0, width - mask.shape[1]), value=1),
         "position_ids": inputs["position_ids"][:, -1:] + 1,
         "past_key_values": cache,
     }
+
+
+def new_static_cache(language_model: torch.nn.Module, query_width: int, max_new_tokens: int) -> Cache:
+    """Room for the keys and values of all tokens that there will be, which a step writes to and never moves."""
+    config = copy.copy(language_model.config.get_text_config(decoder=True))
+    if not language_model.config.is_encoder_decoder:
+        return StaticCache(config, max_cache_len=room(query_width + max_new_tokens))
+    config.num_hidden_layers = getattr(config, "num_decoder_layers", config.num_hidden_layers)  # as T5 calls them
+    return EncoderDecoderCache(*(StaticCache(config, max_cache_len=width) for width in (max_new_tokens, query_width)))
+
+
+def room(n_tokens: int) -> int:
+    """Of a static cache: one for prompts of about that length, as a new shape has a GPU's graph compiled anew."""
+    return math.ceil(n_tokens / 64) * 64
+
+
+def replayed(language_model: torch.nn.Module) -> Callable:
+    """The model's forward pass; on a GPU compiled, and captured as a graph, which is replayed in one launch."""
+    if language_model.device.type != "cuda":
+        return language_model
+    return torch.compile(language_model.forward, mode="reduce-overhead", dynamic=False)
 
 
 def select_inputs(inputs: dict, keep: TensorType["batch", bool]) -> dict:
@@ -241,5 +276,5 @@ def score_responses(
 
 def sampling_options(config: Config) -> dict[str, float | int]:
     """The config's settings that `sample` and `draw` know by the same names."""
-    names = ("temperature", "top_k", "top_p", "min_new_tokens")
+    names = ("temperature", "top_k", "top_p", "min_new_tokens", "static_cache")
     return {name: getattr(config, name) for name in names}

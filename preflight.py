@@ -13,9 +13,11 @@ from adapters import adapter_to_add
 from classifier import check_labels
 from config import Config, RunError, UsageError
 from dataset import load_rows
+from dataset import pad as pad_rows
 from device import prepare_device
 from folders import stage_folder
-from generate import respond, score_responses
+from generate import respond, sample, score_responses
+from hub import one_sentence
 from loading import check_encoder, check_packages, count_parameters, load_base, load_tokenizer
 from model import PolicyModel
 from probe import context_length
@@ -146,6 +148,26 @@ def prompt_room(config: Config, policy: PolicyModel) -> int:
     if response > most:
         raise UsageError(f"--max_new_tokens {response} is more than the {most} tokens that the model has room for")
     return room
+
+
+@torch.no_grad()
+def check_static_cache(config: Config, policy: PolicyModel) -> None:
+    """Raise UsageError for a model that cannot be sampled with --static_cache, or draws from another distribution than
+    it has, seen on a few tokens of two prompts of unlike lengths.
+    """
+    if not config.static_cache:
+        return
+    language_model = policy.language_model
+    problem = f"--static_cache cannot be used with {language_model.name_or_path} ({language_model.config.model_type})"
+    prompts = pad_rows([[1, 2, 3], [1]], 0, "right" if policy.is_encoder_decoder else "left")
+    query_ids, query_mask = (tensor.to(policy.device) for tensor in prompts)
+    numbers = torch.full((2, 4), 0.5, device=policy.device)
+    with one_sentence(problem):
+        drawn = sample(policy, query_ids, query_mask, numbers, eos_ids=[-1], pad_id=0, static_cache=True)
+    scored = policy.score(query_ids, query_mask, drawn.response_ids, drawn.mask)
+    gap = gap_between(drawn.logprobs, scored.logprobs, drawn.mask)
+    if not is_close(gap, tolerance(config)):
+        raise UsageError(f"{problem}: with it a token's log-probability is {gap.most:.2g} nats off")
 
 
 def memory_estimate(config: Config, policy: PolicyModel) -> str:

@@ -45,8 +45,10 @@ from loading import count_parameters, load_policy, load_reference, load_tokenize
 from model import PolicyModel
 from plot import plot_training, reward_difference, sample_pairs
 from preflight import (
+    Gap,
     check_context,
     check_invariants,
+    check_static_cache,
     gap_of_policies,
     is_close,
     memory_estimate,
@@ -91,6 +93,7 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     policy, fixed, prompts = load_models(config, base_model, reward_model_path, began)
     config = replace(config, n_updates=n_rollouts(config, len(prompts.train)))
     check_context(config, policy, *prompts)
+    check_static_cache(config, policy)
     say_what_will_run(config, policy, base_model, len(prompts.train))
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     gap = check_invariants(policy, fixed, first, config)
@@ -228,7 +231,7 @@ def run_updates(
             history = report.remembered([*history, row], config.batch_size)
             announce(row, report.alarms(history, config.batch_size), announced)
             timing = report.timing(row["step"], started, rollout)
-            failure = None
+            failure = stale_sampler(row, config)
             if is_time_to_evaluate(config, state.next_update):
                 try:
                     row["eval_reward"] = evaluate()
@@ -316,6 +319,19 @@ def with_a_way_on(error: RunError, folder: Path) -> RunError:
     if not in_order(folder):
         return error
     return RunError(f"{error}; what was trained before is saved: {how_to_resume(folder)}")
+
+
+def stale_sampler(row: dict, config: Config) -> RunError | None:
+    """What ends a run under --static_cache whose sampler no longer draws from what is scored: what a GPU has captured
+    may go stale, and says nothing.
+    """
+    gap = Gap(mean=row["sampling_gap"], most=row["sampling_gap_max"])
+    if not config.static_cache or is_close(gap, tolerance(config)):
+        return None
+    return RunError(
+        f"at update {row['step']} sampling and scoring differ by {gap.mean:.2g} nats a token, and {gap.most:.2g} at "
+        "most: what was sampled with --static_cache is not the policy's; expected --no-static_cache"
+    )
 
 
 def reason_to_end(state: State, signal_number: int, config: Config, folder: Path) -> RunError | None:

@@ -77,6 +77,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     option("--threads", type=positive, default=2)
     option("--matmul-precision", default="highest", choices=("auto", "highest", "high", "medium"), help="of float32")
     option("--mixed-precision", default="no", choices=("no", "bf16"), help="bf16: autocast, as in a run's own option")
+    option("--static-cache", action="store_true", help="as in a run's own option")
     option("--lr", type=float, default=1.41e-5)
     option("--kl-coef", type=float, default=0.2)
     option("--seed", type=int, default=0)
@@ -101,6 +102,7 @@ def settings(args: argparse.Namespace) -> Config:
     lengths = {"max_prompt_length": args.query_len, "max_new_tokens": args.response_len}
     others = {"learning_rate": args.lr, "kl_coef": args.kl_coef, "mixed_precision": args.mixed_precision}
     others |= {"device": args.device, "matmul_precision": args.matmul_precision, "seed": args.seed}
+    others |= {"static_cache": args.static_cache}
     others |= {"n_updates": 10**6}  # so many that the learning rate stays
     return Config(**model, **rows, **lengths, **others)
 
@@ -224,6 +226,21 @@ def summary(laps: list[dict]) -> dict:
     }
 
 
+def rates(times: dict, size: Size, square: float) -> dict[str, float]:
+    """Tokens a second, drawn in sampling and read in the update (prompts, too, in every epoch), and at what share of
+    the rate of large square products.
+    """
+    work = matrix_products(size)
+    drawn, read = size.batch * size.response_len, size.batch * (size.query_len + size.response_len) * size.ppo_epochs
+    update = flops(work["update forward"]) + flops(work["update backward"])
+    return {
+        "sampling_tokens_per_s": drawn / times["generate_s"],
+        "update_tokens_per_s": read / times["optimize_step_s"],
+        "sampling_over_squares": flops(work["sampling"]) / 1e9 / times["generate_s"] / square,
+        "update_over_squares": update / 1e9 / times["optimize_step_s"] / square,
+    }
+
+
 def static_mb(policy: PolicyModel, fixed: train.Fixed, interpreter: float) -> dict[str, float]:
     """What of the peak no batch makes larger; the rest of it is activations, logits, and what they leave."""
     weights = weights_mb(policy)
@@ -292,10 +309,12 @@ def run(args: argparse.Namespace) -> dict:
         "attn": policy.language_model.config._attn_implementation,
         "fused_adam": True,
         "mixed_precision": args.mixed_precision,
+        "static_cache": args.static_cache,
         "params": sum(p.numel() for p in policy.parameters()),
         "config": {**size._asdict(), "steps": args.steps, "lr": args.lr, "seed": args.seed},
         **times,
         "samples_per_s": size.batch / times["total_s"],
+        **rates(times, size, floor["gflops_squares"]),
         **floor,
         "over_floor": times["total_s"] / floor["floor_s"],
         "peak_rss_mb": peak,

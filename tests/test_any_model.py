@@ -11,6 +11,7 @@ from helpers import assert_close, read_log, read_stats
 from micro import assert_refused, run_main
 from test_adapters import logprobs, shake
 from tiny_models import (
+    BUILDERS,
     EOS,
     PAD,
     VOCAB,
@@ -160,14 +161,17 @@ HYBRIDS = {
 }
 
 
+@pytest.mark.parametrize("static", [False, True], ids=["", "static"])
 @pytest.mark.parametrize("name", HYBRIDS)
-def test_rows_leave_a_cache_of_convolutions_and_state_spaces(name):
-    """Oracle: each token anew, without cache, padding or neighbours; more than half of the rows end on the way."""
+def test_rows_leave_a_cache_of_convolutions_and_state_spaces(name, static):
+    """Oracle: each token anew, without cache, padding or neighbours; more than half of the rows end on the way. From a
+    static cache none leaves."""
     policy = PolicyModel(randomise(HYBRIDS[name](), 1))
     prompts = [[5, 3, 8], [4, 7, 2, 6, 9], [6], [2, 2], [3, 9, 4], [8, 8], [7], [5, 6, 7]]
     query_ids, query_mask = pad(prompts, PAD, "left")
     ends = [EOS, 2, 3, 4]
-    drawn = sample(policy, query_ids, query_mask, uniforms(3, "sampling", 0, (8, 12)), eos_ids=ends, pad_id=PAD)
+    numbers = uniforms(3, "sampling", 0, (8, 12))
+    drawn = sample(policy, query_ids, query_mask, numbers, eos_ids=ends, pad_id=PAD, static_cache=static)
     lengths = drawn.mask.sum(1)
     assert (lengths < drawn.mask.shape[1]).sum() > 4 and lengths.max() > lengths.median() + 1
     for row, prompt in enumerate(prompts):
@@ -255,23 +259,94 @@ def test_a_model_that_cannot_be_sampled_is_refused_before_its_reward_model_is_tr
     assert not (place / "saved_models").exists()
 
 
-def test_an_encoder_that_knows_no_cache_is_no_hindrance(place):
-    """Switch Transformers' refuses the flag; what is sampled is the decoder."""
+def tiny_switch() -> transformers.SwitchTransformersForConditionalGeneration:
+    """Its decoder has more layers than its encoder."""
     config = transformers.SwitchTransformersConfig(
         vocab_size=VOCAB, d_model=32, d_kv=16, d_ff=32, num_layers=2, num_heads=2, num_experts=2,
         num_sparse_encoder_layers=1, num_sparse_decoder_layers=1, pad_token_id=PAD, eos_token_id=EOS,
         decoder_start_token_id=PAD, dropout_rate=0.0, expert_capacity=64, router_jitter_noise=0.0,
     )  # fmt: skip
-    save(randomise(transformers.SwitchTransformersForConditionalGeneration(config), 2), place / "OTHER")
+    return randomise(transformers.SwitchTransformersForConditionalGeneration(config), 2)
+
+
+def test_an_encoder_that_knows_no_cache_is_no_hindrance(place):
+    """Switch Transformers' refuses the flag; what is sampled is the decoder."""
+    save(tiny_switch(), place / "OTHER")
     assert run_main(*command("OTHER")) == 0
 
 
-def test_a_decoder_without_a_configuration_of_its_own_is_measured_with_the_whole(place):
+def tiny_modernbert() -> transformers.ModernBertDecoderForCausalLM:
     config = transformers.ModernBertDecoderConfig(
         **PLAIN, sep_token_id=EOS, cls_token_id=EOS, local_attention=8, global_attn_every_n_layers=2
     )
-    save(randomise(transformers.ModernBertDecoderForCausalLM(config), 1), place / "OTHER")
+    return randomise(transformers.ModernBertDecoderForCausalLM(config), 1)
+
+
+def test_a_decoder_without_a_configuration_of_its_own_is_measured_with_the_whole(place):
+    save(tiny_modernbert(), place / "OTHER")
     assert run_main(*command("OTHER")) == 0
+
+
+STATIC = {
+    "a decoder of more layers than its encoder": tiny_switch,
+    "windows": tiny_modernbert,
+    "windows alone": lambda: randomise(
+        transformers.MistralForCausalLM(transformers.MistralConfig(**SIZE, sliding_window=4)), 1
+    ),
+    "positions that leave out a token": lambda: tiny_m2m100(),
+    "T5 with a deeper decoder": lambda: tiny_t5(num_decoder_layers=4),
+    **{name: lambda name=name: BUILDERS[name]() for name in ("neox", "gemma2", "granite")},
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_cache_changes_no_token(name):
+    policy = PolicyModel(STATIC[name]())
+    side = "right" if policy.is_encoder_decoder else "left"
+    query_ids, query_mask = pad([[5, 4, 8], [4, 7, 2, 6, 9], [6], [2, 2], [4, 9, 4], [8, 8], [7], [5, 6, 7]], 3, side)
+    numbers = uniforms(3, "sampling", 0, (8, 12))
+    plain, static = (
+        sample(policy, query_ids, query_mask, numbers, eos_ids=[EOS], pad_id=3, static_cache=each)
+        for each in (False, True)
+    )
+    assert torch.equal(static.response_ids, plain.response_ids)
+    assert_close(static.logprobs, plain.logprobs, atol=1e-5)
+
+
+def test_a_model_that_a_static_cache_does_not_fit_is_refused_before_work_starts(place, capsys):
+    """BLOOM's biases are as many as its mask has columns."""
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=2, eos_token_id=EOS)
+    save(randomise(transformers.BloomForCausalLM(config), 1), place / "OTHER")
+    assert_refused(
+        capsys, place, [*command("OTHER"), "--static_cache"], "--static_cache cannot be used with OTHER (bloom)"
+    )
+    assert run_main(*command("OTHER")) == 0
+    capsys.readouterr()
+    generate = ["--task", "generate", "--output_dir", "OUT", "--prompt", "ab"]
+    assert_refused(capsys, place, [*generate, "--static_cache"], "--static_cache cannot be used with OUT (bloom)")
+
+
+def test_a_model_that_is_misread_from_a_static_cache_is_refused(place, monkeypatch, capsys):
+    """As one is whose prompt is told of the columns behind it: its mask is as wide as the cache from the start."""
+    real = generate.first_inputs
+
+    def too_wide(*arguments):
+        inputs = real(*arguments)
+        return inputs | {"attention_mask": torch.nn.functional.pad(inputs["attention_mask"], (1, 0), value=1)[:, :-1]}
+
+    monkeypatch.setattr(generate, "first_inputs", too_wide)
+    assert_refused(
+        capsys, place, [*command(), "--static_cache"], "--static_cache cannot be used with MODEL (llama): with it"
+    )
+
+
+def test_a_run_with_a_static_cache_is_the_run_without_and_goes_on_without(place):
+    assert run_main(*command(output_dir="PLAIN")) == 0
+    assert run_main(*command(), "--static_cache") == 0
+    plain, static = (read_log(place / name) for name in ("PLAIN", "OUT"))
+    assert [row["response"] for row in static] == [row["response"] for row in plain]
+    assert run_main(*command(n_updates=3), "--resume", "--no-static_cache") == 0
+    assert json.loads(Path("OUT/run_config.json").read_text())["static_cache"] is False
 
 
 def test_a_family_that_does_not_leave_padding_out_is_refused():

@@ -74,6 +74,12 @@ def test_the_report_has_the_agreed_keys_and_its_numbers_agree(monkeypatch, capsy
     assert report["over_floor"] * report["floor_s"] == pytest.approx(report["total_s"])
     assert report["floor_s"] * report["gflops_squares"] == pytest.approx(report["gflop"])
     assert report["samples_per_s"] * report["total_s"] == pytest.approx(4)
+    assert report["sampling_tokens_per_s"] * report["generate_s"] == pytest.approx(4 * 60)
+    assert report["update_tokens_per_s"] * report["optimize_step_s"] == pytest.approx(3 * 4 * 69)
+    for part, seconds in (("sampling", "generate_s"), ("update", "optimize_step_s")):
+        computed = report[f"{part}_over_squares"] * report[seconds] * report["gflops_squares"]
+        work = sum(flops(products) for name, products in matrix_products(TINY).items() if part in name)
+        assert computed == pytest.approx(work / 1e9)
     assert report["generate_s"] + report["step_s"] == pytest.approx(report["total_s"])
     assert report["forward_pass_s"] + report["optimize_step_s"] < report["step_s"]
     assert report["total_s_all"] == [pytest.approx(report["total_s"], abs=1e-4)]

@@ -560,6 +560,7 @@ EFFECTS = {
 ELSEWHERE = {
     "allow_pickle": "test_the_command_reads_a_pickle_where_that_is_asked_for_alone",
     "matmul_precision": "test_a_precision_that_is_asked_for_is_set",
+    "static_cache": "test_with_a_static_cache_all_steps_have_the_same_shapes_and_draw_the_same",
     "mixed_precision": "test_mixed_precision_is_that_of_every_product_in_every_task",
     "peft_model_path": "test_the_reference_is_a_frozen_adapter_on_the_same_weights",
     "merge": "test_a_merged_policy_needs_no_peft",

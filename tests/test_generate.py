@@ -24,6 +24,7 @@ from train import Fixed, collect_rollout
 
 pytest_plugins = ["micro"]
 QUERIES = [[5, 3, 8, 2, 9], [4, 7], [6], [2, 2, 10]]
+UNIFORMS = uniforms(3, "sampling", 0, (4, 12))
 NEVER = -1  # an EOS id that no token has
 
 
@@ -37,6 +38,62 @@ def sampled(
     """`sample` with the random numbers that belong to the seed."""
     numbers = uniforms(seed, "sampling", 0, (len(query_ids), time))
     return sample(policy, query_ids, query_mask, numbers, eos_ids=[eos_id], pad_id=pad_id, **options)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# A static cache
+# ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_with_a_static_cache_all_steps_have_the_same_shapes_and_draw_the_same(family):
+    """Rows end on the way, most of them, and those that go on draw what they do without."""
+    policy, shapes = tiny_policy(family), []
+    numbers = uniforms(11, "sampling", 0, (8, 12))
+    plain = respond(policy, letter_tokenizer(), QUERIES * 2, numbers, Config(max_new_tokens=12))
+    assert (plain.mask.sum(1) < plain.mask.shape[1]).sum() > 4
+
+    def note(module, args, inputs) -> None:
+        given = {name: value.shape for name, value in inputs.items() if torch.is_tensor(value)}
+        cache = inputs["past_key_values"]
+        own = cache.self_attention_cache if family == "t5" else cache
+        shapes.append((given, [layer.keys.shape for layer in own.layers if layer.is_initialized]))
+
+    policy.language_model.register_forward_pre_hook(note, with_kwargs=True)
+    static = respond(policy, letter_tokenizer(), QUERIES * 2, numbers, Config(max_new_tokens=12, static_cache=True))
+    assert torch.equal(static.response_ids, plain.response_ids) and torch.equal(static.mask, plain.mask)
+    assert_close(static.logprobs, plain.logprobs, atol=1e-5)
+    assert len(shapes) == plain.mask.shape[1] and shapes[1:] == shapes[1:2] * (len(shapes) - 1)
+
+
+@pytest.mark.parametrize("prompt", [3, 50])
+def test_prompts_of_about_a_length_have_steps_of_one_shape(prompt):
+    """So that a graph that was captured for a rollout serves for the next."""
+    policy, widths = tiny_policy("llama"), set()
+    policy.language_model.register_forward_pre_hook(
+        lambda module, args, inputs: widths.add(inputs["attention_mask"].shape[1]), with_kwargs=True
+    )
+    for length in (prompt, prompt + 1):
+        config = Config(max_new_tokens=12, static_cache=True)
+        respond(policy, letter_tokenizer(), [[5] * length], uniforms(0, "sampling", 0, (1, 12)), config)
+    assert widths == {prompt, prompt + 1, 64}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_with_a_static_cache_is_captured_once(family, monkeypatch):
+    """One graph, without a break, serves for all steps: what `replayed` asks of a GPU's compiler."""
+    policy, graphs = tiny_policy(family), []
+
+    def capture(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(policy.language_model.forward, backend=capture, fullgraph=True, dynamic=False)
+    plain = respond(policy, letter_tokenizer(), QUERIES, UNIFORMS, Config(max_new_tokens=12))
+    monkeypatch.setattr("generate.replayed", lambda _: compiled)
+    static = respond(policy, letter_tokenizer(), QUERIES, UNIFORMS, Config(max_new_tokens=12, static_cache=True))
+    assert torch.equal(static.response_ids, plain.response_ids) and len(graphs) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 import itertools
 import statistics
+from contextlib import nullcontext
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import assert_close, read_log, read_stats
 from test_train import QUERIES, count_a, fixed_for, prompts_of, settings, weights
@@ -11,7 +13,9 @@ from tiny_models import tiny_gpt2
 
 import report
 import run
-from config import Config
+import train
+from checkpoint import newest_checkpoint
+from config import Config, RunError
 from files import read_rows
 from model import PolicyModel
 from train import new_state
@@ -51,6 +55,25 @@ def test_a_run_logs_every_update_with_its_learning_rate_and_its_timing(tmp_path)
     timings = read_rows(tmp_path / "timings.jsonl")
     assert [timing["step"] for timing in timings] == [0, 1, 2, 3]
     assert all(timing["seconds_rollout"] > 0 and timing["seconds_update"] > 0 for timing in timings)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_run_ends_where_a_static_cache_no_longer_holds_the_policy(static, tmp_path, monkeypatch):
+    """At once, with its state saved. Without one a gap that grows is told of, later on."""
+    real, calls = train.respond, []
+
+    def stale(*arguments):
+        calls.append(1)
+        drawn = real(*arguments)
+        return drawn._replace(logprobs=drawn.logprobs + 0.5 * (len(calls) == 2) * drawn.mask)
+
+    monkeypatch.setattr(train, "respond", stale)
+    config = settings(n_updates=3, static_cache=static, **SMALL)
+    words = r"at update 1 .* differ by 0\.5 nats a token, and 0\.5 at most: what"
+    with pytest.raises(RunError, match=words) if static else nullcontext():
+        run_all(tmp_path, config)
+    assert len(read_stats(tmp_path)) == (2 if static else 3)
+    assert newest_checkpoint(tmp_path).name.endswith("_2" if static else "_3")
 
 
 def test_two_equal_runs_are_equal(tmp_path):
