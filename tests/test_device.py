@@ -120,7 +120,7 @@ def test_a_setting_that_changes_no_product_is_none_of_its_own(monkeypatch):
         ({"highest": [2.0], "medium": [1.0]}, "medium"),  # as on AMD's processors
         ({"highest": [1.0], "medium": [1.4]}, "highest"),  # as on Intel's
         ({"highest": [1.0], "medium": [1.0]}, "highest"),
-        ({"highest": [1.0], "medium": [0.8]}, "highest"),  # what it gains, attention loses
+        ({"highest": [1.0], "medium": [0.8]}, "highest"),  # too little for a whole step to gain
         ({"highest": [1.0, 1.0, 0.1], "medium": [0.5]}, "highest"),  # whatever once took it longer is not its own
         ({"highest": [1.0], "medium": [9.0, 0.6]}, "medium"),
     ],
