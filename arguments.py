@@ -233,7 +233,7 @@ def starts_from_adapter(config: Config) -> bool:
 
 def adapts_nothing(config: Config) -> bool:
     """Whether an adapter is asked for on a model of random weights, all of which have to be trained."""
-    return config.task == "sft" and config.trains_from_scratch and config.has_adapter
+    return config.task in ("sft", "reward") and config.trains_from_scratch and config.has_adapter
 
 
 WITHOUT_EFFECT = {  # settings: when they change nothing, and why

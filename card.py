@@ -20,7 +20,7 @@ from adapters import base_of
 from arguments import OF_A_START, is_read, notes, versions
 from config import PATHS, PRESETS, Config, UsageError
 from files import MANIFEST, read_object, read_rows, write_whole
-from folders import KEPT_BACK, STATS, last_name, loading_line, notice, run_above, stage_folder
+from folders import KEPT_BACK, STATS, last_name, notice, run_above, stage_folder
 from hub import load
 from intervals import wilson_interval
 from plot import telling_samples
@@ -262,11 +262,7 @@ def stage_card(folder: Path, config: Config, stage: str, is_encoder_decoder: boo
     record = read_record(folder)
     title = title_of(config, stage)
     data = metadata(folder, config, stage, title, stage_results(stage, record), is_encoder_decoder)
-    if stage == "reward":
-        factory = "AutoModelForSequenceClassification"
-    else:
-        factory = "AutoModelForSeq2SeqLM" if is_encoder_decoder else "AutoModelForCausalLM"
-    line = loading_line(f"transformers.{factory}.from_pretrained({{}})", folder, base_of(str(folder)))
+    line = read_object(folder / MANIFEST)["loads_with"]
     own = what_it_reads(folder, config) if stage == "reward" else []
     return card(
         data,

@@ -7,6 +7,7 @@ beginning tells, and cannot be won over by one.
 import copy
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -155,8 +156,12 @@ def new_classifier(
     config: Config, base_model: str, names: dict[int, str], pad_id: int, device: torch.device
 ) -> PreTrainedModel:
     """The base model's trunk under a new head with these labels; under an adapter where the config asks for one, or the
-    base model is one, which then goes on as the classifier's. Raises UsageError for an encoder-decoder.
+    base model is one, which then goes on as the classifier's. Where all is made from nothing, all of it is trained.
+
+    Raises UsageError for an encoder-decoder.
     """
+    if config.trains_from_scratch:
+        config = replace(config, lora_r=0, load_in_8bit=False, load_in_4bit=False)
     base, adapter = with_its_adapter(base_model, adapter_to_add(config, base_model))
     model_config = load(
         AutoConfig.from_pretrained,

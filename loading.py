@@ -394,11 +394,19 @@ def load_policy(
 
 
 def to_be_trained(model: PreTrainedModel, config: Config) -> PreTrainedModel:
-    """The model under its adapter, or else a new one, that alone is trained; without either, all of it is."""
+    """The model under its adapter, or else a new one, that alone is trained; without either, all of it is.
+
+    Raises UsageError where --peft_model_path is folded in already: all weights would be trained without a word.
+    """
     if hasattr(model, "peft_config"):
         return model
     if config.lora_r:
         return new_adapter(model, config)
+    if config.peft_model_path:
+        raise UsageError(
+            f"--peft_model_path {config.peft_model_path} is folded into {model.name_or_path} already, which has no "
+            "adapter left to train: leave it out to train all weights, or put a new one on with --lora_r"
+        )
     thin_gradient(model)
     return model
 

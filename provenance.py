@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from config import Config, UsageError, template_fields
-from dataset import PARTS, load_rows, most_texts
+from dataset import LOOKED_AT, PARTS, load_rows, most_texts
 from files import read_object, write_whole
 from folders import run_above, trained_stage
 from progress import say
@@ -141,7 +141,9 @@ def other_start(run: Path) -> list[str]:
 
 def check_rows(config: Config, path: str, trained_on: dict, stage: str, part: str) -> None:
     """Raise UsageError, which counts what differs, unless the data still has for the stage what it was trained on."""
-    now = row_hashes(load_rows(config, part, most_texts(config, stage)), trained_on["columns"])
+    own = trained_on["rows"]  # of more than are looked at: as many as its own steps took
+    limit = own if own >= LOOKED_AT else most_texts(config, stage)
+    now = row_hashes(load_rows(config, part, limit), trained_on["columns"])
     if fingerprint(now)["sha256"] == trained_on["sha256"]:
         return
     before = read_hashes(Path(path))

@@ -434,7 +434,8 @@ def load_adapted(config: Config, path: str, model_config: PretrainedConfig, devi
     """
     base = base_of(path)
     manifest = Path(path) / MANIFEST
-    weights = read_object(manifest).get("base_weights", {}) if manifest.exists() else {}
+    found = read_object(manifest).get("base_weights") if manifest.exists() else None
+    weights = found if isinstance(found, dict) else {}
     in_4bit = weights.get("load_in_4bit") is True
     in_8bit = weights.get("load_in_8bit") is True or (config.reward_in_8bit and not in_4bit)
     dtype = weights.get("dtype") if weights.get("dtype") in DTYPES else "float32"

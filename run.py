@@ -104,7 +104,7 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         with one_sentence("--merge cannot fold this adapter in"):
             merged(policy.language_model)
-    source = source_of(prompts, policy, config)
+    source = source_of(prompts, base_model, config)
     state = new_state(policy, config)
     if checkpoint:
         resume(state, fixed, checkpoint, began, source, config)
@@ -190,10 +190,10 @@ def load_models(
     return policy, fixed, prompts
 
 
-def source_of(prompts: Prompts, policy: PolicyModel, config: Config) -> Source:
+def source_of(prompts: Prompts, base_model: str, config: Config) -> Source:
     """What the run is made from."""
     rows, held_out = rows_of(prompts.train), rows_of(prompts.held_out)
-    return Source(columns_read(config, rows[0]), rows, held_out, start=policy.language_model.name_or_path)
+    return Source(columns_read(config, rows[0]), rows, held_out, start=base_model)
 
 
 def say_what_will_run(config: Config, policy: PolicyModel, base_model: str, n_prompts: int) -> None:

@@ -347,6 +347,8 @@ def test_plain_peft_loads_a_reward_model_as_its_manifest_says(place, monkeypatch
     scored = train_reward("LLAMA", "--lora_r", "3", "--dtype", "bfloat16", monkeypatch=monkeypatch)
     folder = Path("saved_models/x/reward")
     manifest = json.loads((folder / "manifest.json").read_text())
+    assert "config=" in manifest["loads_with"]  # else the head would have other labels
+    assert "config=" in (folder / "README.md").read_text().split("## How to load it")[1]
     assert manifest["base_weights"] == {"dtype": "bfloat16", "load_in_8bit": False, "load_in_4bit": False}
     names = {"transformers": transformers, "peft": peft, "FOLDER": str(folder)}
     plain = eval(manifest["loads_with"], names).eval()
@@ -376,7 +378,7 @@ def test_a_reward_model_goes_on_from_the_adapter_of_sft(place, monkeypatch):
 
 def test_what_is_trained_of_a_classifier_under_an_adapter_is_in_float32_and_has_gradients_alone(place):
     bert("BERT")
-    config = Config(task="reward", lora_r=2, dtype="bfloat16")
+    config = Config(task="reward", base_model_name="BERT", lora_r=2, dtype="bfloat16")
     model = new_classifier(config, "BERT", {0: "a", 1: "b"}, PAD, CPU)
     _, found = gradients(model, classifier_batch(TEXTS, [0, 1] * 3, PAD, CPU))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -386,9 +388,31 @@ def test_what_is_trained_of_a_classifier_under_an_adapter_is_in_float32_and_has_
     assert next(model.base_model.model.bert.embeddings.parameters()).dtype == torch.bfloat16
 
 
+def test_a_classifier_of_a_model_made_from_nothing_is_trained_whole(place):
+    bert("BERT")
+    model = new_classifier(Config(task="train", lora_r=2), "BERT", {0: "a", 1: "b"}, PAD, CPU)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Refusals
 # ----------------------------------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_is_folded_in_already_is_not_gone_on_with(place, capsys):
+    assert run_main(*command("sft", "GPT2", "--lora_r", "2", "--output_dir", "A")) == 0
+    flags = ["--peft_model_path", "A", "--merge"]
+    assert run_main(*command("sft", "GPT2", *flags)) == 0
+    with pytest.raises(UsageError, match="--peft_model_path A is folded into saved_models/x/sft already"):
+        new_policy(Config(base_model_name="GPT2", peft_model_path="A"), "saved_models/x/sft", CPU)
+
+
+@pytest.mark.parametrize("found", ["x", None, [], {"dtype": 3, "load_in_8bit": "yes"}])
+def test_a_manifest_that_says_no_kind_of_weights_is_read_as_float32(found, place, monkeypatch):
+    train_reward("GPT2", "--lora_r", "2", "--dtype", "bfloat16", monkeypatch=monkeypatch)
+    file = Path("saved_models/x/reward/manifest.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_weights": found}))
+    assert len(load_reward_model(Config(), "saved_models/x/reward", CPU)(TRIED)) == len(TRIED)
 
 
 @pytest.mark.parametrize("task", ["sft", "reward"])
