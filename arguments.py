@@ -224,13 +224,6 @@ def asks_classifier(config: Config) -> bool:
     return "reward_model" in config.reward_weights if config.reward_weights else not config.reward_fn
 
 
-def starts_from_adapter(config: Config) -> bool:
-    """Whether the model to be trained is an adapter already: that of the sft stage, where there is one, or named."""
-    stage = config.run_folder / "sft"
-    start = stage if config.task != "sft" and stage.exists() else Path(config.base_model_name)
-    return (start / "adapter_config.json").exists()
-
-
 def adapts_nothing(config: Config) -> bool:
     """Whether an adapter is asked for on a model of random weights, all of which have to be trained."""
     return config.task in ("sft", "reward") and config.trains_from_scratch and config.has_adapter
@@ -247,13 +240,13 @@ WITHOUT_EFFECT = {  # settings: when they change nothing, and why
         "the length has no weight: name length in --reward_weights",
     ),
     "merge": (
-        lambda config: not config.has_adapter and not starts_from_adapter(config),
+        lambda config: not config.has_adapter and not config.starts_from_adapter,
         "there is no adapter to fold in (--lora_r, --peft_model_path)",
     ),
     "lora_alpha": (lambda config: not config.lora_r, "there is no new adapter (--lora_r)"),
     "lora_r": (lambda config: config.peft_model_path, "the adapter of --peft_model_path has a rank of its own"),
     "lora_r lora_alpha": (
-        lambda config: config.lora_r and not config.peft_model_path and starts_from_adapter(config),
+        lambda config: config.lora_r and not config.peft_model_path and config.starts_from_adapter,
         "what it starts from is an adapter, which goes on with a rank of its own",
     ),
     "lora_r lora_alpha load_in_8bit load_in_4bit merge": (

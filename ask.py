@@ -15,7 +15,7 @@ import torch
 
 from config import Config, RunError, UsageError, template_fields
 from dataset import Row
-from device import choose_precision, prepare_device, products, set_precision
+from device import prepare_device, products, settle_precision
 from files import check_writable, write_whole
 from generate import respond
 from hub import one_sentence
@@ -45,7 +45,7 @@ def generate(config: Config, reward_model_path: str) -> None:
     device = prepare_device(config)
     tokenizer = load_tokenizer(config.output_dir, "output_dir")
     policy = load_policy(config, config.output_dir, device, flag="output_dir").eval()
-    set_precision(choose_precision(policy.language_model, products(config.batch_size), config), config, device)
+    settle_precision(policy.language_model, products(config.batch_size), config)
     check_static_cache(config, policy)
     terms = terms_to_write(config, reward_model_path, device, separator_of(policy, config))
     to_answer = partial(make_all_prompts, config=config, tokenizer=tokenizer, room=prompt_room(config, policy))

@@ -165,13 +165,15 @@ def hub_base(folder: Path) -> str | None:
 
 
 def metadata(
-    folder: Path, config: Config, stage: str, title: str, results: dict[str, float], is_encoder_decoder: bool
+    folder: Path, config: Config, stage: str, title: str, results: dict[str, float], line: str
 ) -> ModelCardData:
-    """What the Hub reads of a card. `results` are figures on held-out rows, by the Hub's names of metrics."""
+    """What the Hub reads of a card. `results` are figures on held-out rows, by the Hub's names of metrics; `line` loads
+    the model.
+    """
     kind = KINDS[stage]
     base = hub_base(folder)
     data = config.dataset_path if is_hub_id(config.dataset_path) else None
-    task = "text2text-generation" if is_encoder_decoder and stage != "reward" else kind.task
+    task = "text2text-generation" if "AutoModelForSeq2SeqLM" in line else kind.task
     found = []
     for name, value in results.items() if data else ():
         found.append(EvalResult(task, dataset_type=data, dataset_name=data, metric_type=name, metric_value=value))
@@ -257,12 +259,12 @@ def stage_results(stage: str, record: dict) -> dict[str, float]:
     return {name: record["held_out"][name] for name in names if name in record["held_out"]}
 
 
-def stage_card(folder: Path, config: Config, stage: str, is_encoder_decoder: bool) -> str:
+def stage_card(folder: Path, config: Config, stage: str) -> str:
     """The card of a language or reward model that is saved in the folder, with its record."""
     record = read_record(folder)
     title = title_of(config, stage)
-    data = metadata(folder, config, stage, title, stage_results(stage, record), is_encoder_decoder)
     line = read_object(folder / MANIFEST)["loads_with"]
+    data = metadata(folder, config, stage, title, stage_results(stage, record), line)
     own = what_it_reads(folder, config) if stage == "reward" else []
     return card(
         data,
@@ -321,7 +323,7 @@ def run_card(folder: Path, config: Config, comparison: dict, kind: str, has_figu
     title = title_of(config, "train")
     line = read_object(folder / MANIFEST)["loads_with"]
     results = {"mean_reward": comparison["figures"]["after"]["reward"]}
-    data = metadata(folder, config, "train", title, results, is_encoder_decoder="AutoModelForSeq2SeqLM" in line)
+    data = metadata(folder, config, "train", title, results, line)
     return card(
         data,
         title,

@@ -19,19 +19,22 @@ from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from adapters import adapter_to_add, with_adapter, with_its_adapter
 from config import Config, UsageError
+from conversations import check_answers, check_template
 from dataset import check_column, column, distinct, load_rows, most_texts, pad
-from device import choose_precision, prepare_device, products, set_precision
+from device import prepare_device, products, settle_precision
+from encoding import bare_ids
+from fitting import fit, length_grouped, levers, part_of, try_out
 from folders import notice, stage_folder
 from hub import load
 from intervals import wilson_interval
 from loading import load_tokenizer, load_under_head, recompute_activations, to_be_trained
 from plot import plot_reliability
 from probe import context_length, is_exact, special_ends
-from prompts import bare_ids, check_answers, check_template, prompt_texts
+from prompts import prompt_texts
 from provenance import Source, columns_read
 from randomness import uniforms
 from reward import PAIR_SEPARATOR, Reading, padding_is_harmless, reading_of, text_logits
-from sft import fit, length_grouped, levers, part_of, save_stage, try_out
+from sft import save_stage
 
 
 def classifier_batch(
@@ -263,7 +266,7 @@ def run_reward(config: Config, base_model: str) -> Path:
     model = new_classifier(config, base_model, names, tokenizer.pad_token_id, device)
     length = min(context_length(model), config.context_length)
     work = products(config.reward_batch_size * length)
-    set_precision(choose_precision(model, work, config), config, device)
+    settle_precision(model, work, config)
     model.config.reads_conversations = bool(config.chosen_column) and config.chat  # saved, for those who score with it
     if config.chosen_column:
         model.config.prompt_response_separator = PAIR_SEPARATOR

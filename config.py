@@ -169,7 +169,7 @@ class Config:
     eval_every: int = option("ppo", 0, "updates between looks at held-out prompts to keep the best; 0: off", "[0, inf)")
 
     vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, 1000000]")
-    context_length: int = option("stages", 96, "longest sequence of the model trained here, in tokens", "[8, 1000000]")
+    context_length: int = option("stages", 96, "longest text that sft or reward learns from, in tokens", "[8, 1000000]")
     n_layer: int = option("stages", 2, "layers of the model trained here", "[1, 1000]")
     n_embd: int = option("stages", 128, "width of the model trained here", "[1, 100000]")
     n_head: int = option("stages", 4, "attention heads of the model trained here", "[1, inf)")
@@ -261,13 +261,14 @@ class Config:
         """Raise UsageError if weights would be trained that cannot be, or would lose what was learned."""
         training = self.task in TRAINING
         in_few_bits = self.load_in_8bit or self.load_in_4bit
+        has_adapter = self.has_adapter or (training and self.starts_from_adapter)
         if self.load_in_8bit and self.load_in_4bit:
             raise UsageError("--load_in_8bit and --load_in_4bit were both given: choose one of them")
         if training and self.task != "reward" and in_few_bits and self.merge:
             raise UsageError("--merge would round the adapter away in weights of 8 or 4 bits: save the adapter alone")
-        if in_few_bits and not self.has_adapter:
+        if in_few_bits and not has_adapter:
             raise UsageError("--load_in_8bit and --load_in_4bit freeze the weights: add --lora_r or --peft_model_path")
-        if training and self.dtype != "float32" and not self.has_adapter:
+        if training and self.dtype != "float32" and not has_adapter:
             raise UsageError(
                 f"--dtype {self.dtype} would round most of Adam's small steps away; train in float32 (fast with "
                 "--mixed_precision bf16), or an adapter on such weights (--lora_r)"
@@ -288,6 +289,13 @@ class Config:
     @property
     def has_adapter(self) -> bool:
         return bool(self.lora_r or self.peft_model_path)
+
+    @property
+    def starts_from_adapter(self) -> bool:
+        """Whether the model to be trained is an adapter: that of the sft stage, where there is one, or that named."""
+        stage = self.run_folder / "sft"
+        start = stage if self.task != "sft" and stage.exists() else Path(self.base_model_name)
+        return (start / "adapter_config.json").exists()
 
     @property
     def trains_from_scratch(self) -> bool:

@@ -19,7 +19,7 @@ from files import state_folder
 EXACT = 1e-6  # relative error of a product that is still one of float32
 CLEARLY = 0.75  # of the time that torch's own products take: where it was 0.83, whole steps gained nothing
 WIDEST, MOST_ROWS = 768, 256  # of the matrices that are timed; larger ones take longer, and say the same
-LEAST_ROUNDS, MOST_ROUNDS, TIMING_S = 3, 10, 0.2  # of timing; the seconds end it in between
+LEAST_ROUNDS, MOST_ROUNDS, TIMING_S = 3, 100, 0.2  # of timing; the seconds end it in between
 
 
 def prepare_device(config: Config) -> torch.device:
@@ -71,6 +71,11 @@ def own_gpu(name: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 # --matmul_precision auto
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def settle_precision(model: torch.nn.Module, work: Counter[int], config: Config) -> None:
+    """Have torch multiply as `choose_precision` says for the model."""
+    set_precision(choose_precision(model, work, config), config, model.device)
 
 
 def choose_precision(model: torch.nn.Module, work: Counter[int], config: Config) -> str:

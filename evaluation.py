@@ -17,7 +17,7 @@ import torch
 from adapters import adapter_to_add
 from config import Config, UsageError, first_line
 from dataset import PARTS, column, load_rows, most_texts, pad
-from device import choose_precision, pick_device, prepare_device, products, set_precision
+from device import pick_device, prepare_device, products, settle_precision
 from distributed import gathered, own_share
 from files import check_writable, write_table, write_whole
 from folders import policy_folder, run_above, stage_folder
@@ -437,7 +437,7 @@ def evaluate(config: Config, base_model: str, reward_model_path: str) -> None:
     fluency_judge = load_fluency_judge(config, tokenizer) if config.trains_from_scratch else None
     # only now, so that a judge that had to be trained leaves no other numbers than one that was there
     work = products(config.mini_batch_size * (config.max_prompt_length + config.max_new_tokens))
-    set_precision(choose_precision(reference.language_model, work, config), config, device)
+    settle_precision(reference.language_model, work, config)
     results.mkdir(exist_ok=True)  # before the work, as it may fail
     tables = {}
     for split in prompts:

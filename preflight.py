@@ -12,6 +12,7 @@ import ppo
 from adapters import adapter_to_add
 from classifier import check_labels
 from config import Config, RunError, UsageError
+from conversations import without_whole_pairs
 from dataset import load_rows
 from dataset import pad as pad_rows
 from device import prepare_device
@@ -21,16 +22,7 @@ from hub import one_sentence
 from loading import check_encoder, check_packages, count_parameters, load_base, load_tokenizer
 from model import PolicyModel
 from probe import context_length
-from prompts import (
-    Prompt,
-    check_prompts,
-    fitting_rows,
-    load_all_prompts,
-    longest_prompt,
-    make_room,
-    most_prompts,
-    without_whole_pairs,
-)
+from prompts import Prompt, check_prompts, fitting_rows, load_all_prompts, longest_prompt, make_room, most_prompts
 from randomness import uniforms
 from reward import check_weights, load_reward_function
 from sft import check_answers_to_learn

@@ -15,14 +15,24 @@ from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, template_fields
+from conversations import (
+    chat_text,
+    check_template,
+    conversation,
+    drops_system,
+    holds_messages,
+    is_assistants,
+    is_conversation,
+    no_place_for_system,
+    own_turns,
+    readable,
+)
 from dataset import LOOKED_AT, check_column, in_file_order, load_rows, place_of, suspects
-from hub import one_sentence
+from encoding import bare_ids, first_words, last_tokens, text_ids, with_ends
 from model import PolicyModel
 from probe import special_ends
 from randomness import permutation
 from rows import Rows
-
-AT_ONCE = 1000  # texts for a tokenizer: what it says of each token, beside its id, takes a hundred times the room
 
 
 class Prompt(NamedTuple):
@@ -55,13 +65,6 @@ def with_prompt_column(config: Config) -> Config:
     return config
 
 
-def no_place_for_system(config: Config) -> UsageError:
-    return UsageError(
-        f"--system {config.system[:80]!r} is a turn of conversations, and the prompts are texts: add --chat, by which "
-        "they are a user's turn, or leave it out"
-    )
-
-
 def check_prompts(rows: Sequence[dict], config: Config) -> None:
     """Raise UsageError unless the rows hold what prompts are made of: a template's columns, texts, or messages."""
     fields = template_fields(config.prompt_template) if config.prompt_template else []
@@ -87,159 +90,7 @@ def with_messages(rows: Sequence[dict], config: Config) -> list[dict]:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Conversations
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def is_assistants(message: dict) -> bool:
-    return message.get("role") == "assistant"
-
-
-def holds_messages(row: dict, config: Config) -> bool:
-    return isinstance(row.get(config.prompt_column), list)
-
-
-def is_conversation(row: dict, config: Config) -> bool:
-    return config.chat or holds_messages(row, config)
-
-
-def check_messages(value: list, place: str) -> None:
-    """Raise UsageError, which begins with the place, unless all of the list are messages with a text."""
-    for message in value:
-        is_message = isinstance(message, dict) and isinstance(message.get("role"), str)
-        if not is_message or not isinstance(message.get("content"), str):
-            raise UsageError(f"{place} holds {str(message)[:80]}, expected messages with a text as role and as content")
-
-
-def own_turns(row: dict, config: Config) -> list[dict]:
-    """The messages of the row's prompt column, or its text as a user's turn; without the assistant's turns at the end,
-    which are for the policy to write. Raises UsageError for what is no conversation.
-    """
-    value = row[config.prompt_column]
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    place = f"--prompt_column {config.prompt_column!r} in {place_of(row)}"
-    check_messages(value, place)
-    messages = list(value)
-    while messages and is_assistants(messages[-1]):
-        messages.pop()
-    if not messages:
-        raise UsageError(f"{place} holds no message to answer: {str(value)[:80]}")
-    return messages
-
-
-def with_system(messages: list[dict], config: Config) -> list[dict]:
-    """The messages behind a system's turn with the text of --system, unless they have one of their own."""
-    if not config.system or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": config.system}, *messages]
-
-
-def conversation(row: dict, config: Config) -> list[dict]:
-    """What the policy is asked: the row's `own_turns`, and the system's. Raises UsageError for what is no
-    conversation.
-    """
-    return with_system(own_turns(row, config), config)
-
-
-def readable(messages: list[dict]) -> str:
-    """A conversation as a person reads it: a user's turn alone as it is, several turns as `role: content` in lines."""
-    if len(messages) == 1 and messages[0]["role"] == "user":
-        return messages[0]["content"]
-    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
-def own_answer(row: dict, config: Config) -> str:
-    """What the assistant answers to the row's `own_turns`, behind them. Raises UsageError where there is no answer."""
-    value = row[config.prompt_column]
-    n_asked = len(own_turns(row, config))
-    if isinstance(value, str) or n_asked == len(value):
-        raise UsageError(
-            f"--prompt_column {config.prompt_column!r} in {place_of(row)} ends with no answer of the assistant's, "
-            "to be learned; give such messages, or name the --completion_column"
-        )
-    return value[n_asked]["content"]
-
-
-def is_whole(answer) -> bool:
-    """Whether what stands in a column of answers is all of a conversation, rather than the assistant's part."""
-    return isinstance(answer, list) and not (answer and isinstance(answer[0], dict) and is_assistants(answer[0]))
-
-
-def answered(row: dict, answer: str | list[dict], config: Config) -> list[dict]:
-    """The row's conversation and an answer: a text, the assistant's messages, or all of the conversation with them."""
-    if is_whole(answer):
-        return with_system(answer, config)
-    if isinstance(answer, str):
-        answer = [{"role": "assistant", "content": answer}]
-    return [*conversation(row, config), *answer]
-
-
-def without_whole_pairs(rows: Sequence[dict], config: Config) -> Sequence[dict]:
-    """The rows but for those whose better and worse answer are both conversations with a prompt of their own."""
-    pair = (config.chosen_column, config.rejected_column)
-    if not all(name in rows[0] for name in pair) or not suspects(rows, config.chosen_column):
-        return rows
-    return [row for row in rows if not all(is_whole(row[name]) for name in pair)]
-
-
-def check_answers(rows: Sequence[dict], name: str, flag: str, config: Config) -> None:
-    """Raise UsageError unless the column holds answers: texts, or with conversations messages that end with one."""
-    check_column(rows, name, flag, (str, list) if config.chat else str)
-    for row in in_file_order(suspects(rows, name)[:LOOKED_AT]):
-        if isinstance(row[name], list):
-            place = f"--{flag} {name!r} in {place_of(row)}"
-            check_messages(row[name], place)
-            if not row[name] or not is_assistants(row[name][-1]):
-                raise UsageError(f"{place} holds no answer of the assistant's at its end: {str(row[name])[-80:]}")
-
-
-def chat_text(
-    messages: list[dict], row: dict, tokenizer: PreTrainedTokenizerBase, add_generation_prompt: bool = True
-) -> str:
-    """The conversation by the tokenizer's template, up to where the assistant begins to write; or as it ends."""
-    with one_sentence(f"the chat template of {tokenizer.name_or_path} refuses {place_of(row)}"):
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-
-
-def end_of_answer(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> int:
-    """The one of the `ends` of a response with which the template of chat ends an answer, or else the EOS."""
-    messages = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-    (ids,) = bare_ids([chat_text(messages, {}, tokenizer, add_generation_prompt=False)], tokenizer)
-    return next((token for token in reversed(ids) if token in ends), tokenizer.eos_token_id)
-
-
-def drops_system(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether the template of chat writes nothing of a system's turn with this text."""
-    user = {"role": "user", "content": "a"}
-    one, other = (
-        tokenizer.apply_chat_template([{"role": "system", "content": content}, user], tokenize=False)
-        for content in (text, text + "a")
-    )
-    return one == other
-
-
-def check_template(tokenizer: PreTrainedTokenizerBase, config: Config, row: dict) -> None:
-    """Raise UsageError for a tokenizer that cannot write conversations, as that of this row is, or no --system."""
-    if not tokenizer.chat_template:
-        flag = "prompt_column" if config.prompt_column in row else "chosen_column"
-        raise UsageError(
-            f"the prompts are conversations (--{flag} {getattr(config, flag)!r}, {place_of(row)}), and the "
-            f"tokenizer of {tokenizer.name_or_path} has no template for them; expected a model of chat, or texts"
-        )
-    check_system(tokenizer, config)
-
-
-def check_system(tokenizer: PreTrainedTokenizerBase, config: Config) -> None:
-    """Raise UsageError for a tokenizer whose template has no place for --system, where there is one."""
-    problem = f"--system: the chat template of {tokenizer.name_or_path}"
-    with one_sentence(f"{problem} refuses a system's turn"):
-        if config.system and drops_system(tokenizer, config.system):
-            raise UsageError(f"{problem} leaves a system's turn out without a word; give it as part of the user's")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Texts of prompts
+# Texts
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -270,84 +121,9 @@ def separator_of(policy: PolicyModel, config: Config) -> str:
     return "\n" if config.chat else policy.separator
 
 
-def whole_words(text: str, offsets: list[tuple[int, int]], n_tokens: int) -> str:
-    """The longest beginning of a text that ends with a word and takes at most n_tokens, which stand at these offsets.
-
-    A first word that takes more is cut all the same.
-    """
-    if not offsets:
-        return ""
-    kept = offsets[:n_tokens]
-    _, end = kept[-1]
-    start = text[:end]
-    cuts_a_word = len(offsets) > n_tokens and not text[end : end + 1].isspace()
-    if cuts_a_word and len(start.split()) > 1:
-        return start.rsplit(maxsplit=1)[0]
-    return start
-
-
-def first_words(texts: list[str], tokenizer: PreTrainedTokenizerBase, n_tokens: int) -> list[str]:
-    """The `whole_words` of each text. Raises UsageError for a tokenizer that cannot say where its tokens stand."""
-    if not tokenizer.is_fast:
-        raise UsageError(
-            f"--prompt_tokens {n_tokens} needs a tokenizer that knows where in the text its tokens stand, "
-            f"which that of {tokenizer.name_or_path} does not; give prompts of the length wanted"
-        )
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [whole_words(text, offsets, n_tokens) for text, offsets in zip(texts, encoded.offset_mapping, strict=True)]
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # Ids
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def bare_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The texts' ids without special tokens at their ends. Raises UsageError for one that the model does not embed."""
-    encoded = []
-    with one_sentence("a text has characters that the tokenizer does not take"):
-        for start in range(0, len(texts), AT_ONCE):
-            encoded += tokenizer(texts[start : start + AT_ONCE], add_special_tokens=False).input_ids
-    n_embedded = getattr(tokenizer, "n_embedded", math.inf)
-    for text, ids in zip(texts, encoded, strict=True):
-        if max(ids, default=0) >= n_embedded:
-            token = tokenizer.convert_ids_to_tokens(max(ids))
-            raise UsageError(f"the text {text[:80]!r} holds the special token {token}, which the model does not embed")
-    return encoded
-
-
-def with_ends(bare: list[list[int]], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
-    """Texts' bare ids between the special tokens of the tokenizer's, once each: a template of chat may bring the first.
-
-    Of a text that would be longer than `length`, the last tokens, between the same ends.
-    """
-    before, behind = special_ends(tokenizer)
-    room = max(1, length - len(before) - len(behind)) if length else None
-    encoded = []
-    for ids in bare:
-        body = ids[len(before) :] if ids[: len(before)] == before else ids
-        encoded.append(before + (body if room is None else body[-room:]) + behind)
-    return encoded
-
-
-def text_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
-    """The texts' ids `with_ends`."""
-    return with_ends(bare_ids(texts, tokenizer), tokenizer, length)
-
-
-def template_ids(texts: list[str], tokenizer: PreTrainedTokenizerBase, length: int | None = None) -> list[list[int]]:
-    """The ids of texts that a template of chat has written, special tokens and all.
-
-    Of a text that would be longer than `length`, the last tokens, behind the first special token if it has that.
-    """
-    before, _ = special_ends(tokenizer)
-    encoded = []
-    for ids in bare_ids(texts, tokenizer):
-        if length and len(ids) > length:
-            start = before if ids[: len(before)] == before else []
-            ids = start + ids[-max(1, length - len(start)) :]
-        encoded.append(ids)
-    return encoded
 
 
 def policy_text(row: dict, text: str, config: Config, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -381,15 +157,6 @@ def asked(prompt: Prompt, config: Config) -> str:
     if len(fields) == 1 and not config.prompt_tokens and not is_conversation(prompt.row, config):
         return str(prompt.row[fields[0]])
     return prompt.text
-
-
-def last_tokens(text: str, count: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The end of a text that has so many tokens, in the text's own characters where the tokenizer can tell."""
-    if not tokenizer.is_fast:
-        return tokenizer.decode(tokenizer(text, add_special_tokens=False).input_ids[-count:])
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
-    start, _ = offsets[-count]
-    return text[start:]
 
 
 def shortened(content: str, ids_of: Callable[[str], list[int]], limit: int, tokenizer) -> list[int]:

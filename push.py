@@ -40,14 +40,27 @@ def check_push(config: Config, base_model: str) -> None:
         check_is_empty(repository(name))
 
 
+def adapted_base(config: Config, base_model: str) -> str:
+    """The model that the result is to be an adapter of, which alone is saved; "" for a whole model."""
+    if config.trains_from_scratch and config.task != "train":
+        return ""
+    base = base_of(base_model)
+    if base == str(stage_folder(config, "sft")) and not Path(base).exists() and config.base_model_name:
+        base = base_of(config.base_model_name)  # what the stage to come will be an adapter of, too
+    is_adapted = config.has_adapter or base != base_model
+    rounds = config.load_in_8bit or config.load_in_4bit or config.dtype != "float32"
+    saves_whole = not rounds if config.task == "reward" else config.merge
+    return base if is_adapted and not saves_whole else ""
+
+
 def check_base_is_public(config: Config, base_model: str) -> None:
     """Raise UsageError where an adapter alone would be uploaded, of a model that is on this disk."""
-    base = base_of(base_model)
-    saves_adapter = not config.merge and (config.has_adapter or base != base_model)
-    if saves_adapter and (Path(base).is_dir() or base == str(stage_folder(config, "sft"))):
+    base = adapted_base(config, base_model)
+    if base and (Path(base).is_dir() or base == str(stage_folder(config, "sft"))):
+        way = "weights in float32" if config.task == "reward" else "--merge"
         raise UsageError(
             f"--push_to_hub {config.push_to_hub} would get an adapter of {base}, a folder that nobody else has: "
-            "expected --merge, by which the whole model is saved, or a --base_model_name of the Hub"
+            f"expected {way}, by which the whole model is saved, or a --base_model_name of the Hub"
         )
 
 

@@ -33,13 +33,14 @@ from transformers import (
 
 from adapters import base_of, with_adapter
 from config import DTYPES, Config, RunError, UsageError, first_line, nearest
+from conversations import answered, chat_text, check_system, is_conversation
 from dataset import pad
+from encoding import template_ids, text_ids
 from files import MANIFEST, read_object
 from hub import has_file, load, prepare_config
 from loading import load_tokenizer, load_under_head, load_weights, quantized
 from probe import context_length, special_ends
 from progress import tell
-from prompts import answered, chat_text, check_system, is_conversation, template_ids, text_ids
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
 TERMS = ("reward_model", "reward_fn", "repetition", "length")  # the names that --reward_weights may hold

@@ -52,10 +52,8 @@ def run_trl(python: str, models: Path, run: Path, prompts: Path, seed: int, log:
 
     config = Config(**json.loads((run / "run_config.json").read_text()))
     model = AutoModelForCausalLM.from_pretrained(models / "sft")
-    script, precision = (
-        Path(__file__).with_name("learning_trl.py"),
-        choose_precision(model, work_of_run(config), config),
-    )
+    script = Path(__file__).with_name("learning_trl.py")
+    precision = choose_precision(model, work_of_run(config), config)
     command = [python, script, run / "run_config.json", models, prompts, str(seed), precision, log]
     environment = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "1000"} | os.environ  # how main.py has threads wait
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)

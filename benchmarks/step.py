@@ -39,7 +39,7 @@ from benchmarks.floor import Size, flops, matrix_products, measure_floor
 from benchmarks.machine import QUIET, cpu_seconds, foreign_cores, peak_mb, wait_quiet
 from config import Config, UsageError
 from prompts import Prompt
-from device import choose_precision, prepare_device, set_precision, work_of_run
+from device import prepare_device, settle_precision, work_of_run
 from hub import prepare_config
 from loading import load_reference, new_policy
 from model import PolicyModel
@@ -290,7 +290,7 @@ def run(args: argparse.Namespace) -> dict:
     size, config = Size(*(getattr(args, name) for name in Size._fields)), settings(args)
     device = prepare_device(config)
     policy, fixed = new_models(size, config)
-    set_precision(choose_precision(policy.language_model, work_of_run(config), config), config, device)
+    settle_precision(policy.language_model, work_of_run(config), config)
     floor = measure_floor(size, torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32, device)
     steps = new_steps(policy, fixed, config, args.ragged)
     laps = timed_steps(steps, args)

@@ -40,10 +40,11 @@ from transformers import (
 
 from classifier import classifier_batch, cut_short
 from config import Config
+from fitting import fit, length_grouped, own_loss
 from probe import special_ends
 from randomness import uniforms
 from reward import load_reward_model
-from sft import Example, endless_batches, fit, length_grouped, own_loss, perplexity, token_pieces
+from sft import Example, endless_batches, perplexity, token_pieces
 
 CPU = torch.device("cpu")
 BATCH = 16  # texts a step

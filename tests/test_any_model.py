@@ -31,12 +31,13 @@ import preflight
 from adapters import merged
 from config import Config, RunError, UsageError
 from dataset import pad
+from encoding import bare_ids
 from generate import end_ids, sample
 from hub import prepare_config
 from loading import load_policy, load_tokenizer, new_policy, save_policy
 from model import PolicyModel
 from preflight import check_invariants
-from prompts import Prompt, bare_ids
+from prompts import Prompt
 from randomness import uniforms
 from run import check_saved
 from train import Fixed

@@ -231,7 +231,9 @@ def test_an_adapters_base_is_the_very_model_that_it_is_for(empty):
     settings.write_text(json.dumps({"base_model_name_or_path": str(empty / "sft")}))
     assert hub_base(empty / "run") is None
     settings.write_text(json.dumps({"base_model_name_or_path": "openai-community/gpt2"}))
-    data = card.metadata(empty / "run", Config(), "train", "a", {}, is_encoder_decoder=False).to_dict()
+    data = card.metadata(
+        empty / "run", Config(), "train", "a", {}, "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
+    ).to_dict()
     assert data["base_model"] == "openai-community/gpt2" and data["base_model_relation"] == "adapter"
     assert data["library_name"] == "peft"
 
@@ -251,12 +253,26 @@ def test_an_adapters_card_loads_it_where_its_base_is_at_hand(workplace):
 def test_a_dataset_of_the_hub_has_its_results(empty):
     record(empty / "a", "gpt2")
     config = Config(dataset_path="stanfordnlp/imdb")
-    data = card.metadata(empty / "a", config, "sft", "A model", {"perplexity": 12.5}, is_encoder_decoder=False)
+    data = card.metadata(
+        empty / "a",
+        config,
+        "sft",
+        "A model",
+        {"perplexity": 12.5},
+        "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)",
+    )
     assert data.datasets == ["stanfordnlp/imdb"] and data.base_model == "gpt2"
     (result,) = ModelCard(f"---\n{data.to_yaml()}\n---\n").data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("perplexity", 12.5, "stanfordnlp/imdb")
     (empty / "stanfordnlp/imdb").mkdir(parents=True)
-    local = card.metadata(empty / "a", config, "sft", "A model", {"perplexity": 12.5}, is_encoder_decoder=False)
+    local = card.metadata(
+        empty / "a",
+        config,
+        "sft",
+        "A model",
+        {"perplexity": 12.5},
+        "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)",
+    )
     assert local.datasets is None and local.eval_results is None
 
 

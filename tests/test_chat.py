@@ -35,7 +35,9 @@ import sft
 from arguments import parse_args
 from classifier import pair_batches
 from config import UsageError
-from prompts import check_answers, end_of_answer, limit_length, make_prompts, template_ids, with_prompt_column
+from conversations import check_answers, end_of_answer
+from encoding import template_ids
+from prompts import limit_length, make_prompts, with_prompt_column
 from reward import load_reward_terms
 
 pytest_plugins = ["micro"]

@@ -15,16 +15,8 @@ import dataset
 import prompts as prompts_module
 from config import UsageError
 from dataset import PARTS, Row, check_is_rows, column, decode_responses, join_rows, load_rows, pad
-from prompts import (
-    Prompt,
-    batch_arithmetic,
-    batch_of,
-    first_words,
-    limit_length,
-    load_prompts,
-    make_prompts,
-    with_prompt_column,
-)
+from encoding import first_words
+from prompts import Prompt, batch_arithmetic, batch_of, limit_length, load_prompts, make_prompts, with_prompt_column
 
 pytest_plugins = ["micro"]
 ROWS = [{"text": f"Text number {number}.", "label": number % 2} for number in range(100)]

@@ -21,9 +21,10 @@ import classifier
 import sft
 from classifier import classifier_batch, new_classifier, pair_loss, pairs_in_passes
 from config import Config, UsageError
+from fitting import IGNORED, add_gradient, in_passes, own_loss, part_of, whole
 from loading import load_policy, new_policy
 from reward import load_reward_model, own_reading, text_logits
-from sft import IGNORED, Example, add_gradient, in_passes, language_batch, own_loss, part_of, whole
+from sft import Example, language_batch
 
 pytest_plugins = ["micro"]
 peft = pytest.importorskip("peft")
@@ -201,6 +202,7 @@ def test_ppo_goes_on_with_the_adapter_that_sft_has_trained(base, weights, place,
     assert result.keys() == trained.keys() and any(not torch.equal(result[name], trained[name]) for name in trained)
     settings = json.loads(Path("out/ppo/adapter_config.json").read_text())
     assert settings["r"] == 3 and settings["base_model_name_or_path"] == str(place / base)
+    assert json.loads(Path("out/ppo/stage.json").read_text())["starts_from"]["path"] == "saved_models/x/sft"
     assert Path(base, "model.safetensors").read_bytes() == before
 
 
@@ -216,6 +218,15 @@ def test_sft_goes_on_with_an_adapter_that_is_named_and_so_does_ppo(place):
     assert run_main("--task", "evaluate", "--output_dir", "ppo", "--eval_samples", "4") == 0
     comparison = json.loads(Path("ppo/results/comparison.json").read_text())["splits"]["test"]["figures"]
     assert comparison["before"]["kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_weights_in_few_bits_need_no_flag_for_an_adapter_that_is_there(place):
+    flags = ["--load_in_8bit", "--sft_steps", "1"]
+    assert run_main(*command("sft", "GPT2", "--lora_r", "2", *flags)) == 0
+    settings = {"task": "train", "base_model_name": "GPT2", "run_name": "x", "load_in_8bit": True}
+    assert Config(**settings).starts_from_adapter
+    with pytest.raises(UsageError, match="freeze the weights"):
+        Config(**settings | {"run_name": "y"})
 
 
 def test_a_folder_with_an_adapter_is_what_sft_can_start_from(place):

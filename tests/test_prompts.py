@@ -23,22 +23,19 @@ import ask
 import main
 import run
 from config import Config, UsageError
+from conversations import chat_text, conversation
 from dataset import Row
+from encoding import bare_ids, last_tokens, text_ids
 from loading import load_tokenizer
 from probe import special_ends
 from prompts import (
     asked,
-    bare_ids,
-    chat_text,
     check_prompts,
-    conversation,
-    last_tokens,
     limit_length,
     make_prompts,
     n_characters,
     n_rollouts,
     prompt_texts,
-    text_ids,
     with_prompt_column,
 )
 from sft import completions, token_pieces

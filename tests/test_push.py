@@ -180,6 +180,29 @@ def test_an_adapter_of_a_model_that_nobody_else_has_is_refused(hub, workplace, c
     assert not [name for name, data in sent(hub, "me/mine").items() if str(workplace).encode() in data]
 
 
+@pytest.mark.parametrize(
+    ("settings", "base"),
+    [
+        ({"task": "reward", "base_model_name": "here", "lora_r": 2}, ""),  # it is folded in
+        ({"task": "reward", "base_model_name": "here", "lora_r": 2, "load_in_8bit": True, "merge": True}, "here"),
+        ({"task": "reward", "base_model_name": "here", "lora_r": 2, "dtype": "bfloat16"}, "here"),
+        ({"task": "train", "base_model_name": "gpt2", "lora_r": 2, "sft_first": True}, "gpt2"),
+        ({"task": "train", "base_model_name": "gpt2", "lora_r": 2, "merge": True}, ""),
+        ({"task": "train", "base_model_name": "gpt2"}, ""),
+        ({"task": "train", "preset": "tiny", "lora_r": 2}, "saved_models/tiny/sft"),
+        ({"task": "sft", "lora_r": 2}, ""),  # made from nothing, it is trained whole
+    ],
+)
+def test_an_adapter_is_what_the_task_will_save(settings, base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("here").mkdir()
+    config = Config(**settings)
+    first = config.base_model_name
+    if config.task == "train" and (config.sft_first or not first):
+        first = str(config.run_folder / "sft")
+    assert pushing.adapted_base(config, first) == base
+
+
 def test_a_dry_run_asks_and_leaves_nothing(hub, workplace):
     before = listing(workplace)
     assert run_main(*train("mine"), "--dry_run") == 0

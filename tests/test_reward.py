@@ -24,8 +24,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import reward
 from config import Config, RunError, UsageError
 from dataset import Row
+from encoding import text_ids
 from loading import save_policy
-from prompts import text_ids
 from reward import (
     check_weights,
     checked_scores,

@@ -17,6 +17,7 @@ from micro import flags, micro_config, run_main
 
 import dataset
 import prompts
+import provenance
 import rows as rows_module
 from config import UsageError
 from dataset import check_column, load_rows, most_texts, split_parts
@@ -207,6 +208,19 @@ def test_a_stage_takes_as_many_rows_as_its_steps_have_room_for():
     assert most_texts(micro_config(sft_steps=1, reward_steps=1), "sft") == dataset.LOOKED_AT
     assert most_texts(micro_config(sft_epochs=1), "sft") is None
     assert most_texts(micro_config(sft_epochs=1, reward_steps=1), "reward") == dataset.LOOKED_AT
+
+
+def test_a_stage_of_many_rows_is_used_whatever_steps_another_command_names(big, chain, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for module in (dataset, provenance):
+        monkeypatch.setattr(module, "LOOKED_AT", 50)
+    base = {"base_model_name": chain.root / "saved_models/tiny/sft", "dataset_path": big, "run_name": "x"}
+    steps = {"sft_batch_size": 20, "sft_steps": 4}
+    assert run_main("--task", "sft", *flags(**base, **steps)) == 0
+    record = json.loads(Path("saved_models/x/sft/stage.json").read_text())
+    assert record["trained_on"]["rows"] == 80
+    settings = {name: str(value) for name, value in base.items()}
+    assert provenance.usable_stage(micro_config(**settings, sft_steps=1), "saved_models/x/sft", "sft")
 
 
 def test_a_files_text_is_checked_until_it_has_been_read_once(tmp_path, monkeypatch):

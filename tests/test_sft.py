@@ -16,21 +16,9 @@ from transformers import AutoTokenizer
 import sft
 from config import RunError, UsageError
 from dataset import pad
+from fitting import IGNORED, fit, length_grouped, n_steps, own_loss
 from loading import load_language_model
-from sft import (
-    IGNORED,
-    Example,
-    fit,
-    language_batch,
-    length_grouped,
-    n_steps,
-    new_language_model,
-    own_loss,
-    perplexity,
-    run_sft,
-    token_pieces,
-    train_language_model,
-)
+from sft import Example, language_batch, new_language_model, perplexity, run_sft, token_pieces, train_language_model
 
 pytest_plugins = ["micro"]
 CPU = torch.device("cpu")

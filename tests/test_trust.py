@@ -23,9 +23,9 @@ from transformers import GPT2ForSequenceClassification
 
 from classifier import new_classifier
 from config import Config, UsageError
+from conversations import chat_text
 from dataset import check_places, load_splits
 from loading import load_critic, load_language_model, load_policy, load_tokenizer, new_policy
-from prompts import chat_text
 from reward import load_classifier
 from trust import check_function, check_links, check_names, remember_function
 
