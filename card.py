@@ -212,15 +212,31 @@ def data_line(config: Config, record: dict) -> str:
     parts = [f"configuration {code(config.dataset_config)}"] if config.dataset_config else []
     parts.append(f"split {code(config.dataset_split)}")
     columns = ", ".join(code(column) for column in trained_on["columns"])
-    rows = f"{trained_on['rows']:,} rows to train on (their hash is {code(trained_on['sha256'])})"
+    rows = f"drawn from {trained_on['rows']:,} rows (their hash is {code(trained_on['sha256'])})"
     return f"- Data: {name}, {', '.join(parts)}, columns {columns}: {rows}, {held_out['rows']:,} held out"
+
+
+def start_line(record: dict) -> str:
+    """The model that training began with; of one that an earlier stage left, what that began with, too."""
+    start = record["starts_from"]["path"]
+    told = f"the model {code(public_name(start))}" if start else "random weights"
+    earlier = read_record(run_above(Path(start))).get("starts_from", {}).get("path") if start else ""
+    return f"- Start: {told}, made of {code(public_name(earlier))}" if earlier else f"- Start: {told}"
+
+
+def prompt_lines(config: Config, stage: str) -> list[str]:
+    """How prompts are made of rows, where that is more than a column's text."""
+    if stage == "reward" and not config.chosen_column:
+        return []
+    if config.chat:
+        system = f", after {code(config.system)} as a system's turn" if config.system else ""
+        return [f"- Prompts: conversations, by the tokenizer's template of chat{system}"]
+    return [f"- Prompts: {code(config.prompt_template)}, filled in from the columns"] if config.prompt_template else []
 
 
 def how_it_was_made(config: Config, stage: str, record: dict, *lines: str) -> str:
     """Start, data, seed, versions, and the command; `lines` are a stage's own."""
-    start = record["starts_from"]["path"]
-    told = f"the model {code(public_name(start))}" if start else "random weights"
-    listed = [f"- Start: {told}", data_line(config, record), *lines]
+    listed = [start_line(record), data_line(config, record), *prompt_lines(config, stage), *lines]
     listed += [f"- Seed: {config.seed}", f"- Made by: {versions()}"]
     again = fenced(command(config, "sft" if stage == "judge" else stage), "bash")
     told = "All settings that are not the defaults; of what is on its maker's disk the name alone:"
@@ -388,7 +404,8 @@ def what_came_of_it(comparison: dict, kind: str) -> str:
     heading = f"## Before and after, on {comparison['n_prompts']:,} {kind} prompts"
     explained = (
         "In brackets 95 % intervals over prompts; differences are paired. They are the luck of the prompts and the "
-        "sampling; that of a training is seen with several seeds."
+        "sampling; that of a training is seen with several seeds. KL is estimated from the responses, which may put it "
+        "below 0 where little has changed."
     )
     return "\n".join([heading, "", *lines, "", verdict_on(paired_figures["reward"]), explained])
 
@@ -404,8 +421,8 @@ def alarms_raised(history: list[dict]) -> str:
     """What the run warned of, the first time and the last, from its rows of statistics."""
     raised = [row for row in history if row["alarms"]]
     if not raised:
-        return f"## Alarms\n\nNone was raised in {len(history):,} updates."
-    lines = [f"## Alarms\n\nRaised at {len(raised):,} of {len(history):,} updates, first and last:\n"]
+        return f"## Alarms\n\nNone was raised (updates: {len(history):,})."
+    lines = [f"## Alarms\n\nRaised at {len(raised):,} of all updates ({len(history):,}), first and last:\n"]
     for row in (raised[0], raised[-1]) if len(raised) > 1 else raised:
         lines += [f"- Update {row['step']}: {code(alarm)}" for alarm in row["alarms"]]
     lines.append("\nThe run ended with an alarm." if history[-1]["alarms"] else "\nThe run ended without one.")

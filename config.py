@@ -234,7 +234,9 @@ class Config:
             )
 
     def check_batches(self) -> None:
-        """Raise UsageError unless a rollout is so many whole optimizer steps."""
+        """Raise UsageError unless a rollout is so many whole optimizer steps; a small one is one, in one pass."""
+        if self.gradient_accumulation_steps == 1 and self.batch_size <= self.mini_batch_size:
+            return
         step_rows = self.mini_batch_size * self.gradient_accumulation_steps
         if self.batch_size % step_rows:
             closest = min(divisors(self.batch_size), key=lambda d: abs(d - step_rows))

@@ -46,6 +46,7 @@ TRAINED_ON = (
 POLICY_MARKER = "value_head.safetensors"  # a folder that holds it holds a policy
 STATS = "training_stats.jsonl"  # grows by a row an update
 FINISHED = "training_stats.json"  # the same rows as a list, written when a run is over: it needs no resuming
+OF_CONVERSATIONS = ("chat", "system")  # which whole texts have no use for
 REWARD_COLUMNS = ("label_column", "chosen_column", "rejected_column")  # more of a reward model's data
 TRAINED_BY = {
     "sft": ("completion_column", "sft_epochs", "sft_steps", "sft_batch_size", "sft_learning_rate"),
@@ -142,6 +143,8 @@ def trained_stage(config: Config, path: str, stage: str) -> bool:
     names = list(TRAINED_ON)
     if stage == "reward":
         names += REWARD_COLUMNS
+        if not config.chosen_column:
+            names = [name for name in names if name not in OF_CONVERSATIONS]
     if config.trains_from_scratch or (stage == "sft" and config.sft_first):  # else they are another command's
         names += TRAINED_BY[stage]
         if stage == "sft" and (config.completion_column or config.chat):

@@ -414,12 +414,12 @@ def n_rollouts(config: Config, n_prompts: int) -> int:
 def batch_arithmetic(config: Config, n_prompts: int) -> str:
     """prompts -> rollouts -> optimizer steps -> rows of a forward pass, in words; passes may be more, and shorter."""
     passes = config.n_updates * config.batch_size / n_prompts
-    rows = config.mini_batch_size * config.gradient_accumulation_steps
+    rows = min(config.mini_batch_size * config.gradient_accumulation_steps, config.batch_size)
     steps = config.batch_size // rows
     return (
         f"{n_prompts:,} prompts; {config.n_updates} updates x {config.batch_size} prompts a rollout "
         f"= {passes:.2f} passes over them\n"
         f"each update: epochs {config.ppo_epochs} x optimizer steps {steps} x rows {rows}, "
-        f"at most {config.mini_batch_size} in a forward pass; "
+        f"at most {min(config.mini_batch_size, rows)} in a forward pass; "
         f"optimizer steps in all: {config.n_updates * config.ppo_epochs * steps:,}"
     )

@@ -180,7 +180,7 @@ def described(path: str, record: dict) -> str:
     figures = {name: value for name, value in record["held_out"].items() if name not in ("rows", "sha256")}
     told = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in figures.items())
     told += " on held-out rows" if told else ""
-    return f"{path} is there and used as it is: trained on {record['trained_on']['rows']:,} rows{seed}{told}"
+    return f"{path} is there and used as it is: trained{seed} on {record['trained_on']['rows']:,} rows at most{told}"
 
 
 def overlaps(folders: Iterable[str], held_out: dict[str, Sequence[dict]]) -> list[str]:

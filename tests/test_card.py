@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
-from micro import PPO, flags, question_flags, run_main
+from micro import PPO, flags, micro_config, question_flags, run_main
 
 import card
 from arguments import is_read, parse_args
-from card import alarms_raised, code, command, fenced, hub_base, public_name, verdict_on
+from card import alarms_raised, code, command, fenced, hub_base, prompt_lines, public_name, start_line, verdict_on
 from config import Config
 from files import read_rows
 from intervals import wilson_interval
@@ -68,14 +68,14 @@ def test_the_card_of_a_run_says_what_the_run_says(chain):
         "How it was made",
         "Before and after, on 4 validation prompts",
     ]
-    assert "None was raised in 2 updates." in text and "](plots/training.png)" in text
+    assert "None was raised (updates: 2)." in text and "](plots/training.png)" in text
     for prompt in re.findall(r"^prompt  '(.*)'$", chain.output, re.MULTILINE):
         assert f"prompt: {prompt}\n" in text
     assert "1 x the probability of label `POSITIVE` by `reward` on prompt and response" in text
     record = json.loads((chain.root / PPO / "stage.json").read_text())
     assert (
         "Start: the model `sft`" in text
-        and f"8 rows to train on (their hash is `{record['trained_on']['sha256']}`)" in text
+        and f"drawn from 8 rows (their hash is `{record['trained_on']['sha256']}`)" in text
     )
     assert "A teaching demonstration" in text and "This card states no licence" in text
 
@@ -182,10 +182,10 @@ def test_the_alarms_are_the_first_and_the_last():
     def history(*alarms: list[str]) -> list[dict]:
         return [{"step": step, "alarms": raised} for step, raised in enumerate(alarms)]
 
-    assert alarms_raised(history([], [])).endswith("None was raised in 2 updates.")
+    assert alarms_raised(history([], [])).endswith("None was raised (updates: 2).")
     told = alarms_raised(history([], ["a rose"], ["b rose"], ["c fell", "d fell"], []))
     assert (
-        "Raised at 3 of 5 updates" in told
+        "Raised at 3 of all updates (5)" in told
         and "- Update 1: `a rose`\n- Update 3: `c fell`\n- Update 3: `d fell`\n" in told
     )
     assert "b rose" not in told and told.endswith("The run ended without one.")
@@ -350,3 +350,34 @@ def test_a_card_with_any_samples_is_read_by_the_hubs_library(chain, workplace):
 
 def test_the_statistics_have_what_the_card_reads(chain):
     assert all(row["alarms"] == [] for row in read_rows(chain.root / PPO / "training_stats.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "settings, told",
+    [
+        ({"chat": True}, ["- Prompts: conversations, by the tokenizer's template of chat"]),
+        (
+            {"chat": True, "system": "Be brief."},
+            ["- Prompts: conversations, by the tokenizer's template of chat, after `Be brief.` as a system's turn"],
+        ),
+        ({"prompt_template": "Say: {text}"}, ["- Prompts: `Say: {text}`, filled in from the columns"]),
+        ({}, []),
+    ],
+)
+def test_how_prompts_are_made_is_said_of_those_who_read_prompts(settings, told):
+    config = micro_config(**settings)
+    assert (
+        prompt_lines(config, "train") == told == prompt_lines(dataclasses.replace(config, chosen_column="a"), "reward")
+    )
+    assert prompt_lines(config, "reward") == []  # of labels: it reads texts
+
+
+def test_a_start_that_an_earlier_stage_left_says_what_that_was_made_of(tmp_path):
+    own = {"path": "gpt2", "sha256": ""}
+    record = {"trained_on": {"columns": [], "rows": 0, "sha256": ""}, "starts_from": own, "held_out": {"rows": 0}}
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "stage.json").write_text(json.dumps(record))
+    (tmp_path / "sft" / "rows.txt").write_text("")
+    assert start_line({"starts_from": {"path": str(tmp_path / "sft")}}) == "- Start: the model `sft`, made of `gpt2`"
+    assert start_line({"starts_from": {"path": "gpt2"}}) == "- Start: the model `gpt2`"
+    assert start_line({"starts_from": {"path": ""}}) == "- Start: random weights"

@@ -31,10 +31,11 @@ from device import pick_device
 from folders import new_ppo_folder, run_settings, stage_folder
 from generate import respond
 from loading import load_tokenizer
-from prompts import Prompt, load_prompts, n_rollouts
+from prompts import Prompt, batch_arithmetic, load_prompts, n_rollouts
 from randomness import uniforms
 from reward import load_reward_terms, total_reward
 from sft import new_language_model, new_tokenizer
+from train import shuffled_steps
 
 pytest_plugins = ["micro"]
 FIELDS = {spec.name: spec for spec in dataclasses.fields(Config)}
@@ -263,6 +264,16 @@ def test_batches_that_do_not_divide_are_refused_with_the_nearest_that_does():
     with pytest.raises(UsageError, match="the nearest that does is 4 rows in all"):
         Config(batch_size=8, mini_batch_size=5)
     assert Config(batch_size=12, mini_batch_size=3, gradient_accumulation_steps=4).batch_size == 12
+    with pytest.raises(UsageError, match="the nearest that does is 8 rows in all"):
+        Config(batch_size=8, mini_batch_size=16, gradient_accumulation_steps=2)
+
+
+def test_a_rollout_with_fewer_rows_than_a_forward_pass_may_have_is_one_step():
+    small = Config(batch_size=8, mini_batch_size=16, ppo_epochs=3, n_updates=5)
+    assert [len(rows) for rows in shuffled_steps(8, small, update_number=0)] == [8, 8, 8]
+    assert batch_arithmetic(small, 40).endswith(
+        "epochs 3 x optimizer steps 1 x rows 8, at most 8 in a forward pass; optimizer steps in all: 15"
+    )
 
 
 def test_scores_are_whitened_or_normalised_and_not_both():

@@ -216,6 +216,16 @@ def test_a_reward_model_of_other_data_is_not_reused(change, tmp_path):
         trained_stage(micro_config(**change), str(tmp_path), "reward")
 
 
+@pytest.mark.parametrize("change", [{"chat": True}, {"system": "Be brief.", "chat": True}])
+def test_how_prompts_become_conversations_is_nothing_to_a_classifier_of_labels(change, tmp_path):
+    (tmp_path / "run_config.json").write_text(to_json(micro_config()))
+    assert trained_stage(micro_config(**change), str(tmp_path), "reward")
+    pairs = {"chosen_column": "better", "rejected_column": "worse"}
+    (tmp_path / "run_config.json").write_text(to_json(micro_config(**pairs)))
+    with pytest.raises(UsageError, match="was trained with --chat False"):
+        trained_stage(micro_config(**pairs, **change), str(tmp_path), "reward")
+
+
 def test_a_run_that_was_not_finished_is_called_so(tmp_path):
     (tmp_path / "run_config.json").write_text("{}")
     with pytest.raises(UsageError, match="a run that was not finished, and no policy: --task train --resume"):
