@@ -67,7 +67,7 @@ def evaluate_policy(
 def bar_numbers(rows: list[dict]) -> dict[str, str]:
     """The few numbers that matter, over the rows so far, for the progress bar."""
     reward, kl, length, ended = (fmean(row[name] for row in rows) for name in ("reward", "kl", "length", "ended"))
-    return {"reward": f"{reward:.2f}", "kl": f"{kl:.2f}", "length": f"{length:.0f}", "eos": f"{ended:.0%}"}
+    return {"reward": f"{reward:.2f}", "kl": f"{kl:z.2f}", "length": f"{length:.0f}", "eos": f"{ended:.0%}"}
 
 
 def evaluate_batch(

@@ -159,7 +159,7 @@ def bar_numbers(stats: dict[str, float]) -> dict[str, str]:
     """The few numbers that matter, for the progress bar."""
     return {
         "reward": f"{stats['reward']:.2f}",
-        "kl": f"{stats['kl_k1']:.2f}",
+        "kl": f"{stats['kl_k1']:z.2f}",
         "entropy": f"{stats['entropy']:.2f}",
         "length": f"{stats['response_length']:.0f}",
         "eos": f"{stats['ended']:.0%}",

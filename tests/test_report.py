@@ -89,6 +89,7 @@ def test_the_progress_bar_shows_five_numbers():
     stats = {"reward": 1.234, "kl_k1": -0.01, "entropy": 2.5, "response_length": 11.6, "ended": 0.25, "loss": 1.0}
     expected = {"reward": "1.23", "kl": "-0.01", "entropy": "2.50", "length": "12", "eos": "25%"}
     assert bar_numbers(stats) == expected
+    assert bar_numbers(stats | {"kl_k1": -0.001})["kl"] == "0.00"
 
 
 # ----------------------------------------------------------------------------------------------------------------
