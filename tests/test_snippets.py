@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 import main
 from arguments import build_parser, parse_args
-from config import PRESETS
+from config import PRESETS, USES_A_RUN
 from reviews import movie_reviews
 
 pytest_plugins = ["micro"]
@@ -44,9 +44,9 @@ NOT_DRY_RUN = {  # words of a command: why it is parsed alone
     "--help": "it prints, and there is nothing else to be done",
 }
 NOT_OURS = ("--nproc_per_node", "--logdir")  # flags of torchrun and tensorboard
-ELSEWHERE = {  # Python that is not run here: what does so
-    "from_paper_to_code.md": "test_papers.py: its lines are the source's",
-    "README.md loop": "test_notebook.py: it is the notebook's, which is run",
+NOT_RUN_HERE = {  # how a block of Python begins, or its page: why it is not executed here
+    "for number in range(config.n_updates):": "it is the notebook's loop; test_notebook.py runs that",
+    "from_paper_to_code.md": "its blocks are lines of the source; test_papers.py looks them up",
 }
 
 
@@ -54,7 +54,8 @@ ELSEWHERE = {  # Python that is not run here: what does so
 # Shell
 # --------------------------------------------------------------------------------------------------------------------
 
-PROGRAMS = ("python", "python3", "torchrun", "hf")
+PROGRAMS = ("python", "python3", "pip", "torchrun", "hf")
+IN_AN_ENVIRONMENT = re.compile(r"[\w./-]+/bin/\w+")  # such as .venv/bin/python
 STAND_IN = '#!{shell}\nprintf "%s\\0" "${{0##*/}}" "$@" "$END" >> "$CALLS"\n'
 END = "\x1e"  # of a call
 
@@ -62,8 +63,8 @@ END = "\x1e"  # of a call
 def calls_of(text: str, folder: Path) -> list[list[str]]:
     """The programs that a shell calls for a block, with their arguments; none of them is run, nor can another be."""
     shell = shutil.which("bash")
-    programs = [folder / "programs" / name for name in PROGRAMS]
-    for program in [*programs, folder / ".venv/bin/python", folder / ".venv/bin/pip"]:
+    programs = [Path("programs") / name for name in PROGRAMS] + IN_AN_ENVIRONMENT.findall(text)
+    for program in (folder / name for name in programs):
         program.parent.mkdir(parents=True, exist_ok=True)
         program.write_text(STAND_IN.format(shell=shell))
         program.chmod(0o755)
@@ -103,7 +104,8 @@ def check_call(call: list[str], capsys) -> None:
         parse_args(arguments, of_a_run)
         assert capsys.readouterr().err == ""
     elif call[0] == "pip":
-        assert call[1:3] == ["install", "-r"] and (ROOT / call[3]).is_file()
+        assert call[1] == "install"
+        assert all((ROOT / file).is_file() for flag, file in pairwise(call) if flag == "-r")
     elif call[0] == "hf":
         assert call[1:] == ["auth", "login"]
     elif call[1] == "-m":
@@ -161,8 +163,11 @@ SMALLER = {
 }
 
 
+THERE = {"--update": "1", "--row": "1"}  # what the chain's run has: two updates of four rows
+
+
 def smaller(arguments: list[str]) -> list[str]:
-    """The arguments with what makes them quick: the chain's sizes where it is used, smaller steps in any case."""
+    """Flags that make a command quick: the chain's sizes where it is used, smaller steps in any case."""
     if "--base_model_name" in arguments or "--run_name" in arguments:
         return [part for name, value in SMALLER.items() for part in (f"--{name}", str(value))]
     given = {word.removeprefix("--") for word in arguments}
@@ -211,7 +216,7 @@ def put(result: str, place: str, **settings: str) -> None:
 
 def prepare(task: str, arguments: list[str]) -> None:
     """Runs where a task that uses some looks for them."""
-    if task in ("generate", "evaluate", "plot"):
+    if task in USES_A_RUN:
         places = [word.split("=")[-1] for flag, word in pairwise(arguments) if flag == "--policies"]
         for place in filter(None, [value_of("--output_dir", arguments), *places]):
             if not Path(place).exists():
@@ -233,7 +238,8 @@ def test_the_commands_of_a_block_can_be_dry_run(name, world, tmp_path_factory, c
             continue
         task = value_of("--task", arguments)
         prepare(task, arguments)
-        code = run_main(*arguments, *smaller(arguments), "--dry_run")
+        at_hand = [THERE.get(flag, word) for flag, word in pairwise(["", *arguments])]
+        code = run_main(*at_hand, *smaller(arguments), "--dry_run")
         said = capsys.readouterr()
         assert code == 0, (arguments, said.err)
         assert "dry run: " in said.out or task == "generate"
@@ -250,12 +256,11 @@ def test_every_reason_not_to_run_is_one_of_a_command_that_is_printed():
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def runs_elsewhere(name: str, text: str) -> bool:
-    is_the_loop = name.startswith("README") and text.startswith("for number in range(")
-    return is_the_loop or name.rpartition("-")[0] in ELSEWHERE
+def is_run_here(name: str) -> bool:
+    return not any(name.startswith(words) or PYTHON[name].startswith(words) for words in NOT_RUN_HERE)
 
 
-@pytest.mark.parametrize("name", [name for name, text in PYTHON.items() if not runs_elsewhere(name, text)])
+@pytest.mark.parametrize("name", filter(is_run_here, PYTHON))
 def test_a_block_of_python_runs(name, workplace, monkeypatch, capsys):
     """In the chain's folder, with its settings in place of tiny's own."""
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | SETTINGS)
@@ -263,5 +268,5 @@ def test_a_block_of_python_runs(name, workplace, monkeypatch, capsys):
     exec(compile(PYTHON[name], name, "exec"), defined)
     if "reward" in defined:
         assert defined["reward"](["a"], ["so good!!"], [{}]) == [2 - 9 / 100]
-    else:
+    if "print(rollout." in PYTHON[name]:
         assert capsys.readouterr().out.count("| reward ") == 4
