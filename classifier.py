@@ -72,7 +72,8 @@ def bradley_terry_loss(
 ) -> TensorType[()]:
     """-mean log σ(r_chosen - r_rejected): a better answer is worth more; adding a constant to both changes nothing.
 
-    The preferences' likelihood under Bradley and Terry's model: Ouyang et al. 2022 (arXiv:2203.02155), eq. 1.
+    The preferences' likelihood under Bradley and Terry's model: Stiennon et al. 2020 (arXiv:2009.01325), section 3.4,
+    and with K = 2, Ouyang et al. 2022 (arXiv:2203.02155), eq. 1.
     """
     return -logsigmoid(chosen - rejected).mean()
 

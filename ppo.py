@@ -25,6 +25,7 @@ order in which an update first calls them (`train` in train.py); what only the l
 
 Sources: PPO = Schulman et al. 2017 (arXiv:1707.06347); GAE = Schulman et al. 2016 (arXiv:1506.02438);
 Ziegler et al. 2019 (arXiv:1909.08593); Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html).
+docs/from_paper_to_code.md has the papers' equations in their own numbering and notation, each beside its lines here.
 """
 
 from typing import NamedTuple
@@ -216,7 +217,10 @@ def estimate_returns(
     values: TensorType["batch", "time", is_float],
     mask: TensorType["batch", "time", bool],
 ) -> TensorType["batch", "time", is_float]:
-    """R_t = Â_t + V_t, the TD(λ) return, from advantages before whitening; λ = 1 gives the Monte Carlo return."""
+    """R_t = Â_t + V_t, the TD(λ) return (GAE, footnote 2), from advantages before whitening.
+
+    λ = 1 gives the Monte Carlo return: GAE, eq. 28.
+    """
     return torch.where(mask, advantages + values, 0.0)
 
 
@@ -271,8 +275,9 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n_re
     """β ← β (1 + e n / horizon), e = clip(KL / target - 1, ±0.2): Ziegler et al. 2019, section 2.2.
 
     kl: mean over the rollout of the KL summed over a response, in nats; n: responses in the rollout. The paper's
-    gain K_β is written n / horizon, as its code has it. Raises ValueError for a negative kl: no KL is, but an
-    average of k1 can be, by chance or where sampling and scoring disagree, and would lower β. Feed the average of k3.
+    gain, K_β = 0.1, is n / horizon here, as in the code that came with it. Raises ValueError for a negative kl: no KL
+    is, but an average of k1 can be, by chance or where sampling and scoring disagree, and would lower β. Feed that of
+    k3.
     """
     if kl < 0:
         raise ValueError(f"a KL divergence cannot be negative, got {kl}")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import train
 
 ROOT = Path(train.__file__).resolve().parent
 DEMO = ROOT / "notebooks/demo.ipynb"
+FILES = [*ROOT.glob("*.py"), ROOT / "presets.yaml", DEMO, ROOT / "notebooks/exercises.py"]  # all that it needs
 FOUND = """
 import json
 weights = [[p.detach().clone() for p in m.language_model.parameters()] for m in (fixed.reference, policy)]
@@ -36,13 +38,13 @@ def project(tmp_path_factory) -> Path:
     """A copy of the modules and the notebook, so that whatever is written beside them is seen."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "notebooks").mkdir()
-    for file in [*ROOT.glob("*.py"), ROOT / "presets.yaml", DEMO]:
+    for file in FILES:
         shutil.copy(file, folder / file.relative_to(ROOT))
     return folder
 
 
 def run(demo, project: Path, scratch: Path) -> dict:
-    """What the notebook's own variables hold after a run in the folder where Jupyter starts it."""
+    """What the notebook's own variables hold after a run in the folder where Jupyter starts it, and what it printed."""
     notebook = demo.copy()
     notebook.cells = [*demo.cells, nbformat.v4.new_code_cell(FOUND)]
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(project / "notebooks")}})
@@ -51,7 +53,9 @@ def run(demo, project: Path, scratch: Path) -> dict:
             patch.setenv(name, str(scratch))
         patch.setenv("OMP_NUM_THREADS", "1")
         client.execute()
-    return json.loads(notebook.cells[-1].outputs[0].text)
+    outputs = {cell.id: cell.outputs for cell in notebook.cells if cell.cell_type == "code"}
+    printed = {name: "".join(output.get("text", "") for output in some) for name, some in outputs.items()}
+    return json.loads(notebook.cells[-1].outputs[0].text) | {"printed": printed}
 
 
 def test_the_stored_notebook_is_valid_and_holds_no_results(demo):
@@ -101,9 +105,15 @@ def test_the_notebook_trains_a_policy_and_compares_it_with_its_start(demo, proje
     assert abs(before["kl"]) < 1e-3 < after["kl"]
     assert after["reward"] - before["reward"] == pytest.approx(rise["difference"])
 
+    # the papers' equations by hand, which the cell itself compares with ppo.py; and what is said of the exercises
+    by_hand = found["printed"]["by_hand_code"].splitlines()
+    assert by_hand[0].split() == ["token", "reward", "value", "eq.", "16", "ratio", "eq.", "7"]
+    assert len(by_hand) == 2 + 32  # the longest response has max_new_tokens
+    price = re.fullmatch(r"eq\. 2: score .* is (-?[\d.]+), and the rewards add up to (-?[\d.]+)", by_hand[-1])
+    assert float(price[1]) == pytest.approx(float(price[2]), abs=2e-3)
+    for name in ("whiten", "gae", "loss"):
+        assert found["printed"][f"{name}_check"] == "Not filled in yet: the function returns nothing.\n"
+
     # all of it is written into a temporary folder, and nothing beside the modules
     assert found["figure"] and Path(found["work"]).parent == tmp_path
-    assert set(listing(project)) == {
-        "notebooks",
-        *(str(f.relative_to(ROOT)) for f in [*ROOT.glob("*.py"), ROOT / "presets.yaml", DEMO]),
-    }
+    assert set(listing(project)) == {"notebooks", *(str(file.relative_to(ROOT)) for file in FILES)}
