@@ -341,7 +341,7 @@ def test_it_loads_without_errors_and_without_the_network(tab, url, dark):
     requests = [e["params"]["request"]["url"] for e in tab.events if e["method"] == "Network.requestWillBeSent"]
     assert [request for request in requests if not request.startswith("data:")] == [url]
     assert complaints(tab) == []
-    assert tab.run("document.title").startswith("A toy update")
+    assert tab.run("document.title").startswith("an update on the policy")
     assert tab.run("DRAWS_MATHML") and tab.run("document.querySelectorAll('math').length") > 20
 
 

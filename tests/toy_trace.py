@@ -169,7 +169,7 @@ def toy_trace(**settings) -> dict:
     equations = [*map(equation, names.split()), equation("minibatch_loss", "train.py")]
     statistics = {"loss": 0.1, "policy_loss": float("nan"), "value_loss": 0.2, "clip_fraction": 0.25, "grad_norm": 1.5}
     return {
-        "title": "A toy update",
+        "title": "an update on the policy of saved_models/made_up/with_a_long_name",
         "model": "made up",
         "update": 7,
         "note": "",
