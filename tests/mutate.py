@@ -44,7 +44,7 @@ TESTS = {  # those of the reading path, what its random numbers are, and what a 
 }
 # Instead of the project's own options, which may start processes of their own.
 OPTIONS = ["-o", "addopts=", "--torchtyping-patch-typeguard", "-x", "-q", "--assert=plain"]
-OPTIONS += ["-p", "no:cacheprovider", "-m", "not slow"]
+OPTIONS += ["-p", "no:cacheprovider", "-m", "not slow and not browser"]
 GUARDED = ("ppo.py", "model.py", "generate.py", "train.py")  # whose types are checked, as in pyproject.toml
 TIMEOUT = 120  # seconds; only a mutant that loops for ever gets there
 
