@@ -15,6 +15,7 @@ import copy
 import csv
 import inspect
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -357,8 +358,11 @@ def with_data(
 def with_own_prompts(
     config: Config, asked: list[dict], base_model: str, reward_model_path: str
 ) -> tuple[PolicyModel, Fixed, Sequence[Prompt], Config]:
-    """What a run begins with, the prompts that were given, and settings by which they are the batch, in their order."""
-    config = replace(config, task="explain", batch_size=len(asked), prompt_tokens=0)  # 0, as they are whole prompts
+    """What a run begins with, the prompts that were given, and settings by which they are the batch, in their order,
+    and an epoch is one step of all of them.
+    """
+    batch = {"batch_size": len(asked), "gradient_accumulation_steps": math.ceil(len(asked) / config.mini_batch_size)}
+    config = replace(config, task="explain", prompt_tokens=0, **batch)  # tokens: 0, as the prompts are whole
     device = prepare_device(config)
     tokenizer = load_tokenizer(base_model, adapter=adapter_to_add(config, base_model))
     policy, fixed = load_start(config, base_model, reward_model_path, tokenizer, device)

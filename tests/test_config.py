@@ -577,6 +577,8 @@ ELSEWHERE = {
     "keep_checkpoints": "test_a_checkpoint_is_made_every_few_updates_and_after_the_last_and_the_newest_are_kept",
     "prompt": "test_generate_answers_each_prompt_and_repeats_itself",
     "prompts": "test_generate_reads_prompts_from_a_file_and_writes_json_lines",
+    "update": "test_an_update_of_a_run_is_as_it_was",
+    "row": "test_without_a_run_the_first_update_of_the_built_in_world_is_shown",
     "num_samples": "test_generate_draws_several_samples",
     "output": "test_generate_reads_prompts_from_a_file_and_writes_json_lines",
     "stop": "test_a_stop_string_ends_what_is_printed_written_and_rewarded",
