@@ -374,9 +374,9 @@ def check_value(spec: dataclasses.Field, value) -> None:
         known = ", ".join(choice for choice in choices if choice)
         raise UsageError(f"--{spec.name} {value!r} is not one of {known}{nearest(str(value), choices)}")
     interval = spec.metadata["interval"]
-    numbers = value if isinstance(value, tuple) else (value,)
-    if interval and not all(is_within(number, interval) for number in numbers):
-        raise UsageError(f"--{spec.name} is {value}, expected a value in {interval}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if interval and not is_within(number, interval):
+            raise UsageError(f"--{spec.name} is {number}, expected a value in {interval}")
     if isinstance(value, float) and abs(value) > LARGEST_FLOAT:
         raise UsageError(f"--{spec.name} is {value}, expected {LARGEST_FLOAT:.2g} at most, as float32 holds it")
 

@@ -3,12 +3,14 @@
 import ast
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -216,7 +218,8 @@ def test_values_outside_a_fields_interval_are_refused_and_its_ends_are_not(name)
     spec = FIELDS[name]
     interval = spec.metadata["interval"]
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    step = 1 if spec.type is int else 0.125
+    several = bool(get_args(spec.type))  # of which any may be outside
+    step = 1 if int in (spec.type, *get_args(spec.type)) else 0.125
     outside = [low - step]
     inside = []
     if interval[0] == "(":
@@ -229,16 +232,17 @@ def test_values_outside_a_fields_interval_are_refused_and_its_ends_are_not(name)
         outside.append(high + step)
     elif high < float("inf"):
         outside += [high, high + step]
-    for value in outside:
-        value = coerce(spec, value)
-        with pytest.raises(UsageError, match=f"--{name} is {value}, expected a value in "):
+    for number in outside:
+        value = coerce(spec, [high if math.isfinite(high) else low + step, number] if several else number)
+        found = value[-1] if several else value
+        with pytest.raises(UsageError, match=f"--{name} is {found}, expected a value in "):
             Config(task="generate", **{name: value})
     fitting = {"batch_size": 64, "mini_batch_size": 64, "n_embd": 64, "n_head": 1}  # whatever the field's value is
     if name in ("batch_size", "gradient_accumulation_steps"):
         fitting["mini_batch_size"] = 1
-    for value in inside:
-        settings = fitting | {name: coerce(spec, value)}
-        assert getattr(Config(task="generate", **settings), name) == value
+    for number in inside:
+        settings = fitting | {name: coerce(spec, [number] if several else number)}
+        assert getattr(Config(task="generate", **settings), name) == ((number,) if several else number)
 
 
 @pytest.mark.parametrize("name", [name for name, spec in FIELDS.items() if spec.metadata["choices"]])

@@ -418,7 +418,7 @@ def test_what_cannot_be_shown_is_refused_before_any_work(run, monkeypatch, capsy
         capsys, here, [*task, "--update", "1", "--row", "4"], "--row 4 is beyond the batch, whose 4 responses"
     )
     assert_refused(capsys, here, [*task, "--row", "x"], "--row is ['x'], expected whole numbers")
-    assert_refused(capsys, here, [*task, "--row", "-1"], "--row is (-1,), expected a value in [0, inf)")
+    assert_refused(capsys, here, [*task, "--row", "-1"], "--row is -1, expected a value in [0, inf)")
     assert_refused(
         capsys, here, [*task, "--prompt", "A", "--row", "1"], "--row 1 is beyond the batch, whose 1 responses"
     )
