@@ -335,7 +335,7 @@ def scene_of(config: Config, asked: list[dict], base_model: str, reward_model_pa
         policy, fixed, prompts, config = with_own_prompts(config, asked, base_model, reward_model_path)
     else:
         policy, fixed, prompts, config = with_data(config, base_model, reward_model_path)
-    title, note = f"the first update of {base_model}", "The policy is its own reference yet, and its values are 0."
+    title, note = f"the first update of {base_model}", "The policy is its own reference, as before any update."
     if config.output_dir:
         policy = new_policy(config, config.output_dir, policy.device)
         title = f"an update of {config.output_dir}"
@@ -485,7 +485,7 @@ def write(trace: dict, path: Path) -> None:
         return write_whole(path, json.dumps(trace, ensure_ascii=False, indent=1) + "\n")
     import page  # here, as the table does without it
 
-    page.write(trace, path)
+    page.write_page(trace, path)
 
 
 def played(scene: Scene) -> Course:

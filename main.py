@@ -142,14 +142,12 @@ def run_explain(config: Config, base_model: str, reward_model: str) -> None:
     with redirect_stdout(sys.stderr):
         missing = []
         if not config.output_dir:
-            print(notice(config))
+            print(*filter(None, [notice(config), describe(config)]), sep="\n")
             config = with_prompt_column(config)
             missing = run_stages(config, base_model, reward_model)
-        if missing:
-            return print(f"dry run: without {' and '.join(missing)} there is no update to look at")
         torch.manual_seed(config.seed)  # as before a run's first update
-        text = explain(config, rows, base_model, reward_model)
-    print(text, end="")
+        text = explain(config, rows, base_model, reward_model) if not missing else ""
+    print(text or f"dry run: without {' and '.join(missing)} there is no update to look at\n", end="")
 
 
 def run_stages(config: Config, base_model: str, reward_model: str) -> list[str]:

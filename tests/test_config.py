@@ -181,7 +181,7 @@ def test_a_finished_run_lends_its_settings_to_what_uses_it(tmp_path, monkeypatch
     (folder / "value_head.safetensors").write_text("")
     (folder / "training_stats.jsonl").write_text("")
     (folder / "run_config.json").write_text(to_json(micro_config(kl_coef=0.3, temperature=0.7)))
-    for task in ("generate", "evaluate", "plot"):
+    for task in ("generate", "evaluate", "plot", "explain"):
         used = parse("--task", task, "--max_new_tokens", 5)
         assert (used.task, used.kl_coef, used.temperature, used.max_new_tokens) == (task, 0.3, 0.7, 5)
         assert used.output_dir == "saved_models/tiny/ppo"
