@@ -339,7 +339,7 @@ def scene_of(config: Config, asked: list[dict], base_model: str, reward_model_pa
     if config.output_dir:
         policy = new_policy(config, config.output_dir, policy.device)
         title = f"an update of {config.output_dir}"
-        note = "It is the first of a run that begins with this policy: Adam is new, and the learning rate the full one."
+        note = "As the first of a run that begins with this policy: Adam is new, the learning rate the full one."
     check_static_cache(config, policy)
     return Scene(new_state(policy, config), fixed, prompts, config, title, note)
 
@@ -384,11 +384,11 @@ def scene_of_run(config: Config, base_model: str, reward_model_path: str) -> Sce
         check_reference(fixed.reference.language_model, began, run)
         restore(state, checkpoint, config)
     since = number - state.next_update
-    note = f"Recomputed from {checkpoint}" if checkpoint else "Recomputed from the run's beginning"
+    note = f"Recomputed from {checkpoint or 'the beginning of the run'}"
     if since:
-        note += f", by the {since} updates since then" if since > 1 else ", by the update since then"
+        note += f", over {since} update{'s' * (since > 1)}"
     if since and not checkpoint:
-        note += ", as no checkpoint of that time is left"
+        note += ", as no checkpoint is near"
     return Scene(state, fixed, prompts, config, f"update {number} of {run}", note + ".")
 
 

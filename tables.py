@@ -124,7 +124,7 @@ def likelier(row: dict, most: int = 4) -> str:
     order = sorted(range(len(ratios)), key=lambda t: ratios[t])
     lines = []
     for name, places in (("likelier", order[::-1]), ("less likely", order)):
-        moved = [t for t in places[:most] if (ratios[t] > 1) == (name == "likelier") and ratios[t] != 1]
+        moved = [t for t in places[:most] if abs(ratios[t] - 1) > 0.005 and (ratios[t] > 1) == (name == "likelier")]
         shown = ", ".join(f"{t} {quoted(row['tokens'][t]['text'])} x{ratios[t]:.3g}" for t in moved)
         lines.append(wrapped(f"{name:13}{shown or 'none'}", " " * 13))
     return "\n".join(lines)
@@ -140,7 +140,7 @@ def outcome(trace: dict) -> str:
 
     lines = [
         f"the update, over all {batch['n_tokens']} tokens of its {batch['n_rows']} responses:",
-        f"KL to the policy that sampled {after['kl_k3']:.4f} nats a token (k3), ratio {after['ratio_min']:.3g} to "
+        f"KL to the sampler {after['kl_k3']:.4f} nats a token (k3), ratio {after['ratio_min']:.3g} to "
         f"{after['ratio_max']:.3g}, {after['clip_fraction']:.1%} of tokens clipped;",
         f"policy loss {course('policy_loss')}, value loss {course('value_loss')}, |value - return| "
         f"{course('value_error')}",

@@ -357,8 +357,8 @@ def assert_is_what_was_logged(trace: dict, run: Path, number: int) -> None:
     ("kept", "note"),
     [
         (["step_3", "step_4"], "Recomputed from steps/checkpoints/step_3.\n"),
-        (["step_1", "step_4"], "Recomputed from steps/checkpoints/step_1, by the 2 updates since then.\n"),
-        (["step_4"], "Recomputed from the run's beginning, by the 3 updates since then, as no checkpoint of that time"),
+        (["step_1", "step_4"], "Recomputed from steps/checkpoints/step_1, over 2 updates.\n"),
+        (["step_4"], "Recomputed from the beginning of the run, over 3 updates, as no checkpoint is near.\n"),
     ],
 )
 def test_an_update_of_a_run_is_as_it_was(kept, note, run):
@@ -377,7 +377,7 @@ def test_an_update_of_a_run_is_as_it_was(kept, note, run):
 def test_a_damaged_checkpoint_is_passed_by(run):
     (run / "checkpoints/step_2/weights.safetensors").write_bytes(b"")
     trace = shown("--output_dir", "steps", "--update", "2")
-    assert trace["note"].startswith("Recomputed from steps/checkpoints/step_1, by the update since then.\n")
+    assert trace["note"].startswith("Recomputed from steps/checkpoints/step_1, over 1 update.\n")
     assert_is_what_was_logged(trace, run, 2)
 
 
