@@ -15,35 +15,50 @@ from typing import get_args
 
 import yaml
 
-from config import PATHS, PRESETS, TASKS, USES_A_RUN, VERSION, Config, UsageError, check_value, first_line, nearest
+from config import (
+    NO_UPDATE,
+    PATHS,
+    PRESETS,
+    TASKS,
+    USES_A_RUN,
+    VERSION,
+    Config,
+    UsageError,
+    check_value,
+    first_line,
+    nearest,
+)
 from progress import tell
 
 READERS = {  # the tasks that read a group's settings, but for those of SOME_READ
     "task": TASKS,
-    "model": ("train", "generate", "evaluate"),
-    "data": ("train", "sft", "reward", "evaluate"),
-    "reward": ("train", "generate", "evaluate"),
-    "sampling": ("train", "generate", "evaluate"),
-    "ppo": ("train",),
-    "stages": ("train", "sft", "reward", "evaluate"),
+    "model": ("train", "generate", "evaluate", "explain"),
+    "data": ("train", "sft", "reward", "evaluate", "explain"),
+    "reward": ("train", "generate", "evaluate", "explain"),
+    "sampling": ("train", "generate", "evaluate", "explain"),
+    "ppo": ("train", "explain"),
+    "stages": ("train", "sft", "reward", "evaluate", "explain"),
     "evaluation": ("train", "evaluate"),
     "generate": ("generate",),
+    "explain": ("explain",),
 }
 SOME_READ = {  # tasks: the settings that these alone read
-    ("train",): "resume save_every keep_checkpoints final_dir log_with reference_in_8bit sft_first missing_eos_penalty "
-    "whiten_scores normalize_scores score_clip",
+    ("train",): "resume save_every keep_checkpoints final_dir log_with eval_every",
+    ("train", "explain"): "reference_in_8bit sft_first missing_eos_penalty whiten_scores normalize_scores score_clip",
     ("train", "sft"): "merge",
-    ("train", "sft", "reward"): "lora_r lora_alpha push_to_hub",
-    ("train", "sft", "reward", "generate", "evaluate"): "seed device matmul_precision base_model_name allow_pickle "
-    "dtype mixed_precision load_in_8bit load_in_4bit prompt_column prompt_template chat system",
-    ("train", "sft", "reward", "evaluate"): "peft_model_path mini_batch_size gradient_checkpointing",
-    ("train", "sft", "evaluate"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
+    ("train", "sft", "reward"): "push_to_hub",
+    ("train", "sft", "reward", "explain"): "lora_r lora_alpha",
+    ("train", "sft", "reward", "generate", "evaluate", "explain"): "seed device matmul_precision base_model_name "
+    "allow_pickle dtype mixed_precision load_in_8bit load_in_4bit prompt_column prompt_template chat system",
+    ("train", "sft", "reward", "evaluate", "explain"): "peft_model_path mini_batch_size gradient_checkpointing",
+    ("train", "sft", "evaluate", "explain"): "completion_column prompt_tokens max_prompt_length sft_epochs sft_steps "
     "sft_batch_size sft_learning_rate",
-    ("train", "evaluate"): "min_prompt_chars max_prompt_chars",
-    ("train", "reward", "evaluate"): "label_column",
-    ("train", "reward"): "chosen_column rejected_column reward_steps reward_batch_size reward_learning_rate",
-    ("train", "sft", "generate", "evaluate"): "max_new_tokens long_prompts",
-    ("train", "generate", "evaluate"): "batch_size",
+    ("train", "evaluate", "explain"): "min_prompt_chars max_prompt_chars",
+    ("train", "reward", "evaluate", "explain"): "label_column",
+    ("train", "reward", "explain"): "chosen_column rejected_column reward_steps reward_batch_size reward_learning_rate",
+    ("train", "sft", "generate", "evaluate", "explain"): "max_new_tokens long_prompts",
+    ("train", "generate", "evaluate", "explain"): "batch_size",
+    ("generate", "explain"): "prompt prompts output",
     ("evaluate",): "reference_column eval_split",
     ("evaluate", "plot"): "policies",
 }
@@ -61,7 +76,8 @@ MAY_CHANGE = (  # when a run is resumed
     "device",
     "static_cache",
 )
-OF_A_START = ("resume", "output_dir", "dry_run")  # settings of one start of a run, rather than of the run
+MAY_DIFFER = ("allow_pickle", "device", "static_cache")  # when an update of a run is looked at
+OF_A_START = ("task", "resume", "output_dir", "dry_run")  # settings of one start of a run, rather than of the run
 
 
 def as_texts(value) -> tuple[str, ...]:
@@ -116,11 +132,14 @@ def converted(value, kind: type):
 
 def coerce(spec: dataclasses.Field, value):
     """A file's or flag's value in the field's type: YAML reads 1e-5 as text. Raises UsageError where it cannot be."""
-    kind = tuple if get_args(spec.type) else spec.type
+    item = next(iter(get_args(spec.type)), None)  # of a tuple
+    kind = tuple if item else spec.type
     try:
-        return at_home(spec, converted(value, kind))
+        found = at_home(spec, converted(value, kind))
+        return tuple(map(as_whole, found)) if item is int else found
     except (TypeError, ValueError, KeyError, OverflowError):
-        raise UsageError(f"--{spec.name} is {reprlib.repr(value)}, expected {kind.__name__}") from None
+        expected = "whole numbers" if item is int else kind.__name__
+        raise UsageError(f"--{spec.name} is {reprlib.repr(value)}, expected {expected}") from None
 
 
 def read_config_file(path: str) -> dict:
@@ -180,7 +199,7 @@ def build_parser() -> argparse.ArgumentParser:
             settings["action"] = argparse.BooleanOptionalAction
         elif get_args(spec.type):  # a tuple, to which every use of the flag adds
             settings["action"] = "append"
-            settings["metavar"] = "TEXT"
+            settings["metavar"] = "TEXT" if get_args(spec.type)[0] is str else "INT"
         else:
             settings["metavar"] = spec.type.__name__.upper()
         groups[spec.metadata["group"]].add_argument(f"--{spec.name}", **settings)
@@ -262,6 +281,10 @@ WITHOUT_EFFECT = {  # settings: when they change nothing, and why
     ),
     "n_reviews": (lambda config: config.dataset_path, "the data are those of --dataset_path"),
     "without_reward": (lambda config: not config.output, "no response is written (--output)"),
+    "batch_size": (
+        lambda config: config.task == "explain" and (config.prompt or config.prompts),
+        "the prompts that are given are the whole batch",
+    ),
     "rejected_column": (lambda config: not config.chosen_column, "there are no pairs without --chosen_column"),
     "chat system": (
         lambda config: config.task == "reward" and not config.chosen_column,
@@ -308,24 +331,27 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
     check_value(specs["preset"], settings.get("preset", ""))
     resumes = settings.get("task", Config.task) == "train" and settings.get("resume", False)
     uses_a_run = settings.get("task") in USES_A_RUN or resumes
-    base = run_settings(settings) if uses_a_run else preset_settings(settings)
+    base = run_settings(settings) if uses_a_run else {}
+    base = base or preset_settings(settings)
     known = {name: value for name, value in base.items() if name in specs}  # an older run may have had others
     lent = {name: coerce(specs[name], value) for name, value in known.items()}
     if resumes:
-        check_unchanged(settings, lent)
+        check_unchanged(settings, lent, "resume", MAY_CHANGE)
         if "n_updates" in settings:
             lent["epochs"] = 0.0  # which would take precedence
+    elif settings.get("update", NO_UPDATE) != NO_UPDATE:
+        check_unchanged(settings, lent, "update", MAY_DIFFER)
     config = Config(**(lent | settings))
     for note in notes(config, [name for name in settings if is_read(specs[name], config.task)]):
         tell(note)
     return config
 
 
-def check_unchanged(given: dict, before: dict) -> None:
-    """Raise UsageError for a setting that a resumed run may not have another value of than it began with."""
+def check_unchanged(given: dict, before: dict, flag: str, may_change: tuple[str, ...]) -> None:
+    """Raise UsageError for a setting that a run may not have another value of than it began with, with that flag."""
     for name, value in given.items():
-        if name in before and value != before[name] and name not in (*MAY_CHANGE, *OF_A_START):
-            may = ", ".join(f"--{each}" for each in MAY_CHANGE)
+        if name in before and value != before[name] and name not in (*may_change, *OF_A_START):
+            may = ", ".join(f"--{each}" for each in may_change)
             raise UsageError(
-                f"--resume: --{name} is {value!r}, and the run began with {before[name]!r}; what may change is {may}"
+                f"--{flag}: --{name} is {value!r}, and the run began with {before[name]!r}; what may change is {may}"
             )

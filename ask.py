@@ -197,19 +197,31 @@ def row_of(text: str, config: Config) -> dict:
 def given_rows(config: Config) -> list[dict]:
     """The prompts of --prompt and --prompts, else a line each from standard input; none where that is a terminal."""
     piped = not (sys.stdin and sys.stdin.isatty())
-    rows = [row_of(text, config) for text in config.prompt]
-    if config.prompts:
-        rows += read_prompts(config.prompts, config)
+    rows = named_rows(config)
     with one_sentence("a prompt is not text in UTF-8"):
         if not rows and piped:
             if isinstance(sys.stdin, io.TextIOWrapper):
                 sys.stdin.reconfigure(encoding="utf-8-sig")  # as a file of prompts is read
             rows = [row_of(line.rstrip("\n"), config) for line in sys.stdin or () if line.strip()]
-        json.dumps(rows, ensure_ascii=False).encode()
+    check_is_text(rows)
     if not rows and (config.output or piped):
         raise UsageError("there is no prompt; give --prompt or --prompts, or a prompt a line on standard input")
+    return rows
+
+
+def check_is_text(rows: list[dict]) -> None:
+    """Raise UsageError for a prompt that cannot be written in UTF-8."""
+    with one_sentence("a prompt is not text in UTF-8"):
+        json.dumps(rows, ensure_ascii=False).encode()
+
+
+def named_rows(config: Config) -> list[dict]:
+    """The prompts of --prompt and --prompts. Raises UsageError for one that is empty."""
     if not all(text.strip() for text in config.prompt):
         raise UsageError("a prompt is empty; expected some text for the model to go on from")
+    rows = [row_of(text, config) for text in config.prompt]
+    if config.prompts:
+        rows += read_prompts(config.prompts, config)
     return rows
 
 

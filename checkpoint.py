@@ -145,6 +145,12 @@ def newest_checkpoint(run: Path) -> Path | None:
     return None
 
 
+def newest_before(run: Path, n_updates: int) -> Path | None:
+    """The newest whole checkpoint that was made when at most so many updates were done; None where there is none."""
+    found = (path for path in in_order(run) if number_of(path) <= n_updates)
+    return next((path for path in found if not damage(path)), None)
+
+
 def read_numbers(checkpoint: Path) -> dict:
     """What its state.json holds, the parts of it in the types of ours."""
     numbers = read_object(checkpoint / "state.json")
@@ -190,7 +196,7 @@ def check_reference(reference: torch.nn.Module, began: Began, run: Path) -> None
     """Raise UsageError unless the reference has the weights that the run began with."""
     if parameters_hash(reference) != began.reference:
         raise UsageError(
-            f"--resume: the model that {run} began with is another one now, and so would be what the policy is held to"
+            f"the model that {run} began with is another one now, and so would be what the policy is held to"
         )
 
 

@@ -40,9 +40,10 @@ class Stopped(RunError):
 
 
 VERSION = "0.1.0"
-TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot")
+TASKS = ("train", "generate", "sft", "reward", "evaluate", "plot", "explain")
 TRAINING = ("train", "sft", "reward")  # tasks that train a model
-USES_A_RUN = ("generate", "evaluate", "plot")  # tasks that start from a finished run and its settings
+USES_A_RUN = ("generate", "evaluate", "plot", "explain")  # tasks that start from a run and its settings
+NO_UPDATE = -1  # of a run's, which are counted from 0
 MIN_TEMPERATURE = 1e-3  # below it, logits over it could leave float32
 REWARD_WEIGHTS = (
     "terms and weights, of reward_model, reward_fn, repetition (below 0 to punish it) and length (above 0), as in "
@@ -51,6 +52,10 @@ REWARD_WEIGHTS = (
 POLICIES = (
     "NAME=FOLDER_OR_ID of one to compare, the first being the reference; may be given several times; none: "
     "before=<the base model> and after=<the run>. For `--task plot`: NAME=FOLDER of a run to draw"
+)
+OUTPUT = (
+    "a new file in place of printing: JSON Lines of prompt, response, reward, or for explain a page (.html) or its "
+    "numbers (.json)"
 )
 MATMUL_PRECISION = "of float32 products, as torch names it; auto: the fastest here of those as exact as float32"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -80,7 +85,9 @@ class Config:
     task: str = option("task", "train", "what to do", TASKS)
     preset: str = option("task", "", "the system to start from", ("", *PRESETS))
     run_name: str = option("task", "", "folder under saved_models/ of a run's stages, {dataset} being the data's name")
-    output_dir: str = option("task", "", "folder to write, or for generate, evaluate and plot to read: docs/usage.md")
+    output_dir: str = option(
+        "task", "", "folder to write, or for generate, evaluate, plot and explain to read: docs/usage.md"
+    )
     final_dir: str = option("task", "", "where the newest trained policy is also put, in place of the one before it")
     seed: int = option("task", 0, "seed of weights, sampling and order", "[0, 4294967296)")
     device: str = option("task", "auto", "where to compute: auto takes CUDA if there is one, else the CPU")
@@ -189,11 +196,18 @@ class Config:
     eval_split: str = option("evaluation", "test", "to report on, or to choose by", ("test", "validation", "both"))
     policies: tuple[str, ...] = option("evaluation", (), POLICIES)
 
+    update: int = option(
+        "explain", NO_UPDATE, "look at this update of a run, the first being 0; -1: a new one", "[-1, inf)"
+    )
+    row: tuple[int, ...] = option(
+        "explain", (), "show this response, 0 being the first; may be given several times", "[0, inf)"
+    )
+
     prompt: tuple[str, ...] = option("generate", (), "a prompt; may be given several times")
     prompts: str = option("generate", "", "a file of prompts: .txt (one a line), .jsonl or .json")
     num_samples: int = option("generate", 1, "responses a prompt", "[1, 1000000]")
     stop: tuple[str, ...] = option("generate", (), "text that ends a response, as $'\\n'; may be given several times")
-    output: str = option("generate", "", "a new file for JSON Lines of prompt, response, reward, in place of printing")
+    output: str = option("generate", "", OUTPUT)
     without_reward: bool = option("generate", False, "the responses in --output alone, whose reward is not asked")
 
     def __post_init__(self) -> None:
@@ -227,7 +241,7 @@ class Config:
         if self.n_embd % self.n_head:
             raise UsageError(f"--n_head {self.n_head} does not divide --n_embd {self.n_embd}")
         truncates = self.temperature == 0 or self.top_k or self.top_p < 1 or self.min_new_tokens or self.stop
-        if self.task in ("train", "evaluate") and truncates:
+        if self.task in ("train", "evaluate", "explain") and truncates:
             raise UsageError(
                 "--temperature 0, --top_k, --top_p, --min_new_tokens and --stop are for --task generate: training and "
                 "its evaluation must score the very distribution they sample from; use --temperature alone"
@@ -362,8 +376,9 @@ def check_value(spec: dataclasses.Field, value) -> None:
         known = ", ".join(choice for choice in choices if choice)
         raise UsageError(f"--{spec.name} {value!r} is not one of {known}{nearest(str(value), choices)}")
     interval = spec.metadata["interval"]
-    if interval and not is_within(value, interval):
-        raise UsageError(f"--{spec.name} is {value}, expected a value in {interval}")
+    for number in value if isinstance(value, tuple) else (value,):
+        if interval and not is_within(number, interval):
+            raise UsageError(f"--{spec.name} is {number}, expected a value in {interval}")
     if isinstance(value, float) and abs(value) > LARGEST_FLOAT:
         raise UsageError(f"--{spec.name} is {value}, expected {LARGEST_FLOAT:.2g} at most, as float32 holds it")
 

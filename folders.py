@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from config import TRAINING, Config, RunError, UsageError, to_json
+from config import NO_UPDATE, TRAINING, Config, RunError, UsageError, to_json
 from files import (
     MANIFEST,
     check_writable,
@@ -60,6 +60,8 @@ NOT_LENT = (  # what a command alone can say, be it in a run's settings or not
     "policies",
     "prompt",
     "prompts",
+    "update",
+    "row",
     "num_samples",
     "stop",
     "output",
@@ -286,14 +288,29 @@ def interrupted_runs(folder: Path) -> list[str]:
     return notes
 
 
+def is_of_a_run(settings: dict) -> bool:
+    """Whether `explain` is asked about a run: one is named, or an update of one; or there is one that is over, and no
+    other model is named.
+    """
+    if settings.get("output_dir") or settings.get("update", NO_UPDATE) != NO_UPDATE:
+        return True
+    if settings.get("base_model_name"):
+        return False
+    runs = run_folders(settings.get("run_name", ""), settings.get("preset", ""))
+    return any((folder / POLICY_MARKER).exists() for folder in runs)
+
+
 def run_settings(settings: dict) -> dict:
-    """The settings of a run, as the base of the tasks that use it; takes its folder out of `settings`.
+    """The settings of a run, as the base of the tasks that use it; takes its folder out of `settings`. Nothing
+    where `explain` is asked about no run.
 
     The folder may have come from anywhere: raises UsageError for links out of it, and for a reward function that the
     task would run because the folder names it.
     """
-    folder = settings.pop("output_dir", "")
     task = settings.get("task", "train")
+    if task == "explain" and not is_of_a_run(settings):
+        return {}
+    folder = settings.pop("output_dir", "")
     if task == "train":
         run = run_to_resume(folder, name=settings.get("run_name", ""), preset=settings.get("preset", ""))
     else:
@@ -305,11 +322,13 @@ def run_settings(settings: dict) -> dict:
             policies = settings.get("policies", ())
             if policies and not folder:
                 _, folder = run_of(policies[0])
+        if settings.get("update", NO_UPDATE) != NO_UPDATE:
+            marker = STATS
         run = newest_run(folder, name=name, preset=preset, marker=marker)
     check_links(run_above(run), "output_dir")
     own = read_object(run / "run_config.json")
     writes_rewards = settings.get("output") and not settings.get("without_reward")
-    asks_reward = task in ("train", "evaluate") or writes_rewards
+    asks_reward = task in ("train", "evaluate", "explain") or writes_rewards
     if asks_reward and "reward_fn" not in settings and own.get("reward_fn"):
         check_function(str(own["reward_fn"]), run)
     kept_back = NOT_LENT

@@ -57,7 +57,10 @@ def run(config: Config) -> None:
     base_model, reward_model = starting_model(config), config.reward_model_path or str(stage_folder(config, "reward"))
     if config.task not in USES_A_RUN:
         return run_training(config, base_model, reward_model)
-    tell(f"using {config.output_dir}")
+    if config.output_dir:
+        tell(f"using {config.output_dir}")
+    if config.task == "explain":
+        return run_explain(config, base_model, reward_model)
     if config.task == "generate":
         from ask import generate
 
@@ -122,6 +125,29 @@ def run_training(config: Config, base_model: str, reward_model: str) -> None:
             run_ppo(config, base_model, reward_model, folder)
     if config.push_to_hub and PROCESS == 0 and not config.dry_run:
         push(folder, config.push_to_hub)
+
+
+def run_explain(config: Config, base_model: str, reward_model: str) -> None:
+    """The task explain, and before it, where it is of no run, the stages that `train` would begin with. On standard
+    output is the table alone.
+    """
+    import torch
+
+    from explain import asked_rows, explain, training_config
+    from prompts import with_prompt_column
+
+    rows = asked_rows(config)
+    config = training_config(config)
+    begin()
+    with redirect_stdout(sys.stderr):
+        missing = []
+        if not config.output_dir:
+            print(*filter(None, [notice(config), describe(config)]), sep="\n")
+            config = with_prompt_column(config)
+            missing = run_stages(config, base_model, reward_model)
+        torch.manual_seed(config.seed)  # as before a run's first update
+        text = explain(config, rows, base_model, reward_model) if not missing else ""
+    print(text or f"dry run: without {' and '.join(missing)} there is no update to look at\n", end="")
 
 
 def run_stages(config: Config, base_model: str, reward_model: str) -> list[str]:

@@ -162,14 +162,14 @@ def check_rows(config: Config, path: str, trained_on: dict, stage: str, part: st
 
 
 def check_same_rows(run: Path, source: Source) -> None:
-    """Raise UsageError if a run that is resumed would go on with other prompts than it began with."""
+    """Raise UsageError if a run would go on with other prompts than it began with."""
     record = read_record(run)
     now = fingerprint(row_hashes(source.rows, source.columns))
     before = {name: record.get("trained_on", now)[name] for name in now}
     if now != before:
         raise UsageError(
-            f"--resume: {run} began with {before['rows']:,} prompts of other rows than the {now['rows']:,} that there "
-            "are now; give the data as it was"
+            f"{run} began with {before['rows']:,} prompts of other rows than the {now['rows']:,} that there are now; "
+            "give the data as it was"
         )
 
 

@@ -15,6 +15,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 import report
 from adapters import adapter_to_add, merged
@@ -182,12 +183,19 @@ def load_models(
     device = prepare_device(config)
     tokenizer = load_tokenizer(base_model, adapter=adapter_to_add(config, base_model))
     prompts = Prompts(*load_all_prompts(config, tokenizer, began.n_prompts if began else most_prompts(config)))
+    policy, fixed = load_start(config, base_model, reward_model_path, tokenizer, device)
+    return policy, fixed, prompts
+
+
+def load_start(
+    config: Config, base_model: str, reward_model_path: str, tokenizer: PreTrainedTokenizerBase, device: torch.device
+) -> tuple[PolicyModel, Fixed]:
+    """The policy that a run begins with, and what it is held to and rewarded by."""
     policy = new_policy(config, base_model, device)
     precision = from_first(partial(choose_precision, policy.language_model, work_of_run(config), config))
     set_precision(precision, config, device)
     terms = load_reward_terms(config, reward_model_path, device, separator_of(policy, config))
-    fixed = Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
-    return policy, fixed, prompts
+    return policy, Fixed(reference=load_reference(config, base_model, policy), tokenizer=tokenizer, terms=terms)
 
 
 def source_of(prompts: Prompts, base_model: str, config: Config) -> Source:

@@ -348,6 +348,7 @@ TASKS = {
     "train": ["--output_dir", "new"],
     "generate": ["--prompt", "The film"],
     "evaluate": [],
+    "explain": [],
 }
 
 
@@ -366,7 +367,7 @@ def test_every_task_multiplies_as_is_fastest_for_its_model(task, precision, work
     monkeypatch.setenv("XDG_STATE_HOME", str(workplace / "state"))
     monkeypatch.setattr("device.exact_precisions", lambda _: ["highest", "medium"])
     monkeypatch.setattr("device.fastest", fastest)
-    given = TASKS[task] if task in ("generate", "evaluate") else [*flags(max_prompt_length=12), *TASKS[task]]
+    given = TASKS[task] if task in ("generate", "evaluate", "explain") else [*flags(max_prompt_length=12), *TASKS[task]]
     assert run_main("--task", task, *given) == 0
     assert torch.get_float32_matmul_precision() == precision
     assert torch.backends.cuda.flash_sdp_enabled() == (precision == "highest")

@@ -3,12 +3,14 @@
 import ast
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -180,7 +182,7 @@ def test_a_finished_run_lends_its_settings_to_what_uses_it(tmp_path, monkeypatch
     (folder / "value_head.safetensors").write_text("")
     (folder / "training_stats.jsonl").write_text("")
     (folder / "run_config.json").write_text(to_json(micro_config(kl_coef=0.3, temperature=0.7)))
-    for task in ("generate", "evaluate", "plot"):
+    for task in ("generate", "evaluate", "plot", "explain"):
         used = parse("--task", task, "--max_new_tokens", 5)
         assert (used.task, used.kl_coef, used.temperature, used.max_new_tokens) == (task, 0.3, 0.7, 5)
         assert used.output_dir == "saved_models/tiny/ppo"
@@ -217,7 +219,8 @@ def test_values_outside_a_fields_interval_are_refused_and_its_ends_are_not(name)
     spec = FIELDS[name]
     interval = spec.metadata["interval"]
     low, high = (float(bound) for bound in interval[1:-1].split(","))
-    step = 1 if spec.type is int else 0.125
+    several = bool(get_args(spec.type))  # of which any may be outside
+    step = 1 if int in (spec.type, *get_args(spec.type)) else 0.125
     outside = [low - step]
     inside = []
     if interval[0] == "(":
@@ -230,16 +233,17 @@ def test_values_outside_a_fields_interval_are_refused_and_its_ends_are_not(name)
         outside.append(high + step)
     elif high < float("inf"):
         outside += [high, high + step]
-    for value in outside:
-        value = coerce(spec, value)
-        with pytest.raises(UsageError, match=f"--{name} is {value}, expected a value in "):
+    for number in outside:
+        value = coerce(spec, [high if math.isfinite(high) else low + step, number] if several else number)
+        found = value[-1] if several else value
+        with pytest.raises(UsageError, match=f"--{name} is {found}, expected a value in "):
             Config(task="generate", **{name: value})
     fitting = {"batch_size": 64, "mini_batch_size": 64, "n_embd": 64, "n_head": 1}  # whatever the field's value is
     if name in ("batch_size", "gradient_accumulation_steps"):
         fitting["mini_batch_size"] = 1
-    for value in inside:
-        settings = fitting | {name: coerce(spec, value)}
-        assert getattr(Config(task="generate", **settings), name) == value
+    for number in inside:
+        settings = fitting | {name: coerce(spec, [number] if several else number)}
+        assert getattr(Config(task="generate", **settings), name) == ((number,) if several else number)
 
 
 @pytest.mark.parametrize("name", [name for name, spec in FIELDS.items() if spec.metadata["choices"]])
@@ -588,6 +592,8 @@ ELSEWHERE = {
     "keep_checkpoints": "test_a_checkpoint_is_made_every_few_updates_and_after_the_last_and_the_newest_are_kept",
     "prompt": "test_generate_answers_each_prompt_and_repeats_itself",
     "prompts": "test_generate_reads_prompts_from_a_file_and_writes_json_lines",
+    "update": "test_an_update_of_a_run_is_as_it_was",
+    "row": "test_without_a_run_the_first_update_of_the_built_in_world_is_shown",
     "num_samples": "test_generate_draws_several_samples",
     "output": "test_generate_reads_prompts_from_a_file_and_writes_json_lines",
     "stop": "test_a_stop_string_ends_what_is_printed_written_and_rewarded",

@@ -536,7 +536,7 @@ def test_what_several_processes_cannot_do_is_refused(tmp_path, arguments, words)
     assert listing(tmp_path) == {}
 
 
-@pytest.mark.parametrize("task", ["generate", "evaluate", "plot"])
+@pytest.mark.parametrize("task", ["generate", "evaluate", "plot", "explain"])
 def test_tasks_that_use_a_run_are_for_one_process(task, workplace, capsys, monkeypatch):
     monkeypatch.setattr(main, "N_PROCESSES", 2)
     assert main.main(["--task", task]) == 2

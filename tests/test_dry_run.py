@@ -96,6 +96,14 @@ def test_a_dry_run_of_evaluate_compares_a_few_responses(workplace, capsys):
     assert "dry run: saved_models/tiny/judge would be a language model, the judge of fluency" in output
 
 
+def test_a_dry_run_of_explain_says_what_is_missing_or_what_would_be_shown(workplace, capsys):
+    """Of the update after those of the run that is there; or, from nothing, which stages would come before it."""
+    said = dry_run(workplace, capsys, "--task", "explain", "--row", "2")
+    assert said == f"dry run: an update of {PPO} would be shown, with row 2 of its batch\n"
+    said = dry_run(workplace, capsys, "--task", "explain", *flags(run_name="new"))
+    assert said.startswith("dry run: without saved_models/new/sft and saved_models/new/reward there is no update")
+
+
 def test_a_dry_run_of_plot_reads_the_curves(workplace, capsys):
     output = dry_run(workplace, capsys, "--task", "plot")
     assert f"dry run: the curves of {PPO}, 2 points each, would be drawn into {PPO}/plots" in output

@@ -164,7 +164,7 @@ def test_a_config_file_of_any_depth_is_refused_in_a_short_sentence(name, text, e
 
 
 @pytest.mark.parametrize("content", ["[1, 2]", "3", "null", '"text"', "[" * 100_000, ""])
-@pytest.mark.parametrize("task", ["generate", "evaluate", "plot"])
+@pytest.mark.parametrize("task", ["generate", "evaluate", "plot", "explain"])
 def test_a_runs_settings_that_are_no_object_are_refused(task, content, workplace, capsys):
     (workplace / "saved_models/tiny/ppo/run_config.json").write_text(content)
     flags = ["--prompt", "A"] if task == "generate" else []

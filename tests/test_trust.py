@@ -551,10 +551,14 @@ def foreign(workplace, monkeypatch) -> Path:
     return run
 
 
-ASKING = [["--task", "evaluate"], ["--task", "generate", "--prompt", "A", "--output", "out.jsonl"]]
+ASKING = [
+    ["--task", "evaluate"],
+    ["--task", "generate", "--prompt", "A", "--output", "out.jsonl"],
+    ["--task", "explain", "--prompt", "A"],
+]
 
 
-@pytest.mark.parametrize("task", ASKING, ids=["evaluate", "generate"])
+@pytest.mark.parametrize("task", ASKING, ids=["evaluate", "generate", "explain"])
 @pytest.mark.parametrize("function", ["foreign/code.py:reward", "code.py:reward", "./foreign/../code.py:reward"])
 def test_no_function_is_run_because_a_run_names_it(function, task, foreign, workplace, capsys):
     edit(foreign / "run_config.json", reward_fn=function, base_model_name="saved_models/tiny/sft")
