@@ -37,6 +37,7 @@ from files import whole_lines, write_whole
 from folders import STATS
 from loading import load_tokenizer, new_policy
 from model import PolicyModel, TokenOutputs, is_frozen, score_in_passes
+from page import write_page
 from preflight import check_context, check_static_cache, prompt_room
 from progress import progress, tell
 from prompts import Prompt, n_rollouts, pass_order
@@ -273,6 +274,16 @@ def row_trace(
     }
 
 
+def raw_rows(rollout: Rollout) -> list[dict]:
+    """Of each response of the batch what models and reward said, from which all else follows, whitening too."""
+    columns = {"logprob": rollout.logprobs, "ref_logprob": rollout.ref_logprobs, "value": rollout.values}
+    rows = []
+    for row, mask in enumerate(rollout.mask):
+        tokens = {name: values[row][mask].tolist() for name, values in columns.items()}
+        rows.append({"score": rollout.scores[row].item()} | tokens)
+    return rows
+
+
 SETTINGS = (
     "gamma lam clip_range clip_range_value value_coef entropy_coef temperature kl_estimator whiten_advantages "
     "missing_eos_penalty ppo_epochs mini_batch_size gradient_accumulation_steps max_grad_norm"
@@ -298,7 +309,12 @@ def trace_of(
         "update": number,
         "settings": settings,
         "whitening": whitening_of(rollout, rolled["advantage"]) if config.whiten_advantages else None,
-        "batch": {"n_rows": len(rollout.mask), "n_tokens": int(rollout.mask.sum()), "epochs": means},
+        "batch": {
+            "n_rows": len(rollout.mask),
+            "n_tokens": int(rollout.mask.sum()),
+            "epochs": means,
+            "raw": raw_rows(rollout),
+        },
         "rows": [row_trace(course, tokenizer, row, rolled, epochs) for row in rows],
         "updates": course.updates,
         "equations": equations(),
@@ -483,9 +499,7 @@ def write(trace: dict, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
         return write_whole(path, json.dumps(trace, ensure_ascii=False, indent=1) + "\n")
-    import page  # here, as the table does without it
-
-    page.write_page(trace, path)
+    write_page(trace, path)
 
 
 def played(scene: Scene) -> Course:

@@ -105,6 +105,13 @@ def test_advantages_are_whitened_over_the_whole_batch(trace):
     assert_close(whitened, [(a - mean) / math.sqrt(variance + 1e-8) for a in advantages])
 
 
+def test_the_raw_numbers_of_the_batch_are_those_of_its_rows(trace):
+    for row, raw in zip(trace["rows"], trace["batch"]["raw"], strict=True):
+        for name in ("logprob", "ref_logprob", "value"):
+            assert raw[name] == column(row["tokens"], name)
+        assert raw["score"] == row["score"]
+
+
 def test_without_whitening_the_advantages_are_trained_on_as_they_are():
     trace, _ = traced(whiten_advantages=False, ppo_epochs=1)
     assert trace["whitening"] is None

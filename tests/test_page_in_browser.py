@@ -15,8 +15,10 @@ from pathlib import Path
 
 import pytest
 from browser import Browser, browser, program
+from test_explain import traced
 from toy_trace import HOSTILE, N_EPOCHS, N_SHOWN, SETTINGS, WORDS, recomputed, recomputed_epoch, toy_tensors, toy_trace
 
+import ppo
 from page import write_page
 
 pytestmark = [
@@ -266,6 +268,32 @@ def test_at_the_runs_own_settings_the_page_computes_what_the_run_had(opened, tra
         assert row["tokens"] == [pytest.approx(token, abs=1e-9) for token in right["tokens"]]
         for epoch, right_epoch in zip(row["epochs"], right["epochs"], strict=True):
             assert epoch["tokens"] == [pytest.approx(token, abs=1e-9) for token in right_epoch["tokens"]]
+
+
+def test_of_a_real_update_the_page_computes_what_was_trained_on(tab, tmp_path):
+    """By the explain task's own trace, which is of float32: as it was, and at another price of KL and another λ."""
+    trace, course = traced("gpt2")
+    write_page(trace, tmp_path / "page.html")
+    tab.open((tmp_path / "page.html").as_uri())
+    found = tab.run("recompute(TRACE, TRACE.settings, ownScores())")
+    for row, right in zip(found["rows"], trace["rows"], strict=True):
+        assert row["tokens"] == [pytest.approx(token, abs=1e-5) for token in right["tokens"]]
+        for epoch, right_epoch in zip(row["epochs"], right["epochs"], strict=True):
+            assert epoch["tokens"] == [pytest.approx(token, abs=1e-5) for token in right_epoch["tokens"]]
+    put(tab, "kl_coef", 0.9)
+    put(tab, "lam", 0.5)
+    past = course.rollout
+    rewards = ppo.shape_rewards(scores=past.scores, kl=past.kl, mask=past.mask, kl_coef=0.9)
+    advantages = ppo.estimate_advantages(
+        rewards=rewards, values=past.values, mask=past.mask, gamma=trace["settings"]["gamma"], lam=0.5
+    )
+    whitened = ppo.masked_whiten(advantages, past.mask)
+    for row in range(len(past.mask)):
+        choose(tab, row, 0, 1)
+        for t, token in enumerate(table(tab)):
+            assert token["advantage"] == pytest.approx(advantages[row, t].item(), abs=1e-5)
+            assert token["whitened"] == pytest.approx(whitened[row, t].item(), abs=1e-5)
+    assert complaints(tab) == []
 
 
 def assert_table(tab: Browser, raw: dict, settings: dict) -> None:
