@@ -260,7 +260,7 @@ def is_run_here(name: str) -> bool:
     return not any(name.startswith(words) or PYTHON[name].startswith(words) for words in NOT_RUN_HERE)
 
 
-@pytest.mark.parametrize("name", filter(is_run_here, PYTHON))
+@pytest.mark.parametrize("name", [name for name in PYTHON if is_run_here(name)])
 def test_a_block_of_python_runs(name, workplace, monkeypatch, capsys):
     """In the chain's folder, with its settings in place of tiny's own."""
     monkeypatch.setitem(PRESETS, "tiny", PRESETS["tiny"] | SETTINGS)
