@@ -44,7 +44,7 @@ ENVIRONMENTS = {  # commands for an empty environment; torch is pinned, as an op
     "torchtune": ["pip install torch==2.13.0 torchtune==0.6.1 torchao==0.9.0"],
     "openrlhf": [
         "pip install --no-deps openrlhf==0.11.2",
-        "pip install torch==2.13.0 transformers peft ray",
+        "pip install torch==2.13.0 transformers peft ray pylatexenc aiohttp torchdata",
     ],
     "verl": [
         "pip install --no-deps verl==0.9.1",

@@ -795,8 +795,9 @@ def openrlhf() -> Implementation:
             rows.append(SamplesGenerator._process_response_into_experience(None, drawn))
         whole = Experience.concat_experiences(rows, PAD)
         model = nn.Module()
-        model.forward = lambda ids, **_: dict(logits=table[ids])  # noqa: C408
+        model.forward = lambda ids, **_: {"logits": table[ids]}
         actor = Actor(model)
+        actor.packing_samples = False  # set by its constructor where that loads the model
         logprobs = actor(whole.sequences, whole.action_mask, attention_mask=whole.attention_mask)
         columns = slice(start - 1, None)
         return Scored(whole.action_mask[:, columns].bool(), logprobs[:, columns].double(), None)
