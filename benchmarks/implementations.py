@@ -236,27 +236,74 @@ def accumulating(parameters: nn.Module, n_parts: int):
     return accelerator, accelerator.prepare(torch.optim.SGD(parameters.parameters(), lr=1.0))
 
 
-def trl_0_11() -> Implementation:
-    from trl import PPOConfig, PPOTrainer, core
+TRL_NAMES = {"k1": "kl", "k2": "mse", "abs": "abs"}
+
+
+def trl_trainer(n_rows: int, kl_coef=0.2, estimator="k1", **settings) -> SimpleNamespace:
+    """What the methods of TRL 0.11's PPOTrainer read of `self`, and the methods."""
+    from trl import PPOConfig, PPOTrainer
     from trl.trainer.utils import FixedKLController
 
-    names = {"k1": "kl", "k2": "mse", "abs": "abs"}
+    config = PPOConfig(
+        batch_size=n_rows, mini_batch_size=n_rows, kl_penalty=TRL_NAMES[estimator], vf_coef=1.0, **settings
+    )
+    me = SimpleNamespace(config=config, kl_ctl=FixedKLController(kl_coef), is_encoder_decoder=False)
+    for name in ("_kl_penalty", "compute_rewards", "compute_advantages", "loss", "train_minibatch"):
+        setattr(me, name, types.MethodType(getattr(PPOTrainer, name), me))
+    return me
 
-    def trainer(n_rows: int, kl_coef=0.2, estimator="k1", **settings) -> SimpleNamespace:
-        config = PPOConfig(
-            batch_size=n_rows, mini_batch_size=n_rows, kl_penalty=names[estimator], vf_coef=1.0, **settings
-        )
-        me = SimpleNamespace(config=config, kl_ctl=FixedKLController(kl_coef), is_encoder_decoder=False)
-        for name in ("_kl_penalty", "compute_rewards", "compute_advantages", "loss", "train_minibatch"):
-            setattr(me, name, types.MethodType(getattr(PPOTrainer, name), me))
-        return me
+
+def trl_step_gradient(batch, advantages, returns, n_parts):
+    me, told = trl_trainer(len(batch.mask)), Told(batch)
+    me.model = told
+    me.accelerator, me.optimizer = accumulating(told, n_parts)
+    for rows in equal_parts(len(batch.mask), n_parts):
+        part = rows_of(batch, rows)
+        with me.accelerator.accumulate(told):
+            me.train_minibatch(
+                old_logprobs=part.old_logprobs,
+                values=part.old_values,
+                logprobs=told.logprobs[rows],
+                logits=torch.zeros(*part.mask.shape, 3),
+                vpreds=told.values[rows],
+                mask=part.mask.long(),
+                advantages=advantages[rows],
+                returns=returns[rows],
+            )
+    return batch.new_logprobs - told.logprobs.detach()
+
+
+def trl_score(query_ids, response_ids, table, values, is_encoder_decoder=False) -> Scored:
+    from trl import PPOTrainer
+
+    me = trl_trainer(len(query_ids))
+    me.is_encoder_decoder = is_encoder_decoder
+    ends = first_ends(response_ids)
+    responses = [row[:end] for row, end in zip(response_ids, ends, strict=True)]
+    start = torch.full_like(query_ids[:, :1], PAD) if is_encoder_decoder else query_ids
+    ids = torch.cat([start, response_ids], 1)
+    reached = torch.arange(ids.shape[1]) < start.shape[1] + torch.tensor(ends)[:, None]
+    inputs = {"input_ids": ids, "attention_mask": reached.long()}
+    if is_encoder_decoder:
+        inputs = {f"decoder_{name}": tensor for name, tensor in inputs.items()}
+        inputs |= {"input_ids": query_ids, "attention_mask": torch.ones_like(query_ids)}
+    model = MagicMock(side_effect=lambda **_: (table[ids], None, values[ids]))
+    # As generate() hands them to step(): an encoder-decoder's responses begin with the decoder's start token.
+    handed = [torch.cat([start[0], row]) for row in responses] if is_encoder_decoder else responses
+    logprobs, _, found, mask = PPOTrainer.batched_forward_pass(me, model, list(query_ids), handed, inputs)
+    columns = slice(start.shape[1] - 1, None)
+    return Scored(mask[:, columns].bool(), logprobs[:, columns], found[:, columns])
+
+
+def trl_0_11() -> Implementation:
+    from trl import core
 
     def rewards(batch, kl_coef, estimator):
-        me = trainer(len(batch.mask), kl_coef, estimator)
+        me = trl_trainer(len(batch.mask), kl_coef, estimator)
         return me.compute_rewards(batch.scores, batch.old_logprobs, batch.ref_logprobs, batch.mask.long())[0]
 
     def advantages(rewards, values, mask, gamma, lam):
-        me = trainer(len(mask), gamma=gamma, lam=lam)
+        me = trl_trainer(len(mask), gamma=gamma, lam=lam)
         values, _, returns = me.compute_advantages(values, rewards, mask.long())
         return returns - values, returns
 
@@ -264,7 +311,7 @@ def trl_0_11() -> Implementation:
         batch = differentiable(batch)
         logits = torch.zeros(*batch.mask.shape, 3)
         mask = batch.mask.long()
-        policy, value, stats = trainer(len(mask)).loss(
+        policy, value, stats = trl_trainer(len(mask)).loss(
             batch.old_logprobs,
             batch.old_values,
             logits,
@@ -277,56 +324,20 @@ def trl_0_11() -> Implementation:
         fractions = stats["policy/clipfrac"].item(), stats["val/clipfrac"].item()
         return Loss(policy.item(), value.item(), *fractions, *gradients(policy, value, batch))
 
-    def step_gradient(batch, advantages, returns, n_parts):
-        me, told = trainer(len(batch.mask)), Told(batch)
-        me.model = told
-        me.accelerator, me.optimizer = accumulating(told, n_parts)
-        for rows in equal_parts(len(batch.mask), n_parts):
-            part = rows_of(batch, rows)
-            with me.accelerator.accumulate(told):
-                me.train_minibatch(
-                    old_logprobs=part.old_logprobs,
-                    values=part.old_values,
-                    logprobs=told.logprobs[rows],
-                    logits=torch.zeros(*part.mask.shape, 3),
-                    vpreds=told.values[rows],
-                    mask=part.mask.long(),
-                    advantages=advantages[rows],
-                    returns=returns[rows],
-                )
-        return batch.new_logprobs - told.logprobs.detach()
-
-    def score(query_ids, response_ids, table, values, is_encoder_decoder=False):
-        me = trainer(len(query_ids))
-        me.is_encoder_decoder = is_encoder_decoder
-        ends = first_ends(response_ids)
-        responses = [row[:end] for row, end in zip(response_ids, ends, strict=True)]
-        start = torch.full_like(query_ids[:, :1], PAD) if is_encoder_decoder else query_ids
-        ids = torch.cat([start, response_ids], 1)
-        reached = torch.arange(ids.shape[1]) < start.shape[1] + torch.tensor(ends)[:, None]
-        inputs = {"input_ids": ids, "attention_mask": reached.long()}
-        if is_encoder_decoder:
-            inputs = {f"decoder_{name}": tensor for name, tensor in inputs.items()}
-            inputs |= {"input_ids": query_ids, "attention_mask": torch.ones_like(query_ids)}
-        model = MagicMock(side_effect=lambda **_: (table[ids], None, values[ids]))
-        # As generate() hands them to step(): an encoder-decoder's responses begin with the decoder's start token.
-        handed = [torch.cat([start[0], row]) for row in responses] if is_encoder_decoder else responses
-        logprobs, _, found, mask = PPOTrainer.batched_forward_pass(me, model, list(query_ids), handed, inputs)
-        columns = slice(start.shape[1] - 1, None)
-        return Scored(mask[:, columns].bool(), logprobs[:, columns], found[:, columns])
-
     return Implementation(
         version=version("trl"),
         estimators=("k1", "k2", "abs"),
-        kl=lambda logprobs, ref, mask, estimator: trainer(len(mask), estimator=estimator)._kl_penalty(logprobs, ref),
+        kl=lambda logprobs, ref, mask, estimator: trl_trainer(len(mask), estimator=estimator)._kl_penalty(
+            logprobs, ref
+        ),
         rewards=rewards,
         advantages=advantages,
         estimate=in_turn(rewards, advantages),
         whiten=lambda x, mask: core.masked_whiten(x, mask.long()),
         loss=loss,
-        step_gradient=step_gradient,
-        score=score,
-        score_encoder_decoder=lambda *arguments: score(*arguments, is_encoder_decoder=True),
+        step_gradient=trl_step_gradient,
+        score=trl_score,
+        score_encoder_decoder=lambda *arguments: trl_score(*arguments, is_encoder_decoder=True),
     )
 
 
@@ -465,24 +476,57 @@ def from_loop(drive: Callable, name: str, estimators: tuple[str, ...], whiten: C
     )
 
 
+def trl_1_models(world: World) -> dict[str, Callable]:
+    """What stands in the trainer's module for sampling, scoring and rewarding."""
+    ids = torch.cat([world.query_ids, world.response_ids], 1)
+
+    def forward(model, ids, pad):
+        if model == "reference":
+            return SimpleNamespace(logits=world.ref_logits(ids))
+        return SimpleNamespace(logits=world.new_logits(ids)), world.new_values(ids)[..., None]
+
+    def get_reward(model, ids, pad, context_length):
+        return (world.old_values(ids)[..., None], None, None) if model == "values" else (None, world.scores, None)
+
+    def batch_generation(model, queries, rows_at_once, pad, config):
+        return ids, world.old_logits(ids)[:, queries.shape[1] - 1 : -1] / config.temperature
+
+    return {"forward": forward, "get_reward": get_reward, "batch_generation": batch_generation}
+
+
+def trl_1_trainer(world: World, n_parts: int, **settings) -> MagicMock:
+    """What `PPOTrainer.train` reads of `self`, for one update in one minibatch of so many parts."""
+    n_rows, time = world.response_ids.shape
+    me = MagicMock()
+    me.args = SimpleNamespace(
+        **{"response_length": time, "temperature": 1.0, "num_total_batches": 1, "num_ppo_epochs": 1},
+        **{"num_mini_batches": 1, "gradient_accumulation_steps": n_parts, "total_episodes": n_rows},
+        **{"batch_size": n_rows, "local_batch_size": n_rows, "local_mini_batch_size": n_rows},
+        **{"local_rollout_forward_batch_size": n_rows, "per_device_train_batch_size": n_rows // n_parts},
+        **{"cliprange": CLIP, "cliprange_value": CLIP, "vf_coef": 1.0, "whiten_rewards": False},
+        **{"missing_eos_penalty": None, "num_sample_generations": 0, "ds3_gather_for_generation": False},
+        **{"logging_steps": None, "eval_steps": None, "save_steps": None},
+        **settings,
+    )
+    me.accelerator, me.optimizer = accumulating(world.told, n_parts)
+    me.accelerator.unwrap_model = lambda model: model
+    me.model = SimpleNamespace(policy="policy", value_model="values", train=lambda: None)
+    me.ref_model, me.reward_model = "reference", "rewards"
+    me.processing_class = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
+    me.stop_token_id, me.is_deepspeed_enabled = EOS, False
+    me.dataloader, me.train_dataset_len = [{"input_ids": world.query_ids}], n_rows
+    me.state, me.logged = SimpleNamespace(), {}
+    me.log = me.logged.update
+    for moment in ("on_train_begin", "on_step_end", "on_train_end"):
+        getattr(me.callback_handler, moment).return_value = SimpleNamespace(should_save=False)
+    return me
+
+
 def trl_1() -> Implementation:
     from trl.experimental.ppo import ppo_trainer
 
     def drive(world, kl_coef, estimator, gamma, lam, advantages=None, n_parts=1) -> Seen:
-        n_rows, time = world.response_ids.shape
-        seen, logged = SimpleNamespace(logprobs=[]), {}
-        accelerator, optimizer = accumulating(world.told, n_parts)
-        before = [parameter.detach().clone() for parameter in world.told.parameters()]
-        policy = SimpleNamespace(policy="policy", value_model="values", train=lambda: None)
-        ids = torch.cat([world.query_ids, world.response_ids], 1)
-
-        def forward(model, ids, pad):
-            if model == "reference":
-                return SimpleNamespace(logits=world.ref_logits(ids))
-            return SimpleNamespace(logits=world.new_logits(ids)), world.new_values(ids)[..., None]
-
-        def get_reward(model, ids, pad, context_length):
-            return (world.old_values(ids)[..., None], None, None) if model == "values" else (None, world.scores, None)
+        seen = SimpleNamespace(logprobs=[])
 
         def whiten(x, mask, **settings):
             seen.advantages, seen.mask = x, mask
@@ -492,43 +536,20 @@ def trl_1() -> Implementation:
             seen.logprobs.append(real["selective_log_softmax"](logits, index))
             return seen.logprobs[-1]
 
-        def generation(model, queries, rows_at_once, pad, config):
-            return ids, world.old_logits(ids)[:, queries.shape[1] - 1 : -1] / config.temperature
-
-        replaced = {"forward": forward, "get_reward": get_reward, "masked_whiten": whiten}
-        replaced |= {"selective_log_softmax": log_softmax, "batch_generation": generation}
+        replaced = trl_1_models(world) | {"masked_whiten": whiten, "selective_log_softmax": log_softmax}
         replaced |= {"unwrap_model_for_generation": lambda model, *_, **__: contextlib.nullcontext(model)}
         replaced |= {"np": SimpleNamespace(random=SimpleNamespace(permutation=torch.arange))}
         real = {name: getattr(ppo_trainer, name) for name in replaced}
-        me = MagicMock()
-        me.args = SimpleNamespace(
-            **{"response_length": time, "temperature": 1.0, "num_total_batches": 1, "num_ppo_epochs": 1},
-            **{"num_mini_batches": 1, "gradient_accumulation_steps": n_parts, "per_device_train_batch_size": None},
-            **{"batch_size": n_rows, "local_batch_size": n_rows, "local_mini_batch_size": n_rows},
-            **{"local_rollout_forward_batch_size": n_rows, "total_episodes": n_rows, "missing_eos_penalty": None},
-            **{"kl_coef": kl_coef, "kl_estimator": estimator, "gamma": gamma, "lam": lam, "whiten_rewards": False},
-            **{"cliprange": CLIP, "cliprange_value": CLIP, "vf_coef": 1.0, "num_sample_generations": 0},
-            **{"logging_steps": None, "eval_steps": None, "save_steps": None, "ds3_gather_for_generation": False},
-        )
-        me.args.per_device_train_batch_size = n_rows // n_parts
-        me.accelerator, me.optimizer, me.model, me.ref_model = accelerator, optimizer, policy, "reference"
-        accelerator.unwrap_model = lambda model: model
-        me.reward_model, me.stop_token_id, me.is_deepspeed_enabled = "rewards", EOS, False
-        me.processing_class = SimpleNamespace(pad_token_id=PAD, eos_token_id=EOS)
-        me.dataloader, me.train_dataset_len = [{"input_ids": world.query_ids}], n_rows
-        me.state, me.log = SimpleNamespace(), logged.update
-        me.callback_handler.on_train_begin.return_value = SimpleNamespace(should_save=False)
-        me.callback_handler.on_step_end.return_value = me.callback_handler.on_train_end.return_value = SimpleNamespace(
-            should_save=False
-        )
+        before = [parameter.detach().clone() for parameter in world.told.parameters()]
+        me = trl_1_trainer(world, n_parts, kl_coef=kl_coef, kl_estimator=estimator, gamma=gamma, lam=lam)
         with patch.multiple(ppo_trainer, **replaced):
             ppo_trainer.PPOTrainer.train(me)
         changes = [old - new.detach() for old, new in zip(before, world.told.parameters(), strict=True)]
         loss = Loss(
-            policy=logged["loss/policy_avg"],
-            value=logged["loss/value_avg"],
-            clip_fraction=logged["policy/clipfrac_avg"],
-            value_clip_fraction=logged["val/clipfrac_avg"],
+            policy=me.logged["loss/policy_avg"],
+            value=me.logged["loss/value_avg"],
+            clip_fraction=me.logged["policy/clipfrac_avg"],
+            value_clip_fraction=me.logged["val/clipfrac_avg"],
             policy_gradient=changes[0],
             value_gradient=changes[1],
         )
@@ -537,23 +558,63 @@ def trl_1() -> Implementation:
     return from_loop(drive, "trl", ("k1", "k3"), ppo_trainer.masked_whiten)
 
 
-def torchtune() -> Implementation:
+def torchtune_recipe():
+    """The module of the recipe, which is a script beside the package."""
     from torchtune import rlhf
-    from torchtune.rlhf.loss import PPOLoss
 
     path = Path(rlhf.__file__).parents[2] / "recipes/ppo_full_finetune_single_device.py"
     spec = importlib.util.spec_from_file_location("ppo_recipe", path)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
+    return recipe
+
+
+def torchtune_trainer(trainer: type, world: World, n_parts: int, kl_coef: float, gamma: float, lam: float) -> MagicMock:
+    """What the recipe's `train` reads of `self`, for one update in one minibatch of so many parts."""
+    from torchtune.rlhf.loss import PPOLoss
+
+    n_rows, time = world.response_ids.shape
+    me = MagicMock()
+    me.configure_mock(
+        **{"compile": False, "_optimizer_in_bwd": False, "_total_steps": 1, "_steps_run": 0, "_epochs_run": 0},
+        **{"_total_epochs": 1, "profiler_profile_memory": False, "_device": torch.device("cpu")},
+        **{"batch_size": n_rows, "_forward_batch_size": n_rows, "_max_generated_tokens": time, "global_step": 0},
+        **{"_temperature": 1.0, "_penalise_no_eos": False, "_min_response_length": None, "_kl_coeff": kl_coef},
+        **{"_gamma": gamma, "_lmbda": lam, "_ppo_epochs": 1, "_ppo_batch_size": n_rows},
+        **{"_ppo_backward_batch_size": n_rows // n_parts, "_gradient_accumulation_steps": n_parts},
+        **{"_log_every_n_steps": 2, "_stop_token_ids": torch.tensor([EOS]), "enable_kv_cache": False},
+        **{"_dataloader": [{"tokens": world.query_ids}], "parts": []},
+    )
+
+    def values_of(ids, **_):
+        return (world.new_values if torch.is_grad_enabled() else world.old_values)(ids)[..., None]
+
+    def ppo_step(*arguments):
+        me.parts.append(trainer.ppo_step(me, *arguments))
+        return me.parts[-1]
+
+    me.ppo_step, me._value_model = ppo_step, values_of
+    me._tokenizer.pad_id = PAD
+    me._loss_fn = PPOLoss(epsilon=CLIP, value_clip_range=CLIP, value_coeff=1.0)
+    me.cache_ctx_manager = lambda *_, **__: contextlib.nullcontext()
+    me._policy_model = lambda ids, **_: world.new_logits(ids)
+    me._ref_policy_model = lambda ids, **_: world.ref_logits(ids)
+    me._reward_model = lambda ids, **_: world.scores[:, None, None].repeat(1, ids.shape[1], 1)
+    for name in ("generate_trajectory", "generate_trajectory_batched"):
+        setattr(me, name, types.MethodType(getattr(trainer, name), me))
+    return me
+
+
+def torchtune() -> Implementation:
+    from torchtune import rlhf
+
+    recipe = torchtune_recipe()
     trainer = recipe.PPOFullFinetuneRecipeSingleDevice
+    real = {name: getattr(rlhf, name) for name in ("estimate_advantages", "logits_to_logprobs")}
 
     def drive(world, kl_coef, estimator, gamma, lam, advantages=None, n_parts=1) -> Seen:
-        n_rows, time = world.response_ids.shape
         ids = torch.cat([world.query_ids, world.response_ids], 1)
-        seen, parts = SimpleNamespace(logprobs=[]), []
-
-        def values_of(ids, **_):
-            return (world.new_values if torch.is_grad_enabled() else world.old_values)(ids)[..., None]
+        seen = SimpleNamespace(logprobs=[])
 
         def estimate(values, rewards, gamma, lmbda, masks):
             whitened, seen.returns = real["estimate_advantages"](values, rewards, gamma, lmbda, masks=masks)
@@ -564,47 +625,23 @@ def torchtune() -> Implementation:
             seen.logprobs.append(real["logits_to_logprobs"](*arguments))
             return seen.logprobs[-1]
 
-        def ppo_step(*arguments):
-            parts.append(trainer.ppo_step(me, *arguments))
-            return parts[-1]
-
         def generate(**_):
             return ids.clone(), world.old_logits(ids)[:, world.query_ids.shape[1] - 1 : -1]
 
-        real = {name: getattr(rlhf, name) for name in ("estimate_advantages", "logits_to_logprobs")}
-        me = MagicMock()
-        me.configure_mock(
-            **{"compile": False, "_optimizer_in_bwd": False, "_total_steps": 1, "_steps_run": 0, "_epochs_run": 0},
-            **{"_total_epochs": 1, "profiler_profile_memory": False, "_device": torch.device("cpu")},
-            **{"batch_size": n_rows, "_forward_batch_size": n_rows, "_max_generated_tokens": time, "global_step": 0},
-            **{"_temperature": 1.0, "_penalise_no_eos": False, "_min_response_length": None, "_kl_coeff": kl_coef},
-            **{"_gamma": gamma, "_lmbda": lam, "_ppo_epochs": 1, "_ppo_batch_size": n_rows},
-            **{"_ppo_backward_batch_size": n_rows // n_parts, "_gradient_accumulation_steps": n_parts},
-            **{"_log_every_n_steps": 2, "_stop_token_ids": torch.tensor([EOS]), "enable_kv_cache": False},
-            **{"_dataloader": [{"tokens": world.query_ids}], "_value_model": values_of, "ppo_step": ppo_step},
-        )
-        me._tokenizer.pad_id = PAD
-        me._loss_fn = PPOLoss(epsilon=CLIP, value_clip_range=CLIP, value_coeff=1.0)
-        me.cache_ctx_manager = lambda *_, **__: contextlib.nullcontext()
-        me._policy_model = lambda ids, **_: world.new_logits(ids)
-        me._ref_policy_model = lambda ids, **_: world.ref_logits(ids)
-        me._reward_model = lambda ids, **_: world.scores[:, None, None].repeat(1, ids.shape[1], 1)
-        for name in ("generate_trajectory", "generate_trajectory_batched"):
-            setattr(me, name, types.MethodType(getattr(trainer, name), me))
+        me = torchtune_trainer(trainer, world, n_parts, kl_coef=kl_coef, gamma=gamma, lam=lam)
         replaced = {"estimate_advantages": estimate, "logits_to_logprobs": logits_to_logprobs}
         in_order = patch.object(torch, "randperm", lambda n, **_: torch.arange(n))
         with patch.multiple(rlhf, **replaced), patch.object(recipe.generation, "generate", generate), in_order:
             trainer.train(me)
-        sums = [sum(part[i] for part in parts) for i in range(len(parts[0]))]
-        stats = recipe.PPOStats(*sums)
-        gradients = [parameter.grad for parameter in world.told.parameters()]
+        stats = recipe.PPOStats(*map(sum, zip(*me.parts, strict=True)))
+        found = [parameter.grad for parameter in world.told.parameters()]
         loss = Loss(
             policy=stats.policy_loss.item(),
             value=stats.value_loss.item(),
             clip_fraction=stats.clipfrac.item(),
             value_clip_fraction=None,
-            policy_gradient=gradients[0],
-            value_gradient=gradients[1],
+            policy_gradient=found[0],
+            value_gradient=found[1],
         )
         return Seen(seen.advantages, seen.returns, seen.mask, seen.logprobs[0], loss)
 
@@ -616,33 +653,52 @@ def torchtune() -> Implementation:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def verl_scores(batch: Batch) -> torch.Tensor:
+    """The scores where verl's reward manager puts them."""
+    from verl import DataProto
+    from verl.workers.reward_manager.naive import NaiveRewardManager
+
+    n_rows = len(batch.mask)
+    query = torch.ones(n_rows, 1, dtype=torch.long)
+    told = {"prompts": query, "responses": batch.mask.long() + 1}
+    told["attention_mask"] = torch.cat([query, batch.mask.long()], 1)
+    data = DataProto.from_single_dict(told)
+    data.non_tensor_batch["reward_model"] = as_objects([{"ground_truth": ""}] * n_rows)
+    data.non_tensor_batch["data_source"] = as_objects(["told"] * n_rows)
+    tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
+    scores = iter(batch.scores.tolist())
+    manager = NaiveRewardManager(tokenizer, num_examine=0, compute_score=lambda **_: next(scores))
+    return manager(data).to(batch.scores.dtype)
+
+
+def verl_score(query_ids, response_ids, table, values) -> Scored:
+    from verl import DataProto
+    from verl.utils import torch_functional
+    from verl.workers.utils.padding import no_padding_2_padding
+
+    response_mask = torch_functional.get_response_mask(response_ids, EOS)
+    reached = torch.cat([torch.ones_like(query_ids), response_mask], 1)
+    told = {"prompts": query_ids, "responses": response_ids, "attention_mask": reached}
+    data = DataProto.from_single_dict(told).batch
+    ids = torch.cat([query_ids, response_ids], 1)[reached.bool()]  # rows one after the other, without padding
+    logprobs = torch_functional.logprobs_from_logits(table[ids], ids.roll(-1))
+    data["attention_mask"] = reached
+    found = [no_padding_2_padding(flat, data) for flat in (logprobs, values[ids])]
+    return Scored(response_mask.bool(), *found)
+
+
 def verl() -> Implementation:
     from verl import DataProto
     from verl.trainer.ppo import core_algos, ray_trainer
     from verl.utils import torch_functional
     from verl.workers.config import ActorConfig
-    from verl.workers.reward_manager.naive import NaiveRewardManager
-    from verl.workers.utils.padding import no_padding_2_padding
 
     def rewards(batch, kl_coef, estimator):
-        told = {"response_mask": batch.mask.long(), "token_level_scores": scores_on_tokens(batch)}
+        told = {"response_mask": batch.mask.long(), "token_level_scores": verl_scores(batch)}
         told |= {"old_log_probs": batch.old_logprobs, "ref_log_prob": batch.ref_logprobs}
         controller = core_algos.FixedKLController(kl_coef)
         data, _ = ray_trainer.apply_kl_penalty(DataProto.from_single_dict(told), controller, kl_penalty=estimator)
         return data.batch["token_level_rewards"]
-
-    def scores_on_tokens(batch):
-        n_rows = len(batch.mask)
-        query = torch.ones(n_rows, 1, dtype=torch.long)
-        told = {"prompts": query, "responses": batch.mask.long() + 1}
-        told["attention_mask"] = torch.cat([query, batch.mask.long()], 1)
-        data = DataProto.from_single_dict(told)
-        data.non_tensor_batch["reward_model"] = as_objects([{"ground_truth": ""}] * n_rows)
-        data.non_tensor_batch["data_source"] = as_objects(["told"] * n_rows)
-        tokenizer = SimpleNamespace(decode=lambda *_, **__: "")
-        scores = iter(batch.scores.tolist())
-        manager = NaiveRewardManager(tokenizer, num_examine=0, compute_score=lambda **_: next(scores))
-        return manager(data).to(batch.scores.dtype)
 
     def advantages(rewards, values, mask, gamma, lam):
         _, returns = core_algos.compute_gae_advantage_return(rewards, values, mask.long(), gamma, lam)
@@ -674,17 +730,6 @@ def verl() -> Implementation:
             losses(rows_of(batch, rows), advantages[rows], returns[rows], n_tokens)[0].backward()
         return batch.new_logprobs.grad
 
-    def score(query_ids, response_ids, table, values):
-        response_mask = torch_functional.get_response_mask(response_ids, EOS)
-        reached = torch.cat([torch.ones_like(query_ids), response_mask], 1)
-        told = {"prompts": query_ids, "responses": response_ids, "attention_mask": reached}
-        data = DataProto.from_single_dict(told).batch
-        ids = torch.cat([query_ids, response_ids], 1)[reached.bool()]  # rows one after the other, without padding
-        logprobs = torch_functional.logprobs_from_logits(table[ids], ids.roll(-1))
-        data["attention_mask"] = reached
-        found = [no_padding_2_padding(flat, data) for flat in (logprobs, values[ids])]
-        return Scored(response_mask.bool(), *found)
-
     return Implementation(
         version=version("verl"),
         estimators=("k1", "k2", "k3", "abs"),
@@ -695,7 +740,7 @@ def verl() -> Implementation:
         whiten=lambda x, mask: torch_functional.masked_whiten(x, mask.long()),
         loss=loss,
         step_gradient=step_gradient,
-        score=score,
+        score=verl_score,
     )
 
 
@@ -731,15 +776,51 @@ def stand_in(*names: str) -> None:
         sys.modules[name].__spec__ = ModuleSpec(name, None)
 
 
+def openrlhf_whiten(x, mask) -> torch.Tensor:
+    from openrlhf.trainer.ppo_utils.experience import Experience
+    from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
+
+    advantage = SimpleNamespace(estimator="gae", gamma=0.0, lambd=0.0, no_std_norm=False)
+    args = MagicMock(algo=SimpleNamespace(advantage=advantage))
+    args.rollout.n_samples_per_prompt, args.reward.clip_range = 1, None
+    args.reward.overlong_buffer_len = args.reward.stop_properly_penalty_coef = None
+    me = SimpleNamespace(strategy=SimpleNamespace(args=args), advantage_estimator="gae")
+    me.kl_ctl = SimpleNamespace(value=1.0)
+    me.get_advantages_and_returns = types.MethodType(RemoteExperienceMaker.get_advantages_and_returns, me)
+    told = Experience(values=torch.zeros_like(x), rewards=torch.zeros(len(x)), kl=-x, action_mask=mask)
+    told.index = list(range(len(x)))
+    return RemoteExperienceMaker.compute_advantages_and_returns(me, [told])[0].advantages
+
+
+def openrlhf_score(query_ids, response_ids, table, values) -> Scored:
+    from openrlhf.models import Actor
+    from openrlhf.trainer.ppo_utils.experience import Experience
+    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
+
+    ends = first_ends(response_ids)
+    start = query_ids.shape[1]
+    rows = []
+    for query, response, end in zip(query_ids.tolist(), response_ids.tolist(), ends, strict=True):
+        drawn = {"observation_tokens": query + response[:end], "action_ranges": [(start, start + end)]}
+        drawn |= {"rollout_log_probs": None, "prompt": "", "label": ""}
+        rows.append(SamplesGenerator._process_response_into_experience(None, drawn))
+    whole = Experience.concat_experiences(rows, PAD)
+    model = nn.Module()
+    model.forward = lambda ids, **_: {"logits": table[ids]}
+    actor = Actor(model)
+    actor.packing_samples = False  # set by its constructor where that loads the model
+    logprobs = actor(whole.sequences, whole.action_mask, attention_mask=whole.attention_mask)
+    columns = slice(start - 1, None)
+    return Scored(whole.action_mask[:, columns].bool(), logprobs[:, columns].double(), None)
+
+
 def openrlhf() -> Implementation:
     stand_in("deepspeed", "deepspeed.runtime", "deepspeed.runtime.zero", "deepspeed.runtime.zero.partition_parameters")
     stand_in("deepspeed.ops", "deepspeed.ops.adam", "deepspeed.utils", "vllm", "vllm.inputs", "vllm.utils")
     stand_in("flash_attn", "flash_attn.bert_padding", "flash_attn.utils", "flash_attn.utils.distributed")
-    from openrlhf.models import Actor, PolicyLoss, ValueLoss
+    from openrlhf.models import PolicyLoss, ValueLoss
     from openrlhf.models.utils import compute_approx_kl, compute_reward
-    from openrlhf.trainer.ppo_utils.experience import Experience
     from openrlhf.trainer.ppo_utils.experience_maker import RemoteExperienceMaker
-    from openrlhf.trainer.ppo_utils.samples_generator import SamplesGenerator
     from openrlhf.utils.loss_utils import iter_grad_accum_global_norm
 
     def kl(logprobs, ref_logprobs, mask, estimator):
@@ -751,18 +832,6 @@ def openrlhf() -> Implementation:
 
     def advantages(rewards, values, mask, gamma, lam):
         return RemoteExperienceMaker.get_advantages_and_returns(None, values, rewards, mask, gamma, lam)
-
-    def whiten(x, mask):
-        advantage = SimpleNamespace(estimator="gae", gamma=0.0, lambd=0.0, no_std_norm=False)
-        args = MagicMock(algo=SimpleNamespace(advantage=advantage))
-        args.rollout.n_samples_per_prompt, args.reward.clip_range = 1, None
-        args.reward.overlong_buffer_len = args.reward.stop_properly_penalty_coef = None
-        me = SimpleNamespace(strategy=SimpleNamespace(args=args), advantage_estimator="gae")
-        me.kl_ctl = SimpleNamespace(value=1.0)
-        me.get_advantages_and_returns = types.MethodType(RemoteExperienceMaker.get_advantages_and_returns, me)
-        told = Experience(values=torch.zeros_like(x), rewards=torch.zeros(len(x)), kl=-x, action_mask=mask)
-        told.index = list(range(len(x)))
-        return RemoteExperienceMaker.compute_advantages_and_returns(me, [told])[0].advantages
 
     def losses(batch, advantages, returns, **counts):
         policy, fraction, *_ = PolicyLoss(CLIP, CLIP)(
@@ -785,23 +854,6 @@ def openrlhf() -> Implementation:
             (part_loss / n_parts).backward()  # the division is DeepSpeed's
         return batch.new_logprobs.grad
 
-    def score(query_ids, response_ids, table, values):
-        ends = first_ends(response_ids)
-        start = query_ids.shape[1]
-        rows = []
-        for query, response, end in zip(query_ids.tolist(), response_ids.tolist(), ends, strict=True):
-            drawn = {"observation_tokens": query + response[:end], "action_ranges": [(start, start + end)]}
-            drawn |= {"rollout_log_probs": None, "prompt": "", "label": ""}
-            rows.append(SamplesGenerator._process_response_into_experience(None, drawn))
-        whole = Experience.concat_experiences(rows, PAD)
-        model = nn.Module()
-        model.forward = lambda ids, **_: {"logits": table[ids]}
-        actor = Actor(model)
-        actor.packing_samples = False  # set by its constructor where that loads the model
-        logprobs = actor(whole.sequences, whole.action_mask, attention_mask=whole.attention_mask)
-        columns = slice(start - 1, None)
-        return Scored(whole.action_mask[:, columns].bool(), logprobs[:, columns].double(), None)
-
     return Implementation(
         version=version("openrlhf"),
         estimators=("k1", "k2", "k3"),
@@ -809,10 +861,10 @@ def openrlhf() -> Implementation:
         rewards=rewards,
         advantages=advantages,
         estimate=in_turn(rewards, advantages),
-        whiten=whiten,
+        whiten=openrlhf_whiten,
         loss=loss,
         step_gradient=step_gradient,
-        score=score,
+        score=openrlhf_score,
     )
 
 
