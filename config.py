@@ -172,7 +172,7 @@ class Config:
     kl_estimator: str = option("ppo", "k1", "in the reward: only k1 has the right optimum", ("k1", "k2", "k3", "abs"))
     kl_target: float = option("ppo", 0.0, "adapt kl_coef to this KL, in nats a response; 0: fixed", "[0, inf)")
     kl_horizon: float = option("ppo", 10000.0, "responses over which kl_coef adapts, above batch_size / 5", "(0, inf)")
-    target_kl: float = option("ppo", 0.0, "end an update when k3 to the sampler exceeds 1.5 x this; 0: off", "[0, inf)")
+    target_kl: float = option("ppo", 0.0, "end an update at 1.5 x this k3 to the old policy, nats; 0: off", "[0, inf)")
     eval_every: int = option("ppo", 0, "updates between looks at held-out prompts to keep the best; 0: off", "[0, inf)")
 
     vocab_size: int = option("stages", 1600, "of the tokenizer trained here", "[300, 1000000]")

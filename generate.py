@@ -47,12 +47,12 @@ def sample(
 
     `uniforms` are the random numbers in [0, 1), one a token, and decide all: a row with the same prompt and numbers
     is the same up to rounding, whatever its neighbours are. Rows that have ended leave the batch, and its key/value
-    cache, once they are more than half of it; with `static_cache` none does, and all steps but the first have tensors
-    of the same shapes. `on_tokens` is given each step's tokens.
+    cache, once they are more than half of it; with `static_cache` (for GPUs; a first reading can leave it out) none
+    does, and all steps but the first have tensors of the same shapes. `on_tokens` is given each step's tokens.
     """
     max_new_tokens = uniforms.shape[1]
     ends = torch.tensor(eos_ids, device=query_ids.device)
-    ids = torch.full(uniforms.shape, eos_ids[0], device=query_ids.device)
+    ids = torch.full(uniforms.shape, eos_ids[0], device=query_ids.device)  # a row that has left the batch stays ended
     logprobs = torch.zeros(uniforms.shape, device=query_ids.device, dtype=policy.precision)
     rows = torch.arange(len(query_ids), device=query_ids.device)  # those still computed
     ended = torch.zeros_like(query_mask[:, 0])
@@ -101,8 +101,10 @@ def first_inputs(language_model: torch.nn.Module, query_ids: torch.Tensor, query
 
 
 def next_inputs(inputs: dict, tokens: TensorType["batch"], cache, width: int) -> dict:
-    """The arguments of the next forward pass: the token just drawn, behind what the cache remembers, or in a static
-    one has room for, `width` tokens a row.
+    """The arguments of the next forward pass: the token just drawn, and the cache of those before it.
+
+    `width` is how many columns the attention mask then has: so many tokens as there are, or as a static cache has room
+    for.
     """
     if "decoder_input_ids" in inputs:
         return inputs | {"decoder_input_ids": tokens[:, None], "past_key_values": cache}
@@ -125,7 +127,7 @@ def new_static_cache(language_model: torch.nn.Module, query_width: int, max_new_
 
 
 def room(n_tokens: int) -> int:
-    """Of a static cache: one for prompts of about that length, as a new shape has a GPU's graph compiled anew."""
+    """Columns of a static cache: a multiple of 64, as every other width has a GPU's graph compiled anew."""
     return math.ceil(n_tokens / 64) * 64
 
 
@@ -242,7 +244,7 @@ def respond(
         response_ids=sampled.response_ids,
         mask=sampled.mask,
         logprobs=sampled.logprobs,
-        # pads, be they an EOS themselves, stand behind one only
+        # were the pad an EOS: pads stand behind an EOS only, so a row that was cut has none
         has_eos=torch.isin(sampled.response_ids, torch.tensor(eos_ids, device=device)).any(1),
         texts=texts,
     )

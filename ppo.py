@@ -51,7 +51,7 @@ def masked_mean(
 def masked_whiten(
     x: TensorType["batch", "time", is_float], mask: TensorType["batch", "time", bool], shift_mean: bool = True
 ) -> TensorType["batch", "time", is_float]:
-    """Scale to variance 1, and to mean 0 if `shift_mean`, over the real tokens of the whole batch; 0 elsewhere.
+    """Scale to variance 1, and to mean 0 if `shift_mean`, over all real tokens together, of all rows; 0 elsewhere.
 
     (x - μ) / sqrt(σ² + 1e-8), with the biased σ², which is finite even for a single token. Without `shift_mean`, μ is
     added back: on per-token rewards this would leave every token a constant, that is, a bonus for length or brevity.
@@ -241,8 +241,8 @@ def policy_losses(
 ) -> tuple[TensorType["batch", "time", is_float], TensorType["batch", "time", bool]]:
     """-min(q_t Â_t, clip(q_t, 1-ε, 1+ε) Â_t): PPO, eq. 7, negated into a loss; and where the clip was binding.
 
-    The gradient is 0 exactly where the clip binds: Â > 0 and q > 1+ε, or Â < 0 and q < 1-ε. 0 beyond the mask, where
-    `importance_ratio` has put 1.
+    The clip takes the gradient away exactly where it binds: Â > 0 and q > 1+ε, or Â < 0 and q < 1-ε. 0 beyond the
+    mask, where `importance_ratio` has put 1.
     """
     advantages = torch.where(mask, advantages, 0.0)
     unclipped = -ratio * advantages
@@ -259,7 +259,8 @@ def value_losses(
 ) -> tuple[TensorType["batch", "time", is_float], TensorType["batch", "time", bool]]:
     """½ max((V - R)², (clip(V, V_old ± ε_v) - R)²), and where the clipped error was the larger one.
 
-    Departs from PPO, eq. 9, which has the plain squared error: the clip is that of OpenAI's code (baselines, and
+    The gradient is 0 where the clipped error counts: V has moved towards R, and more than ε_v away from V_old. Departs
+    from PPO, eq. 9, which has the plain squared error: the clip is that of OpenAI's code (baselines, and
     lm-human-preferences for language models). 0 beyond the mask.
     """
     values = torch.where(mask, values, 0.0)
@@ -276,8 +277,8 @@ def adapt_kl_coef(kl_coef: float, kl: float, target: float, horizon: float, n_re
 
     kl: mean over the rollout of the KL summed over a response, in nats; n: responses in the rollout. The paper's
     gain, K_β = 0.1, is n / horizon here, as in the code that came with it. Raises ValueError for a negative kl: no KL
-    is, but an average of k1 can be, by chance or where sampling and scoring disagree, and would lower β. Feed that of
-    k3.
+    is, but an average of k1 can be, by chance or where sampling and scoring disagree, and would lower β: pass an
+    average of k3.
     """
     if kl < 0:
         raise ValueError(f"a KL divergence cannot be negative, got {kl}")

@@ -204,10 +204,11 @@ def gigabytes(n: float) -> str:
 def check_invariants(policy: PolicyModel, fixed: Fixed, prompts: list[Prompt], config: Config) -> Gap:
     """What must hold before the first update, on responses to a minibatch of the run's own prompts.
 
-    Sampling and scoring agree on every log-probability, scoring twice gives the same (the ratio is 1), more padding
-    changes nothing, the policy is its reference (KL is 0), and no dropout is on. Raises RunError with the likely cause
-    where one of them does not. The policy is left in train mode, as an update has it. Returns by how much
-    sampling and scoring differ.
+    Sampling and scoring agree on every log-probability; scoring in eval mode and in passes by length, as a rollout is
+    scored, agrees with scoring in train mode at once, as an update does it (the ratio is 1, whatever a configuration
+    calls its dropout); more padding changes nothing; the policy is its reference (the KL is 0), but for one of 8 bits,
+    whose difference is told; no dropout is on. Raises RunError with the likely cause where one of them does not. The
+    policy is left in train mode. Returns by how much sampling and scoring differ.
     """
     prompts = prompts[: config.mini_batch_size]
     random_numbers = uniforms(config.seed, "sampling", 0, (len(prompts), config.max_new_tokens))

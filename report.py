@@ -99,7 +99,7 @@ def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
         latest = history[-1]
         raised["skipped_steps"] = (
             f"{latest['skipped_steps']} of the update's steps were not taken, as the loss was not finite in "
-            f"{latest['nonfinite_losses']} of them, and the gradient in all; try a lower --learning_rate"
+            f"{latest['nonfinite_losses']} of them, and in the others the gradient; try a lower --learning_rate"
         )
     n = window(batch_size)
     return raised | compared(history[:n], history[-n:], batch_size) if len(history) >= 2 * n else raised

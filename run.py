@@ -98,9 +98,10 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
     say_what_will_run(config, policy, base_model, len(prompts.train))
     first = batch_of(prompts.train, config.batch_size, 0, config.seed)
     gap = check_invariants(policy, fixed, first, config)
+    same_start = "" if config.reference_in_8bit else "KL to the reference = 0, "
     print(
         f"start-up invariants hold: sampling = scoring (to {gap.mean:.1g} nats a token, {gap.most:.1g} at most), "
-        "ratio = 1, KL to the reference = 0, more padding = the same, no dropout"
+        f"ratio = 1, {same_start}more padding = the same, no dropout"
     )
     if config.merge and hasattr(policy.language_model, "merge_and_unload"):
         with one_sentence("--merge cannot fold this adapter in"):

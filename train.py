@@ -2,8 +2,8 @@
 
 The equations are in ppo.py, what is trained in model.py, how text is sampled in generate.py. This file goes from
 the parts to the whole: what a rollout is and how one is collected, the loss of a minibatch, an update on a rollout, and
-`train`, which is the whole algorithm on one screen: begin with it, at the end, if you know the parts. What surrounds it
-(checks, logs, figures, evaluation, saving) is in run.py.
+`train`, the last function, which is the whole algorithm on one screen: who knows the parts begins there. What
+surrounds it (checks, logs, figures, evaluation, saving) is in run.py.
 
     rollout     a response to each of batch_size prompts; each update has one, and goes over it ppo_epochs times
     step        rows that share an optimizer step: mini_batch_size x gradient_accumulation_steps
@@ -79,7 +79,7 @@ class Rollout:
     query_mask: TensorType["batch", "query", bool]
     response_ids: TensorType["batch", "time"]
     mask: TensorType["batch", "time", bool]
-    logprobs: TensorType["batch", "time", is_float]  # by `score`, not by the sampler: the ratio's denominator
+    logprobs: TensorType["batch", "time", is_float]  # by `score`, not by the sampler: a minibatch's `old_logprobs`
     sampled_logprobs: TensorType["batch", "time", is_float]  # by the sampler: the same, but for rounding
     ref_logprobs: TensorType["batch", "time", is_float]
     values: TensorType["batch", "time", is_float]
@@ -89,7 +89,7 @@ class Rollout:
     texts: list[str]  # the responses
     raw_scores: TensorType["batch", is_float]  # the reward's terms in a weighted sum, one number a response
     term_scores: dict[str, TensorType["batch", is_float]]
-    collected_at: float  # by time.perf_counter(), for timings.json
+    collected_at: float  # by time.perf_counter(), for timings.jsonl
 
     # worked out from the above in `train`
     scores: TensorType["batch", is_float] | None = None  # those trained on, one a response
@@ -242,17 +242,15 @@ def minibatch_loss(
         loss = loss - config.entropy_coef * mean(new.entropy)
 
     with torch.no_grad():
-        kl_from_sampler = partial(
-            ppo.kl_estimate, logprobs=minibatch.old_logprobs, other_logprobs=new.logprobs, mask=mask
-        )
+        kl_from_old = partial(ppo.kl_estimate, logprobs=minibatch.old_logprobs, other_logprobs=new.logprobs, mask=mask)
         stats = {
             "loss": loss,
             "policy_loss": policy_loss,
             "value_loss": value_loss,
             "clip_fraction": mean(clipped),
             "value_clip_fraction": mean(value_clipped),
-            "approx_kl_k1": mean(kl_from_sampler(estimator="k1")),
-            "approx_kl_k3": mean(kl_from_sampler(estimator="k3")),
+            "approx_kl_k1": mean(kl_from_old(estimator="k1")),
+            "approx_kl_k3": mean(kl_from_old(estimator="k3")),
             "ratio": mean(ratio),
             "ratio_min": ratio.masked_fill(~mask, float("inf")).min(),
             "ratio_max": ratio.masked_fill(~mask, 0.0).max(),
@@ -308,7 +306,7 @@ def update(
     policy that sampled exceeds 1.5 target_kl, in nats a token; that step's statistics count. A step whose loss or
     gradient is not finite is not taken, and counted in `skipped_steps`; its statistics do not count.
     """
-    policy.train()  # for activation checkpointing, which sleeps in eval mode; models are loaded without dropout
+    policy.train()  # for activation checkpointing, which sleeps in eval mode; hub.prepare_config left no dropout
     optimizer.param_groups[0]["lr"] = learning_rate(config, update_number)
     device = rollout.mask.device
     history = []
@@ -346,7 +344,7 @@ def train(
 ) -> Iterator[tuple[Rollout, dict[str, float]]]:
     """PPO: moves the state on, update by update, to the last one; yields after each its rollout and its statistics.
 
-    All random numbers are functions of the seed and the update's number, so it does not matter where a run starts.
+    All random numbers are functions of the seed and the update's number, so a run may go on from any of them.
     """
     for update_number in range(state.next_update, config.n_updates):
         # Sample responses, and score them: their tokens by policy and reference, their texts by the reward.
@@ -394,7 +392,8 @@ def train(
                 horizon=config.kl_horizon,
                 n_responses=config.batch_size,
             )
-        # Only now, so that what fails on the way leaves the state as it was before the update.
+        # Only now: where anything before has failed, the state still counts this update as not done, and `is_half_done`
+        # tells whether weights may have moved.
         state.moments = moments
         state.idle_updates = state.idle_updates + 1 if math.isnan(stats["loss"]) else 0
         state.next_update = update_number + 1
