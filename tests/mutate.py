@@ -252,15 +252,20 @@ def first_line(statement: ast.stmt) -> str:
 # ------------------------------------------------------------------------------------------------------------------
 
 
+def copy_project(folder: Path) -> None:
+    """What the tests of a module need, into an empty folder."""
+    for file in [*ROOT.glob("*.py"), ROOT / "presets.yaml", ROOT / "pyproject.toml"]:
+        shutil.copy(file, folder)
+    shutil.copytree(ROOT / "docs", folder / "docs")
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+
+
 def start(folder: Path, target: str, source: str) -> int:
     """Run the tests in a child process on a copy of the project with `source` as the target; return its pid.
 
     The exit status is pytest's: 0 if all tests passed, 1 if one failed, 2 if the mutant cannot even be imported.
     """
-    for file in [*ROOT.glob("*.py"), ROOT / "presets.yaml", ROOT / "pyproject.toml"]:
-        shutil.copy(file, folder)
-    shutil.copytree(ROOT / "docs", folder / "docs")
-    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_project(folder)
     (folder / target).write_text(source)
     pid = os.fork()
     if pid:

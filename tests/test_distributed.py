@@ -249,6 +249,16 @@ def test_gradients_are_summed_where_any_process_has_one(bucket):
         assert_close(found["half"], 110.0 * torch.arange(3), atol=0)
 
 
+def test_a_sum_of_gradients_is_no_mean(monkeypatch):
+    """As if another process had found the same: each loss has the whole step's count for its divisor already."""
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda tensor: tensor.mul_(2))
+    weight = Parameter(torch.zeros(3))
+    weight.grad = torch.tensor([1.0, -2.0, 0.5])
+    distributed.sum_gradients([weight])
+    assert weight.grad.tolist() == [2.0, -4.0, 1.0]
+
+
 def test_buckets_are_of_one_dtype_and_of_bounded_size(monkeypatch):
     monkeypatch.setattr(distributed, "BUCKET", 5)
     halves = [Parameter(torch.zeros(1, dtype=torch.bfloat16)) for _ in range(2)]

@@ -147,6 +147,24 @@ def test_a_rollouts_numbers_are_those_of_policy_and_reference(family):
     assert torch.equal(mask, ppo.response_mask(rollout.response_ids, EOS))
 
 
+def test_what_is_stored_is_what_an_update_computes_and_not_what_the_sampler_says(monkeypatch):
+    """A sampler that rounds is .3 nats off on every token, as one in few bits may be: the ratio is still 1."""
+    real = train.respond
+
+    def off(*args):
+        drawn = real(*args)
+        return drawn._replace(logprobs=drawn.logprobs - 0.3)
+
+    monkeypatch.setattr(train, "respond", off)
+    policy = tiny_policy("gpt2")
+    _, [(rollout, stats)] = train_all(policy, settings())
+    with torch.no_grad():
+        again = policy.score(*inputs_of(rollout)).logprobs
+    assert_close([stats["ratio_min"], stats["ratio_max"]], [1.0, 1.0])
+    assert_close(rollout.logprobs[rollout.mask], again[rollout.mask])
+    assert_close((rollout.logprobs - rollout.sampled_logprobs)[rollout.mask].mean(), 0.3)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rewards_of_a_row_sum_to_its_score_less_the_price_of_its_kl(family):
     """Row by row, in plain Python: -β k_t on every token, the score on the last real one, GAE, whitening over all."""
