@@ -339,7 +339,7 @@ def parse_args(arguments: list[str] | None = None, run_settings: Callable[[dict]
         check_unchanged(settings, lent, "resume", MAY_CHANGE)
         if "n_updates" in settings:
             lent["epochs"] = 0.0  # which would take precedence
-    elif settings.get("update", NO_UPDATE) != NO_UPDATE:
+    elif settings.get("task") == "explain" and settings.get("update", NO_UPDATE) != NO_UPDATE:
         check_unchanged(settings, lent, "update", MAY_DIFFER)
     config = Config(**(lent | settings))
     for note in notes(config, [name for name in settings if is_read(specs[name], config.task)]):

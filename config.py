@@ -248,7 +248,7 @@ class Config:
             )
 
     def check_batches(self) -> None:
-        """Raise UsageError unless a rollout is so many whole optimizer steps; a small one is one, in one pass."""
+        """Raise UsageError unless a rollout is so many whole optimizer steps; a small one, not accumulated, is one."""
         if self.gradient_accumulation_steps == 1 and self.batch_size <= self.mini_batch_size:
             return
         step_rows = self.mini_batch_size * self.gradient_accumulation_steps
@@ -282,7 +282,7 @@ class Config:
             raise UsageError("--load_in_8bit and --load_in_4bit were both given: choose one of them")
         if training and self.task != "reward" and in_few_bits and self.merge:
             raise UsageError("--merge would round the adapter away in weights of 8 or 4 bits: save the adapter alone")
-        if in_few_bits and not has_adapter:
+        if in_few_bits and not has_adapter and (training or not self.output_dir):  # a run's own bits were judged then
             raise UsageError("--load_in_8bit and --load_in_4bit freeze the weights: add --lora_r or --peft_model_path")
         if training and self.dtype != "float32" and not has_adapter:
             raise UsageError(
@@ -310,8 +310,8 @@ class Config:
     def starts_from_adapter(self) -> bool:
         """Whether the model to be trained is an adapter: that of the sft stage, where there is one, or that named."""
         stage = self.run_folder / "sft"
-        start = stage if self.task != "sft" and stage.exists() else Path(self.base_model_name)
-        return (start / "adapter_config.json").exists()
+        start = str(stage) if self.task != "sft" and stage.exists() else self.base_model_name
+        return bool(start) and (Path(start) / "adapter_config.json").exists()
 
     @property
     def trains_from_scratch(self) -> bool:
@@ -376,7 +376,7 @@ def check_value(spec: dataclasses.Field, value) -> None:
         known = ", ".join(choice for choice in choices if choice)
         raise UsageError(f"--{spec.name} {value!r} is not one of {known}{nearest(str(value), choices)}")
     interval = spec.metadata["interval"]
-    for number in value if isinstance(value, tuple) else (value,):
+    for number in value if isinstance(value, tuple | list) else (value,):
         if interval and not is_within(number, interval):
             raise UsageError(f"--{spec.name} is {number}, expected a value in {interval}")
     if isinstance(value, float) and abs(value) > LARGEST_FLOAT:

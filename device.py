@@ -129,7 +129,7 @@ def work_of_run(config: Config) -> Counter[int]:
     """
     tokens = config.batch_size * (config.max_prompt_length + config.max_new_tokens)
     sampling = products(config.batch_size, config.batch_size * config.max_new_tokens)
-    minibatch = config.mini_batch_size * tokens // config.batch_size
+    minibatch = min(config.mini_batch_size, config.batch_size) * tokens // config.batch_size
     return sampling + products(minibatch, tokens * (2 + 3 * config.ppo_epochs))
 
 

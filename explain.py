@@ -16,6 +16,7 @@ import csv
 import inspect
 import json
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -33,11 +34,11 @@ from checkpoint import Began, check_reference, newest_before, read_numbers, rest
 from config import NO_UPDATE, Config, UsageError
 from device import prepare_device
 from evaluation import tell_what_is_named
-from files import whole_lines, write_whole
+from files import read_rows, whole_lines, write_whole
 from folders import STATS
 from loading import load_tokenizer, new_policy
 from model import PolicyModel, TokenOutputs, is_frozen, score_in_passes
-from page import write_page
+from page import known_to_json, write_page
 from preflight import check_context, check_static_cache, prompt_room
 from progress import progress, tell
 from prompts import Prompt, n_rollouts, pass_order
@@ -393,11 +394,14 @@ def scene_of_run(config: Config, base_model: str, reward_model_path: str) -> Sce
     """
     run, number = Path(config.output_dir), config.update
     checkpoint = newest_before(run, number)
-    began = read_numbers(checkpoint)["began"] if checkpoint else None
+    any_checkpoint = checkpoint or newest_before(run, sys.maxsize)  # the same in all is what the run began with
+    began = read_numbers(any_checkpoint)["began"] if any_checkpoint else None
     policy, fixed, prompts, config = with_data(config, base_model, reward_model_path, began)
+    config = replace(config, n_updates=planned_then(run, number, config))
     state = new_state(policy, config)
-    if checkpoint:
+    if began:
         check_reference(fixed.reference.language_model, began, run)
+    if checkpoint:
         restore(state, checkpoint, config)
     since = number - state.next_update
     note = f"Recomputed from {checkpoint or 'the beginning of the run'}"
@@ -406,6 +410,15 @@ def scene_of_run(config: Config, base_model: str, reward_model_path: str) -> Sce
     if since and not checkpoint:
         note += ", as no checkpoint is near"
     return Scene(state, fixed, prompts, config, f"update {number} of {run}", note + ".")
+
+
+def planned_then(run: Path, number: int, config: Config) -> int:
+    """How many updates the run was to have when it made this one, by the learning rate that it logged: a run may have
+    been resumed with more.
+    """
+    logged = [row for row in read_rows(run / STATS) if row["step"] == number and "learning_rate" in row]
+    part = 1 - logged[0]["learning_rate"] / config.learning_rate if logged else 0
+    return max(round(number / part), number + 1) if part > 0 else config.n_updates
 
 
 def compared_with_log(run: Path, number: int, rollout: Rollout, rows: Sequence[int]) -> str:
@@ -498,7 +511,7 @@ def write(trace: dict, path: Path) -> None:
     """The trace as a page, or as the numbers alone, by the file's name."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".json":
-        return write_whole(path, json.dumps(trace, ensure_ascii=False, indent=1) + "\n")
+        return write_whole(path, json.dumps(known_to_json(trace), allow_nan=False, indent=1) + "\n")
     write_page(trace, path)
 
 

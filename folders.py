@@ -322,7 +322,7 @@ def run_settings(settings: dict) -> dict:
             policies = settings.get("policies", ())
             if policies and not folder:
                 _, folder = run_of(policies[0])
-        if settings.get("update", NO_UPDATE) != NO_UPDATE:
+        if task == "explain" and settings.get("update", NO_UPDATE) != NO_UPDATE:
             marker = STATS
         run = newest_run(folder, name=name, preset=preset, marker=marker)
     check_links(run_above(run), "output_dir")

@@ -121,7 +121,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     n_ids = max(set(tokenizer.get_vocab().values()) - idle) + 1
     if n_ids > n_embedded:
         raise UsageError(f"{problem}: its tokenizer has {n_ids} tokens, its model embeds {n_embedded}")
-    tokenizer.n_embedded = n_embedded  # for `bare_ids` of prompts.py: a text may hold one of the idle ones
+    tokenizer.n_embedded = n_embedded  # for `bare_ids` of encoding.py: a text may hold one of the idle ones
 
 
 def has_words(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -44,10 +44,11 @@ def adapted_base(config: Config, base_model: str) -> str:
     """The model that the result is to be an adapter of, which alone is saved; "" for a whole model."""
     if config.trains_from_scratch and config.task != "train":
         return ""
-    base = base_of(base_model)
-    if base == str(stage_folder(config, "sft")) and not Path(base).exists() and config.base_model_name:
-        base = base_of(config.base_model_name)  # what the stage to come will be an adapter of, too
-    is_adapted = config.has_adapter or base != base_model
+    start = base_model
+    if start == str(stage_folder(config, "sft")) and not Path(start).exists() and config.base_model_name:
+        start = config.base_model_name  # what the stage to come will be an adapter of, too
+    base = base_of(start)
+    is_adapted = config.has_adapter or base != start
     rounds = config.load_in_8bit or config.load_in_4bit or config.dtype != "float32"
     saves_whole = not rounds if config.task == "reward" else config.merge
     return base if is_adapted and not saves_whole else ""

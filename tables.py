@@ -232,7 +232,9 @@ def quoted(text: str) -> str:
 def columns_of(text: str) -> int:
     """How many columns of a terminal a text takes: letters of East Asia two, marks on a letter none."""
     wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    none = sum(unicodedata.combining(letter) > 0 or unicodedata.category(letter) in ("Me", "Cf") for letter in text)
+    none = sum(
+        unicodedata.combining(letter) > 0 or unicodedata.category(letter) in ("Mn", "Me", "Cf") for letter in text
+    )
     return len(text) + wide - none
 
 

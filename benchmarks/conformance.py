@@ -689,15 +689,17 @@ def main() -> None:
         result = report(args.implementation)
         RESULTS.mkdir(parents=True, exist_ok=True)
         text = json.dumps(result, indent=1, ensure_ascii=False)
-        (RESULTS / f"{args.implementation}.json").write_text(text + "\n")
+        (RESULTS / f"{args.implementation}.json").write_text(text + "\n", encoding="utf-8")
         for name, outcome in result["checks"].items():
             print("–" if outcome is None else "✓" if outcome["agrees"] else outcome["seen"], name, sep="\t")
 
 
 def kept_table() -> str:
     """The table of what is in `RESULTS`."""
-    reports = [json.loads(path.read_text()) for name in TITLES if (path := RESULTS / f"{name}.json").exists()]
-    return table(reports, json.loads((RESULTS / "remarks.json").read_text()))
+    reports = [
+        json.loads(path.read_text(encoding="utf-8")) for name in TITLES if (path := RESULTS / f"{name}.json").exists()
+    ]
+    return table(reports, json.loads((RESULTS / "remarks.json").read_text(encoding="utf-8")))
 
 
 if __name__ == "__main__":
