@@ -28,7 +28,7 @@ import torch  # noqa: E402
 
 import main as command_line  # noqa: E402
 from benchmarks.variants import EXPERIMENTS, VARIANTS, Experiment, Variant, config_of  # noqa: E402
-from config import Config  # noqa: E402
+from config import Config, RunError  # noqa: E402
 from evaluation import add_judgements, evaluate_policy, load_fluency_judge, load_text_judge, summarise  # noqa: E402
 from files import write_whole  # noqa: E402
 from folders import stage_folder  # noqa: E402
@@ -36,6 +36,8 @@ from loading import load_tokenizer  # noqa: E402
 from model import PolicyModel  # noqa: E402
 from plot import COLOURS, new_figure, save_figure  # noqa: E402
 from ppo import penalise_missing_eos  # noqa: E402
+from preflight import check_invariants  # noqa: E402
+from prompts import batch_of  # noqa: E402
 from report import alarms, log_row  # noqa: E402
 from run import Prompts, load_models  # noqa: E402
 from train import Fixed, new_state, train  # noqa: E402
@@ -87,15 +89,32 @@ def warm_up(policy: PolicyModel, fixed: Fixed, prompts: Prompts, config: Config,
             pass
 
 
+def patching(variant: Variant):
+    """A context in which stands what the variant has patched, if it has."""
+    return patch.object(*variant.patched) if variant.patched else nullcontext()
+
+
 def trained(variant: Variant, policy: PolicyModel, fixed: Fixed, prompts: Prompts, config: Config) -> list[dict]:
     """Train the policy as the variant says; its log rows."""
     if not variant.is_trained:
         return []
-    with patch.object(*variant.patched) if variant.patched else nullcontext():
+    with patching(variant):
         if variant.warm_up:
             warm_up(policy, fixed, prompts, config, variant.warm_up)
         updates = train(new_state(policy, config), fixed, prompts.train, config)
         return [log_row(number, rollout, stats, config) for number, (rollout, stats) in enumerate(updates)]
+
+
+def start_up_check(name: str) -> str:
+    """What a run of `--task train` would say of the variant before its first update."""
+    config = config_of(name, seed=0)
+    policy, fixed, prompts = models_of(config)
+    try:
+        with patching(VARIANTS[name]):
+            check_invariants(policy, fixed, batch_of(prompts.train, config.batch_size, 0, config.seed), config)
+    except RunError as error:
+        return f"refuses it: {error}"
+    return "sees nothing wrong"
 
 
 def play(name: str, seed: int) -> dict:
@@ -181,14 +200,14 @@ def reference_rows(path: Path, n_prompts: int = 64, n_samples: int = 32) -> torc
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps([[row["reward"], row["ended"]] for row in rows]))
     pairs = torch.tensor(json.loads(path.read_text(encoding="utf-8")), dtype=torch.float64)
-    return pairs.view(n_samples, n_prompts, 2).permute(2, 1, 0)
+    return pairs.view(n_samples, n_prompts, 2).permute(2, 1, 0).contiguous()
 
 
 def best_frontier(path: Path) -> list[tuple[float, float]]:
     """KL and reward of π* for prices from 10 to 0.003, by weighing responses of the reference."""
     rewards, ended = reference_rows(path)
     penalty = config_of("baseline", seed=0).missing_eos_penalty
-    scores = penalise_missing_eos(rewards, ended.bool(), penalty)
+    scores = penalise_missing_eos(rewards.flatten(), ended.flatten().bool(), penalty).view_as(rewards)
     points = []
     for kl_coef in torch.logspace(1, -2.5, 60).tolist():
         weights, kl = tilted(scores, kl_coef)
@@ -287,7 +306,11 @@ def report(name: str, seeds: list[int], output: Path, figures: Path) -> None:
     path = figures / f"{name}.png"
     draw(name, runs, path, output)
     print(f"\n## {experiment.title}\n", table(experiment, runs), "\nExpected:\n", sep="\n")
-    print(*verdicts(experiment, runs), "", *samples(runs), f"\nfigure: {path}", sep="\n", flush=True)
+    print(*verdicts(experiment, runs), "", *samples(runs), "", sep="\n")
+    for variant in experiment.variants:
+        if VARIANTS[variant].patched:
+            print(f"of {VARIANTS[variant].label!r} the start-up check {start_up_check(variant)}")
+    print(f"figure: {path}", flush=True)
 
 
 def main() -> None:
