@@ -49,7 +49,7 @@ AXES = {
     "explained_variance": "explained variance",
     "grad_norm": "gradient norm",
     "clip_fraction": "clipped (share of tokens)",
-    "ended": "ended (share of responses)",
+    "response_length": "response length (tokens)",
     "distinct_bigrams": "distinct pairs (share of pairs)",
     "reward_reward_fn": "words of praise a response",
 }
@@ -289,11 +289,11 @@ def verdicts(experiment: Experiment, runs: dict[str, list[dict]]) -> list[str]:
 
 
 def samples(runs: dict[str, list[dict]]) -> list[str]:
-    """Of each variant and seed, the responses to the first two held-out prompts."""
+    """Of each variant and seed, the responses to two held-out prompts."""
     lines = []
     for name, seeds in runs.items():
         for run in seeds:
-            for sample in run["samples"][:2]:
+            for sample in run["samples"][4:6]:
                 text = sample["query"] + " ..." + sample["response"]
                 lines.append(f"{VARIANTS[name].label:20} ({sample['reward']:+.2f}) {text}")
     return lines

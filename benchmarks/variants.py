@@ -1,6 +1,6 @@
 """What benchmarks/experiments.py tries, and what was expected of it: its runs, its experiments, and claims about them.
 
-The claims were written down before the first run. docs/experiments.md says which of them held.
+The claims were written down before the runs that they are about. docs/experiments.md says which of them held.
 """
 
 import itertools
@@ -90,7 +90,8 @@ def mask_one_long(
     return functional.pad(shipped(response_ids, eos_ids)[:, :-1], (1, 0), value=True)
 
 
-COUNTED = {"reward_fn": f"{Path(__file__).resolve()}:praise", "n_updates": 20}  # to the end of which it takes longer
+COUNTED = {"reward_fn": f"{Path(__file__).resolve()}:praise", "ppo_epochs": 4, "n_updates": 20}  # it takes longer
+BRIEF = {"reward_weights": "length=1", "length_range": "1,8"}
 NO_CLIP = (ppo, "policy_losses", unclipped)
 VARIANTS = {
     "start": Variant("before PPO", is_trained=False),
@@ -118,6 +119,9 @@ VARIANTS = {
     "separate-warm": Variant("separate, warmed up", {"lam": 0.95, "critic": "separate"}, warm_up=WARM_UP),
     "mask-short": Variant("EOS left out", patched=(generate, "response_mask", mask_one_short)),
     "mask-long": Variant("one token too many", patched=(generate, "response_mask", mask_one_long)),
+    "brief": Variant("the right mask", BRIEF),
+    "brief-short": Variant("EOS left out", BRIEF, (generate, "response_mask", mask_one_short)),
+    "brief-long": Variant("one token too many", BRIEF, (generate, "response_mask", mask_one_long)),
 }
 
 
@@ -269,6 +273,14 @@ MASK = (
         lambda f: f("mask-long", "perplexity") >= f("baseline", "perplexity"),
     ),
 )
+MASK_BRIEF = (
+    Claim("With the right mask nearly all become brief: a reward above -0.2.", lambda f: f("brief", "reward") > -0.2),
+    Claim(
+        "Without the EOS they do not, as no gradient reaches it: a reward lower by 0.3 or more.",
+        lambda f: f("brief-short", "reward") < f("brief", "reward") - 0.3,
+    ),
+    Claim("A token too many costs less than 0.1.", lambda f: f("brief-long", "reward") > f("brief", "reward") - 0.1),
+)
 EXPERIMENTS = {
     "frontier": Experiment(
         "The price of KL",
@@ -330,7 +342,14 @@ EXPERIMENTS = {
         "A mask off by one",
         variants=("baseline", "mask-short", "mask-long", "start"),
         figures=TEXT,
-        panels=("reward", "kl_k1", "ended"),
+        panels=("reward", "kl_k1", "response_length"),
         expected=MASK,
+    ),
+    "mask-brief": Experiment(
+        "A mask off by one, where to stop is what is rewarded",
+        variants=("brief", "brief-short", "brief-long"),
+        figures=("reward", "kl", "perplexity", "length", "ended"),
+        panels=("reward", "kl_k1", "response_length"),
+        expected=MASK_BRIEF,
     ),
 }

@@ -43,26 +43,36 @@ DIFFERENCES = {
     "epochs-1": {"ppo_epochs": 1},
     "epochs-4": {"ppo_epochs": 4},
     "epochs-16": {"ppo_epochs": 16},
-    "hack": {"reward_fn": "praise", "n_updates": 20},
+    "hack": {"reward_fn": "praise", "ppo_epochs": 4, "n_updates": 20},
     "hack-length": {
         "reward_fn": "praise",
         "n_updates": 20,
         "reward_weights": "reward_fn=1,length=5",
         "length_range": "5,30",
     },
-    "hack-repetition": {"reward_fn": "praise", "n_updates": 20, "reward_weights": "reward_fn=1,repetition=-10"},
-    "hack-kl": {"reward_fn": "praise", "n_updates": 20, "kl_coef": 1.0},
+    "hack-repetition": {
+        "reward_fn": "praise",
+        "ppo_epochs": 4,
+        "n_updates": 20,
+        "reward_weights": "reward_fn=1,repetition=-10",
+    },
+    "hack-kl": {"reward_fn": "praise", "ppo_epochs": 4, "n_updates": 20, "kl_coef": 1.0},
     "separate": {"lam": 0.95, "critic": "separate"},
     "warm": {"lam": 0.95},
     "separate-warm": {"lam": 0.95, "critic": "separate"},
     "mask-short": {},
     "mask-long": {},
+    "brief": {"reward_weights": "length=1", "length_range": "1,8"},
+    "brief-short": {"reward_weights": "length=1", "length_range": "1,8"},
+    "brief-long": {"reward_weights": "length=1", "length_range": "1,8"},
 }
 PATCHED = {
     "no-clip": (ppo, "policy_losses", variants.unclipped),
     "no-clip-16": (ppo, "policy_losses", variants.unclipped),
     "mask-short": (generate, "response_mask", variants.mask_one_short),
     "mask-long": (generate, "response_mask", variants.mask_one_long),
+    "brief-short": (generate, "response_mask", variants.mask_one_short),
+    "brief-long": (generate, "response_mask", variants.mask_one_long),
 }
 WARMED_UP = {"warm", "separate-warm"}
 IDS = torch.tensor([[7, EOS, PAD, PAD], [7, 8, EOS, PAD], [7, 8, 9, 9], [EOS, PAD, PAD, PAD], [7, 8, 9, EOS]])
