@@ -53,6 +53,7 @@ AXES = {
     "distinct_bigrams": "distinct pairs (share of pairs)",
     "reward_reward_fn": "words of praise a response",
 }
+BASELINE = "Where nothing else is said: β 0.07, ε 0.2, λ 1, 2 epochs of 2 steps."
 
 # --------------------------------------------------------------------------------------------------------------------
 # A run
@@ -241,7 +242,7 @@ def draw_frontier(axis, runs: dict[str, list[dict]], best: list[tuple[float, flo
     for colour, seeds in zip(COLOURS, runs.values(), strict=False):
         points = [(run["figures"]["kl"], run["figures"]["reward"]) for run in seeds]
         axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=4)
-    axis.set(xlabel="KL (nats a response)", ylabel="reward")
+    axis.set(xlabel="KL (nats a response)", ylabel="reward", xscale="log", xlim=(0.05, None))
     axis.legend(fontsize=7, frameon=False)
 
 
@@ -256,7 +257,7 @@ def draw(name: str, runs: dict[str, list[dict]], path: Path, output: Path) -> No
         draw_frontier(axes[-1], runs, best_frontier(output / "reference.json"))
     axes[0].legend(fontsize=7, frameon=False)
     n_seeds = len(next(iter(runs.values())))
-    caption = f"Lines: means over {n_seeds} seeds; bands: from the least of them to the greatest."
+    caption = f"{BASELINE} Lines: means over {n_seeds} seeds; bands: from the least of them to the greatest."
     save_figure(axes[0].figure, path, experiment.title, caption)
 
 

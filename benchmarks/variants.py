@@ -91,7 +91,7 @@ def mask_one_long(
 
 
 COUNTED = {"reward_fn": f"{Path(__file__).resolve()}:praise", "ppo_epochs": 4, "n_updates": 20}  # it takes longer
-BRIEF = {"reward_weights": "length=1", "length_range": "1,8"}
+BRIEF = {"reward_weights": "length=1", "length_range": "1,12"}
 NO_CLIP = (ppo, "policy_losses", unclipped)
 VARIANTS = {
     "start": Variant("before PPO", is_trained=False),
@@ -103,7 +103,7 @@ VARIANTS = {
     "no-clip": Variant("no clip, 2 epochs", patched=NO_CLIP),
     "no-clip-16": Variant("no clip, 16 epochs", {"ppo_epochs": 16}, NO_CLIP),
     "lam-0": Variant("λ 0", {"lam": 0.0}),
-    "lam-0.95": Variant("λ 0.95", {"lam": 0.95}),
+    "lam-0.95": Variant("λ 0.95, shared head", {"lam": 0.95}),
     "raw": Variant("not whitened", {"whiten_advantages": False}),
     "epochs-1": Variant("1 epoch", {"ppo_epochs": 1}),
     "epochs-4": Variant("4 epochs", {"ppo_epochs": 4}),
@@ -113,6 +113,7 @@ VARIANTS = {
         "length 5 to 30", COUNTED | {"reward_weights": "reward_fn=1,length=5", "length_range": "5,30"}
     ),
     "hack-repetition": Variant("repetition -10", COUNTED | {"reward_weights": "reward_fn=1,repetition=-10"}),
+    "hack-kl-0.5": Variant("β 0.5", COUNTED | {"kl_coef": 0.5}),
     "hack-kl": Variant("β 1", COUNTED | {"kl_coef": 1.0}),
     "separate": Variant("separate", {"lam": 0.95, "critic": "separate"}),
     "warm": Variant("shared, warmed up", {"lam": 0.95}, warm_up=WARM_UP),
@@ -326,7 +327,7 @@ EXPERIMENTS = {
     ),
     "hacking": Experiment(
         "Reward hacking, provoked and cured",
-        variants=("hack", "hack-length", "hack-repetition", "hack-kl"),
+        variants=("hack", "hack-length", "hack-repetition", "hack-kl-0.5", "hack-kl"),
         figures=("reward_reward_fn", "kl", "positive", "perplexity", "repetition", "length", "alarms"),
         panels=("reward_reward_fn", "kl_k1", "distinct_bigrams"),
         expected=HACKING,
