@@ -44,8 +44,8 @@ from train import Fixed, new_state, train  # noqa: E402
 
 AXES = {
     "kl_k1": "KL (nats a response)",
-    "entropy": "entropy (nats a token)",
     "ratio_max": "largest ratio",
+    "ref_perplexity": "perplexity to the reference",
     "explained_variance": "explained variance",
     "grad_norm": "gradient norm",
     "clip_fraction": "clipped (share of tokens)",
@@ -221,6 +221,12 @@ def best_frontier(path: Path) -> list[tuple[float, float]]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def plain_numbers(side) -> None:
+    """At a logarithmic axis, as `save_figure` draws formulas letter by letter."""
+    side.set_major_formatter("{x:g}")
+    side.set_minor_formatter("")
+
+
 def draw_curves(axis, column: str, runs: dict[str, list[dict]]) -> None:
     """A column over updates: of each variant the mean over seeds, in a band from the least to the greatest."""
     for colour, (name, seeds) in zip(COLOURS, runs.items(), strict=False):
@@ -230,6 +236,7 @@ def draw_curves(axis, column: str, runs: dict[str, list[dict]]) -> None:
         axis.fill_between(steps, *([pick(some) for some in by_update] for pick in (min, max)), color=colour, alpha=0.15)
     if column == "ratio_max":
         axis.set_yscale("log")
+        plain_numbers(axis.yaxis)
     if column == "explained_variance":
         axis.set_ylim(-1, 1)
     axis.set(xlabel="update", ylabel=AXES.get(column, column))
@@ -243,6 +250,7 @@ def draw_frontier(axis, runs: dict[str, list[dict]], best: list[tuple[float, flo
         points = [(run["figures"]["kl"], run["figures"]["reward"]) for run in seeds]
         axis.plot(*zip(*points, strict=True), "o", color=colour, markersize=4)
     axis.set(xlabel="KL (nats a response)", ylabel="reward", xscale="log", xlim=(0.05, None))
+    plain_numbers(axis.xaxis)
     axis.legend(fontsize=7, frameon=False)
 
 
@@ -262,10 +270,11 @@ def draw(name: str, runs: dict[str, list[dict]], path: Path, output: Path) -> No
 
 
 def spelled(values: list[float]) -> str:
-    """Mean and standard deviation, of seeds."""
+    """Mean and standard deviation, of seeds, with three digits or so."""
     deviation = stdev(values) if len(values) > 1 else 0.0
-    digits = 2 if abs(fmean(values)) < 100 else 0
-    return f"{fmean(values):.{digits}f} ± {deviation:.{digits}f}"
+    mean = abs(fmean(values))
+    form = ".3f" if mean < 0.1 else ".2f" if mean < 100 else ".0f" if mean < 1000 else ".1e"
+    return f"{fmean(values):{form}} ± {deviation:{form}}"
 
 
 def table(experiment: Experiment, runs: dict[str, list[dict]]) -> str:

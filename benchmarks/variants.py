@@ -294,7 +294,7 @@ EXPERIMENTS = {
         "Without KL",
         variants=("baseline", "kl-0", "start"),
         figures=TEXT,
-        panels=("reward", "kl_k1", "entropy"),
+        panels=("reward", "kl_k1", "ref_perplexity"),
         expected=NO_KL,
     ),
     "no-clipping": Experiment(

@@ -46,6 +46,7 @@ DIFFERENCES = {
     "hack": {"reward_fn": "praise", "ppo_epochs": 4, "n_updates": 20},
     "hack-length": {
         "reward_fn": "praise",
+        "ppo_epochs": 4,
         "n_updates": 20,
         "reward_weights": "reward_fn=1,length=5",
         "length_range": "5,30",
