@@ -44,6 +44,7 @@ from progress import tell
 
 RewardTerm = Callable[[list[str], list[str], list[dict]], TensorType["batch"]]
 TERMS = ("reward_model", "reward_fn", "repetition", "length")  # the names that --reward_weights may hold
+LANGUAGE_MODELS = ("LMHeadModel", "ForCausalLM", "ForConditionalGeneration")  # how the names of their classes end
 
 
 def finite(text: str) -> float:
@@ -429,6 +430,16 @@ def check_says_labels(path: str) -> None:
         )
 
 
+def check_is_no_language_model(own: PretrainedConfig, path: str) -> None:
+    """Raise UsageError for what was saved as a language model: before a stage is trained, and not when it is loaded."""
+    said = own.architectures or []
+    if said and all(name.endswith(LANGUAGE_MODELS) for name in said):
+        raise UsageError(
+            f"--reward_model_path {path} is a language model ({', '.join(said)}); expected a model saved for sequence "
+            "classification, or --reward_fn"
+        )
+
+
 def load_adapted(config: Config, path: str, model_config: PretrainedConfig, device: torch.device) -> PreTrainedModel:
     """The classifier whose adapter and head are at `path`, on the base model's weights in as many bits as they were
     trained on, or with --reward_in_8bit in 8.
@@ -516,6 +527,7 @@ def check_weights(config: Config) -> None:
     if config.task == "train" and config.reward_model_path and needs_reward_model(config):
         check_says_labels(config.reward_model_path)
         classifier = load(AutoConfig.from_pretrained, "reward_model_path", config.reward_model_path)
+        check_is_no_language_model(classifier, config.reward_model_path)
         label_index(classifier.id2label, config.reward_label)
 
 

@@ -637,3 +637,13 @@ def test_a_reward_file_may_hold_a_dataclass(tmp_path):
         "def reward(prompts, responses, rows):\n    return [Weight().value] * len(responses)\n"
     )
     assert load_reward_function(f"{path}:reward")(["a"], ["b"], [{}]).tolist() == [2.0]
+
+
+def test_a_language_model_is_refused_as_a_reward_before_anything_is_trained(tmp_path):
+    GPT2Config(architectures=["GPT2LMHeadModel"]).save_pretrained(tmp_path / "lm")
+    GPT2Config(architectures=["GPT2ForSequenceClassification"]).save_pretrained(tmp_path / "classifier")
+    GPT2Config().save_pretrained(tmp_path / "silent")
+    with pytest.raises(UsageError, match=r"lm is a language model \(GPT2LMHeadModel\); expected a model saved for seq"):
+        check_weights(Config(task="train", reward_model_path=str(tmp_path / "lm")))
+    for name in ("classifier", "silent"):
+        check_weights(Config(task="train", reward_model_path=str(tmp_path / name)))

@@ -186,10 +186,14 @@ def world(workplace, monkeypatch) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(name)
         tokenizer.chat_template = TEMPLATE
         tokenizer.save_pretrained(name)
-    rows = [review | {"query": review["text"][:20]} for review in movie_reviews(60, seed=1)]
-    for folder in ("imdb", "toxicity"):
+    rows = []
+    for review in movie_reviews(60, seed=1):
+        start = review["text"][:20]
+        rows.append(review | {"query": start, "prompt": start, "chosen": "a good film", "rejected": "a bad film"})
+    for folder in ("imdb", "toxicity", "pairs_a"):
         Path(folder).mkdir()
-    for file in ("prompts.jsonl", "texts.jsonl", "openings.jsonl", "imdb/train.jsonl", "imdb/test.jsonl"):
+    files = ("prompts.jsonl", "texts.jsonl", "openings.jsonl", "instructions.jsonl", "pairs_a/train.jsonl")
+    for file in (*files, "imdb/train.jsonl", "imdb/test.jsonl"):
         Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy("imdb/train.jsonl", "toxicity/train.jsonl")
     reward = next(text for name, text in PYTHON.items() if name.startswith("README") and "def reward(" in text)
@@ -215,7 +219,10 @@ def put(result: str, place: str, **settings: str) -> None:
 
 
 def prepare(task: str, arguments: list[str]) -> None:
-    """Runs where a task that uses some looks for them."""
+    """Runs where a task that uses some looks for them, and a reward model that another block trains."""
+    model = value_of("--reward_model_path", arguments)
+    if model and not Path(model).exists():
+        put("reward", model)
     if task in USES_A_RUN:
         places = [word.split("=")[-1] for flag, word in pairwise(arguments) if flag == "--policies"]
         for place in filter(None, [value_of("--output_dir", arguments), *places]):

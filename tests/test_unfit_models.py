@@ -66,9 +66,9 @@ UNFIT = {
     "label of three": (["--reward_model_path", "three", "--reward_label", "LABEL_3"], "'LABEL_3'", "2 (LABEL_2)"),
     "no classifier": (
         ["--reward_model_path", "wide", "--reward_label", "0"],
-        "--reward_model_path wide lacks score.weight of a GPT2ForSequenceClassification",
+        "--reward_model_path wide is a language model (GPT2LMHeadModel)",
     ),
-    "short classifier": (["--reward_model_path", "short"], "--reward_model_path short", "300 tokens", "embeds 293"),
+    "short classifier": (["--reward_model_path", "short"], "--reward_model_path short is a language model"),
     "adapter": (
         ["--base_model_name", "endless", "--peft_model_path", "adapter"],
         "its tokenizer has no end-of-sequence",
