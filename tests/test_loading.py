@@ -1,5 +1,6 @@
 """Tokenizers and models from folders and configurations, and how it is told when they cannot be had."""
 
+import hashlib
 import http.server
 import json
 import os
@@ -444,7 +445,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.asked.append(self.path)
-        about, _, file = self.path.partition(f"/resolve/{self.commit}/")
+        path = self.path.replace("/resolve/main/", f"/resolve/{self.commit}/")
+        about, _, file = path.partition(f"/resolve/{self.commit}/")
         folder = self.root / about.partition("/someone/")[2].split("/")[0]
         body = b""
         if "/api/models/someone/" in about and folder.exists():
@@ -455,7 +457,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         self.send_response(200 if body else 404)
         self.send_header("X-Error-Code", "EntryNotFound" if folder.exists() else "RepoNotFound")
         self.send_header("X-Repo-Commit", self.commit)
-        self.send_header("ETag", f'"{len(body)}"')
+        self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')  # the cache keeps a file under it
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body if self.command == "GET" else b"")
