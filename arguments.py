@@ -251,7 +251,7 @@ def adapts_nothing(config: Config) -> bool:
 WITHOUT_EFFECT = {  # settings: when they change nothing, and why
     "base_model_name": (lambda config: config.task == "generate", "the model is that of the run (--output_dir)"),
     "reward_model_path reward_label reward_output reward_input reward_in_8bit": (
-        lambda config: config.task == "train" and not asks_classifier(config),
+        lambda config: config.task in ("train", "explain") and not asks_classifier(config),
         "no reward model is asked: name reward_model in --reward_weights to have it count",
     ),
     "length_range": (

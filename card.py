@@ -248,6 +248,8 @@ def how_to_load(folder: Path, line: str, *lines: str) -> str:
     base = base_of(str(folder))
     if is_adapter(folder):
         line = line.replace(repr(base), repr(public_name(base)))
+        if not is_hub_id(base):
+            lines = (f"{code(public_name(base))} is on its maker's disk: put in where you have that model.", *lines)
     more = "\nimport peft" if "peft." in line else ""
     return "\n\n".join(["## How to load it", fenced(TO_LOAD.format(line=line, more=more), "python"), *lines])
 

@@ -277,12 +277,12 @@ class Config:
         """Raise UsageError if weights would be trained that cannot be, or would lose what was learned."""
         training = self.task in TRAINING
         in_few_bits = self.load_in_8bit or self.load_in_4bit
-        has_adapter = self.has_adapter or (training and self.starts_from_adapter)
+        has_adapter = self.has_adapter or self.starts_from_adapter
         if self.load_in_8bit and self.load_in_4bit:
             raise UsageError("--load_in_8bit and --load_in_4bit were both given: choose one of them")
         if training and self.task != "reward" and in_few_bits and self.merge:
             raise UsageError("--merge would round the adapter away in weights of 8 or 4 bits: save the adapter alone")
-        if in_few_bits and not has_adapter and (training or not self.output_dir):  # a run's own bits were judged then
+        if in_few_bits and not has_adapter:
             raise UsageError("--load_in_8bit and --load_in_4bit freeze the weights: add --lora_r or --peft_model_path")
         if training and self.dtype != "float32" and not has_adapter:
             raise UsageError(
@@ -308,10 +308,13 @@ class Config:
 
     @property
     def starts_from_adapter(self) -> bool:
-        """Whether the model to be trained is an adapter: that of the sft stage, where there is one, or that named."""
+        """Whether the model to be trained is an adapter: that of the sft stage, where there is one, or that named; or
+        the policy of the run that a task uses, wherever that started from.
+        """
         stage = self.run_folder / "sft"
         start = str(stage) if self.task != "sft" and stage.exists() else self.base_model_name
-        return bool(start) and (Path(start) / "adapter_config.json").exists()
+        used = self.output_dir if self.task in USES_A_RUN else ""
+        return any((Path(path) / "adapter_config.json").exists() for path in (start, used) if path)
 
     @property
     def trains_from_scratch(self) -> bool:

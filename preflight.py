@@ -177,7 +177,8 @@ def memory_estimate(config: Config, policy: PolicyModel) -> str:
     n_logits = 2 + 2 * (config.entropy_coef > 0)
     rows = min(config.mini_batch_size, config.batch_size)
     logits = n_logits * BYTES["float32"] * rows * config.max_new_tokens * model_config.vocab_size
-    tokens = rows * (config.max_prompt_length + config.max_new_tokens)
+    prompt = min(config.max_prompt_length, prompt_room(config, policy))
+    tokens = rows * (prompt + config.max_new_tokens)
     number_a_layer = BYTES[config.dtype] * tokens * model_config.hidden_size  # bytes of one number a unit of width
     if config.gradient_checkpointing:
         inputs = 2 * number_a_layer * model_config.num_hidden_layers
@@ -186,7 +187,7 @@ def memory_estimate(config: Config, policy: PolicyModel) -> str:
         forward = 18 * number_a_layer * model_config.num_hidden_layers + logits
     return (
         f"memory, estimated: {gigabytes(static)} for {count_parameters(policy)} with reference, gradients and Adam, "
-        f"{gigabytes(forward)} for a forward pass of {rows} rows of {config.max_prompt_length} + "
+        f"{gigabytes(forward)} for a forward pass of {rows} rows of {prompt} + "
         f"{config.max_new_tokens} tokens, the longest there may be (less with a smaller --mini_batch_size or "
         "--max_prompt_length, or with --gradient_checkpointing)"
     )

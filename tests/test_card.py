@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,7 @@ def test_an_adapters_card_loads_it_where_its_base_is_at_hand(workplace):
     assert run_main("--task", "train", *flags(), *adapter) == 0
     (line,) = blocks(load(workplace / "mine").text, "python")
     assert "from_pretrained('sft'), FOLDER)" in line
+    assert "`sft` is on its maker's disk: put in where you have that model." in load(workplace / "mine").text
     shutil.copytree("saved_models/tiny/sft", "sft")
     assert type(run_python(line, workplace / "mine")["model"]).__name__ == "PeftModelForCausalLM"
     assert str(workplace) not in (workplace / "mine/README.md").read_text()
@@ -253,26 +255,14 @@ def test_an_adapters_card_loads_it_where_its_base_is_at_hand(workplace):
 def test_a_dataset_of_the_hub_has_its_results(empty):
     record(empty / "a", "gpt2")
     config = Config(dataset_path="stanfordnlp/imdb")
-    data = card.metadata(
-        empty / "a",
-        config,
-        "sft",
-        "A model",
-        {"perplexity": 12.5},
-        "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)",
-    )
+    line = "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)"
+    described = partial(card.metadata, empty / "a", config, "sft", "A model", {"perplexity": 12.5}, line)
+    data = described()
     assert data.datasets == ["stanfordnlp/imdb"] and data.base_model == "gpt2"
     (result,) = ModelCard(f"---\n{data.to_yaml()}\n---\n").data.eval_results
     assert (result.metric_type, result.metric_value, result.dataset_type) == ("perplexity", 12.5, "stanfordnlp/imdb")
     (empty / "stanfordnlp/imdb").mkdir(parents=True)
-    local = card.metadata(
-        empty / "a",
-        config,
-        "sft",
-        "A model",
-        {"perplexity": 12.5},
-        "transformers.AutoModelForCausalLM.from_pretrained(FOLDER)",
-    )
+    local = described()
     assert local.datasets is None and local.eval_results is None
 
 

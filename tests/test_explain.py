@@ -381,6 +381,36 @@ def test_an_update_of_a_run_is_as_it_was(kept, note, run):
     assert listing(run) == before
 
 
+def test_an_update_of_a_run_that_went_on_for_longer_is_as_it_was_then(questions, t5_folder):
+    """Of two updates, and then of four, which are more prompts and another learning rate."""
+    train = ["--task", "train", "--output_dir", "steps"]
+    ends = ["--save_every", "1", "--keep_checkpoints", "4"]
+    assert run_main(*train, *question_flags(t5_folder), *ends, "--n_updates", "2") == 0
+    assert run_main(*train, "--resume", "--n_updates", "4") == 0
+    for number in (1, 3):
+        assert_is_what_was_logged(shown("--output_dir", "steps", "--update", str(number)), Path("steps"), number)
+    rates = [row["learning_rate"] for row in read_stats(Path("steps"))]
+    assert rates[1] == pytest.approx(rates[0] / 2) and rates[3] == pytest.approx(rates[0] / 4)
+    trace = shown("--output_dir", "steps", "--update", "0")  # before any checkpoint
+    assert trace["note"].startswith("Recomputed from the beginning of the run.\n")
+    assert_is_what_was_logged(trace, Path("steps"), 0)
+
+
+def test_numbers_that_are_none_are_null_in_a_file(tmp_path):
+    trace, _ = traced(ppo_epochs=1)
+    trace["updates"][0]["loss"] = math.nan
+    trace["batch"]["epochs"][0]["ratio_max"] = math.inf
+    explain.write(trace, tmp_path / "t.json")
+    found = json.loads((tmp_path / "t.json").read_text(), parse_constant=pytest.fail)
+    assert found["updates"][0]["loss"] is None and found["batch"]["epochs"][0]["ratio_max"] is None
+
+
+def test_an_update_is_nothing_to_other_tasks(workplace, capsys):
+    asked = ["--task", "train", *flags(), "--update", "1", "--dry_run"]
+    assert run_main(*asked) == 0
+    assert "note: --task train does not read --update" in capsys.readouterr().err
+
+
 def test_a_damaged_checkpoint_is_passed_by(run):
     (run / "checkpoints/step_2/weights.safetensors").write_bytes(b"")
     trace = shown("--output_dir", "steps", "--update", "2")

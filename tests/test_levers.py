@@ -465,7 +465,12 @@ def test_a_reward_models_adapter_without_its_head_is_refused(place, monkeypatch)
 def test_few_bits_are_judged_where_weights_are_trained_and_not_where_a_run_is_used(tmp_path, monkeypatch):
     """A run that went on from an adapter has no flag of one; nor is an adapter that lies about a start from nothing."""
     monkeypatch.chdir(tmp_path)
-    assert Config(task="generate", base_model_name="adapter", load_in_8bit=True, output_dir="run").load_in_8bit
+    asked = {"task": "generate", "base_model_name": "moved", "load_in_8bit": True, "output_dir": "run"}
+    with pytest.raises(UsageError, match="freeze the weights"):  # of a run of all weights, as ever
+        Config(**asked)
+    Path("run").mkdir()
+    Path("run/adapter_config.json").write_text("{}")
+    assert Config(**asked).load_in_8bit
     Path("adapter_config.json").write_text("{}")
     assert not Config(task="sft").starts_from_adapter
     with pytest.raises(UsageError, match="freeze the weights"):

@@ -189,6 +189,7 @@ def test_an_adapter_of_a_model_that_nobody_else_has_is_refused(hub, workplace, c
         ({"task": "train", "base_model_name": "gpt2", "lora_r": 2, "sft_first": True}, "gpt2"),
         ({"task": "train", "base_model_name": "gpt2", "lora_r": 2, "merge": True}, ""),
         ({"task": "train", "base_model_name": "gpt2"}, ""),
+        ({"task": "train", "base_model_name": "here", "sft_first": True}, ""),
         ({"task": "train", "preset": "tiny", "lora_r": 2}, "saved_models/tiny/sft"),
         ({"task": "sft", "lora_r": 2}, ""),  # made from nothing, it is trained whole
     ],

@@ -48,6 +48,7 @@ def zoo(workplace, capsys) -> Path:
     for name, model in {
         "three": GPT2ForSequenceClassification(GPT2Config(**plain, num_labels=3)),
         "wide": GPT2LMHeadModel(GPT2Config(**plain | {"n_embd": 32})),
+        "short classifier": GPT2ForSequenceClassification(GPT2Config(**plain | {"vocab_size": len(tokenizer) - 7})),
         "short": GPT2LMHeadModel(GPT2Config(**plain | {"vocab_size": len(tokenizer) - 7})),
         "endless": GPT2LMHeadModel(GPT2Config(**plain)),
     }.items():
@@ -68,7 +69,7 @@ UNFIT = {
         ["--reward_model_path", "wide", "--reward_label", "0"],
         "--reward_model_path wide is a language model (GPT2LMHeadModel)",
     ),
-    "short classifier": (["--reward_model_path", "short"], "--reward_model_path short is a language model"),
+    "short classifier": (["--reward_model_path", "short classifier"], "short classifier", "300 tokens", "embeds 293"),
     "adapter": (
         ["--base_model_name", "endless", "--peft_model_path", "adapter"],
         "its tokenizer has no end-of-sequence",
