@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from config import Config, UsageError, template_fields
 from dataset import LOOKED_AT, PARTS, load_rows, most_texts
 from files import read_object, write_whole
@@ -38,22 +40,27 @@ def columns_read(config: Config, row: dict, *others: str) -> list[str]:
     return [name for name in names if name in row]
 
 
-def row_hashes(rows: Sequence[dict], columns: list[str]) -> list[str]:
-    """A hash of every row's values in the columns, sorted: the order of the rows says nothing."""
+def row_hash(row: dict, columns: list[str]) -> int:
+    """64 bits for a row's values in the columns."""
+    values = json.dumps([row.get(name) for name in columns], default=str)
+    return int.from_bytes(hashlib.blake2b(values.encode(), digest_size=8).digest())
+
+
+def row_hashes(rows: Sequence[dict], columns: list[str]) -> np.ndarray:
+    """Every row's hash, sorted: the order of the rows says nothing. Eight bytes each, they may be ten million."""
     if isinstance(rows, Rows):
         rows = rows.only(columns).in_file_order()  # where many are, that is quicker
-    hashes = []
-    for row in rows:
-        values = json.dumps([row.get(name) for name in columns], default=str)
-        hashes.append(hashlib.blake2b(values.encode(), digest_size=8).hexdigest())
-    return sorted(hashes)
+    hashes = np.fromiter((row_hash(row, columns) for row in rows), np.uint64, count=len(rows))
+    hashes.sort()
+    return hashes
 
 
-def rows_text(hashes: list[str]) -> str:
-    return "".join(each + "\n" for each in hashes)
+def rows_text(hashes: np.ndarray) -> str:
+    """A line of hexadecimal digits for each."""
+    return hashes.astype(">u8").tobytes().hex("\n", 8) + "\n" * (len(hashes) > 0)
 
 
-def fingerprint(hashes: list[str]) -> dict:
+def fingerprint(hashes: np.ndarray) -> dict:
     """How many rows, and one hash for all of them."""
     return {"rows": len(hashes), "sha256": hashlib.sha256(rows_text(hashes).encode()).hexdigest()}
 
@@ -95,8 +102,12 @@ def read_record(folder: Path) -> dict:
     return record
 
 
-def read_hashes(folder: Path) -> set[str]:
-    return set((folder / ROWS).read_text(encoding="utf-8").split())
+def read_hashes(folder: Path) -> np.ndarray:
+    """What stands in the folder's `rows.txt`. Raises UsageError if that is damaged."""
+    try:
+        return np.frombuffer(bytes.fromhex((folder / ROWS).read_text(encoding="utf-8")), ">u8")
+    except ValueError:
+        raise UsageError(f"{folder / ROWS} is damaged: it does not hold 16 hexadecimal digits a line") from None
 
 
 def usable_stage(config: Config, path: str, stage: str, part: str = "train") -> bool:
@@ -151,9 +162,9 @@ def check_rows(config: Config, path: str, trained_on: dict, stage: str, part: st
     for other in PARTS:
         if other != part:
             hashes = row_hashes(load_rows(config, other), trained_on["columns"])
-            others[other] = sum(each in before for each in hashes)
+            others[other] = np.isin(hashes, before).sum()
     moved = ", ".join(f"{other} has {count:,} now" for other, count in others.items() if count)
-    same = f"{len(before.intersection(now)):,} of them the same" + (moved and f"; of the old ones {moved}")
+    same = f"{len(np.intersect1d(before, now)):,} of them the same" + (moved and f"; of the old ones {moved}")
     own_name = "" if part == "judge" else ", or a --run_name of its own to this run"
     raise UsageError(
         f"{path} was trained on {trained_on['rows']:,} rows, and {config.dataset_path or 'the built-in data'} now has "
@@ -193,7 +204,7 @@ def overlaps(folders: Iterable[str], held_out: dict[str, Sequence[dict]]) -> lis
             continue
         trained_on = read_hashes(place)
         for part, rows in held_out.items():
-            count = sum(each in trained_on for each in row_hashes(rows, record["trained_on"]["columns"]))
+            count = np.isin(row_hashes(rows, record["trained_on"]["columns"]), trained_on).sum()
             if count:
                 notes.append(f"note: {folder} was trained on {count:,} of the {len(rows):,} rows for {part}")
     return notes

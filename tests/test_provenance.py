@@ -15,6 +15,7 @@ from provenance import (
     columns_read,
     fingerprint,
     overlaps,
+    read_hashes,
     read_record,
     row_hashes,
     usable_stage,
@@ -31,13 +32,13 @@ ROWS = [{"text": "good", "label": 1, "id": 7}, {"text": "bad", "label": 0, "id":
 
 def test_rows_are_known_by_what_was_read_of_them_in_any_order():
     """As by `printf '["good", 1]' | b2sum -l 64`, and of the other row."""
-    hashes = row_hashes(ROWS, ["text", "label"])
-    assert hashes == ["34b3d5af83081f2f", "cfbf89302ae546e8"]
-    assert row_hashes(ROWS[::-1], ["text", "label"]) == hashes
-    assert row_hashes([row | {"id": 9} for row in ROWS], ["text", "label"]) == hashes
+    hashes = row_hashes(ROWS, ["text", "label"]).tolist()
+    assert hashes == [0x34B3D5AF83081F2F, 0xCFBF89302AE546E8]
+    assert row_hashes(ROWS[::-1], ["text", "label"]).tolist() == hashes == sorted(hashes)
+    assert row_hashes([row | {"id": 9} for row in ROWS], ["text", "label"]).tolist() == hashes
     for change in ({"label": 2}, {"text": "good "}):
-        assert row_hashes([ROWS[0] | change, ROWS[1]], ["text", "label"]) != hashes
-    assert fingerprint(hashes) != fingerprint(hashes * 2)
+        assert row_hashes([ROWS[0] | change, ROWS[1]], ["text", "label"]).tolist() != hashes
+    assert fingerprint(row_hashes(ROWS, ["text"])) != fingerprint(row_hashes(ROWS * 2, ["text"]))
 
 
 def test_the_columns_of_a_stage_are_its_prompts_and_its_own():
@@ -55,7 +56,13 @@ def test_a_record_counts_and_names_its_rows(tmp_path):
     assert record["trained_on"] == {"columns": ["text"]} | fingerprint(hashes)
     assert record["starts_from"] == {"path": "gpt2", "sha256": ""}
     assert record["held_out"] == fingerprint(row_hashes(ROWS[:1], ["text"])) | {"accuracy": 0.75}
-    assert (tmp_path / "rows.txt").read_text().split() == hashes
+    lines = (tmp_path / "rows.txt").read_text().split("\n")
+    assert lines == [f"{each:016x}" for each in hashes.tolist()] + [""]
+    assert read_hashes(tmp_path).tolist() == hashes.tolist()
+    for damage in ("\n".join(lines)[:-3], "no hash\n"):
+        (tmp_path / "rows.txt").write_text(damage)
+        with pytest.raises(UsageError, match=r"rows.txt is damaged: it does not hold 16 hexadecimal digits a line"):
+            read_hashes(tmp_path)
     (tmp_path / "rows.txt").unlink()
     with pytest.raises(UsageError, match=r"stage.json is no record of a stage's rows: it lacks .*rows.txt"):
         read_record(tmp_path)

@@ -165,7 +165,8 @@ def test_what_is_asked_of_a_column_is_what_a_list_would_say(tmp_path):
 
 def test_rows_are_known_by_the_same_hashes_wherever_they_are():
     rows = rows_of_table(FEW, [3, 1, 2])
-    assert row_hashes(rows, ["text", "talk", "none"]) == row_hashes([FEW[1], FEW[2], FEW[3]], ["text", "talk", "none"])
+    of_arrow = row_hashes(rows, ["text", "talk", "none"])
+    assert of_arrow.tolist() == row_hashes([FEW[1], FEW[2], FEW[3]], ["text", "talk", "none"]).tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------
