@@ -26,7 +26,8 @@ from intervals import wilson_interval
 from plot import telling_samples
 from progress import visible
 from provenance import read_record
-from reward import label_index, term_weights
+from reward import term_weights
+from reward_model import label_index
 
 CARD = "README.md"
 TRAINING_FIGURE = "plots/training.png"

@@ -33,7 +33,7 @@ from probe import context_length, is_exact, special_ends
 from prompts import prompt_texts
 from provenance import Source, columns_read
 from randomness import uniforms
-from reward import PAIR_SEPARATOR, Reading, padding_is_harmless, reading_of, text_logits
+from reward_model import PAIR_SEPARATOR, Reading, padding_is_harmless, reading_of, text_logits
 from sft import save_stage
 
 

@@ -12,11 +12,8 @@ What an update did is seen from copies of the state before it, which is left as 
 
 import ast
 import copy
-import csv
 import inspect
 import json
-import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -28,25 +25,17 @@ from transformers import PreTrainedTokenizerBase
 
 import ppo
 import train as training
-from adapters import adapter_to_add
-from ask import check_is_text, check_new_file, make_all_prompts, named_rows
-from checkpoint import Began, check_reference, newest_before, read_numbers, restore
+from ask import check_is_text, check_new_file, named_rows
 from config import NO_UPDATE, Config, UsageError
-from device import prepare_device
-from evaluation import tell_what_is_named
-from files import read_rows, whole_lines, write_whole
+from files import whole_lines, write_whole
 from folders import STATS
-from loading import load_tokenizer, new_policy
 from model import PolicyModel, TokenOutputs, is_frozen, score_in_passes
 from page import known_to_json, write_page
-from preflight import check_context, check_static_cache, prompt_room
-from progress import progress, tell
-from prompts import Prompt, n_rollouts, pass_order
-from provenance import check_same_rows, other_start
-from report import RESPONSES
-from run import load_models, load_start, source_of
+from progress import progress
+from prompts import Prompt
+from scenes import Scene, compared_with_log, scene_of
 from tables import is_coloured, text_of
-from train import Fixed, Rollout, State, learning_rate, new_state, train, update
+from train import Fixed, Rollout, State, learning_rate, train, update
 
 KINDS = (".html", ".json")  # of files that a trace is written to
 
@@ -323,129 +312,6 @@ def trace_of(
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Scenes
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class Scene(NamedTuple):
-    """Where an update begins; or where what it begins with can be had from, by the run's updates up to it."""
-
-    state: State
-    fixed: Fixed
-    prompts: Sequence[Prompt]
-    config: Config
-    title: str
-    note: str
-
-
-def scene_of(config: Config, asked: list[dict], base_model: str, reward_model_path: str) -> Scene:
-    """What the flags ask for: an update of a run, or a first one of a run's policy or of a model, on its data's prompts
-    or on those that were given.
-    """
-    if config.output_dir:
-        tell_what_is_named(config)
-        for note in other_start(Path(config.output_dir)):
-            tell(note)
-    if config.update != NO_UPDATE:
-        return scene_of_run(config, base_model, reward_model_path)
-    if asked:
-        policy, fixed, prompts, config = with_own_prompts(config, asked, base_model, reward_model_path)
-    else:
-        policy, fixed, prompts, config = with_data(config, base_model, reward_model_path)
-    title, note = f"the first update of {base_model}", "The policy is its own reference, as before any update."
-    if config.output_dir:
-        policy = new_policy(config, config.output_dir, policy.device)
-        title = f"an update of {config.output_dir}"
-        note = "As the first of a run that begins with this policy: Adam is new, the learning rate the full one."
-    check_static_cache(config, policy)
-    return Scene(new_state(policy, config), fixed, prompts, config, title, note)
-
-
-def with_data(
-    config: Config, base_model: str, reward_model_path: str, began: Began | None = None
-) -> tuple[PolicyModel, Fixed, Sequence[Prompt], Config]:
-    """What a run begins with, the prompts of its data, and its settings with the number of its updates."""
-    policy, fixed, prompts = load_models(config, base_model, reward_model_path, began)
-    check_context(config, policy, *prompts)
-    if config.update != NO_UPDATE:
-        check_same_rows(Path(config.output_dir), source_of(prompts, base_model, config))
-    return policy, fixed, prompts.train, replace(config, n_updates=n_rollouts(config, len(prompts.train)))
-
-
-def with_own_prompts(
-    config: Config, asked: list[dict], base_model: str, reward_model_path: str
-) -> tuple[PolicyModel, Fixed, Sequence[Prompt], Config]:
-    """What a run begins with, the prompts that were given, and settings by which they are the batch, in their order,
-    and an epoch is one step of all of them.
-    """
-    batch = {"batch_size": len(asked), "gradient_accumulation_steps": math.ceil(len(asked) / config.mini_batch_size)}
-    config = replace(config, task="explain", prompt_tokens=0, **batch)  # tokens: 0, as the prompts are whole
-    device = prepare_device(config)
-    tokenizer = load_tokenizer(base_model, adapter=adapter_to_add(config, base_model))
-    policy, fixed = load_start(config, base_model, reward_model_path, tokenizer, device)
-    prompts = make_all_prompts(asked, config, tokenizer, prompt_room(config, policy))
-    order = pass_order(n=len(prompts), number_of_pass=0, seed=config.seed)  # by which `train` takes them
-    return policy, fixed, [prompts[place] for place in order.argsort()], config
-
-
-def scene_of_run(config: Config, base_model: str, reward_model_path: str) -> Scene:
-    """A run at the newest of its checkpoints that is not after the update, or at its beginning where there is none:
-    all random numbers are functions of the seed and the update's number, so that it goes on from there as it did.
-    """
-    run, number = Path(config.output_dir), config.update
-    checkpoint = newest_before(run, number)
-    any_checkpoint = checkpoint or newest_before(run, sys.maxsize)  # the same in all is what the run began with
-    began = read_numbers(any_checkpoint)["began"] if any_checkpoint else None
-    policy, fixed, prompts, config = with_data(config, base_model, reward_model_path, began)
-    config = replace(config, n_updates=planned_then(run, number, config))
-    state = new_state(policy, config)
-    if began:
-        check_reference(fixed.reference.language_model, began, run)
-    if checkpoint:
-        restore(state, checkpoint, config)
-    since = number - state.next_update
-    note = f"Recomputed from {checkpoint or 'the beginning of the run'}"
-    if since:
-        note += f", over {since} update{'s' * (since > 1)}"
-    if since and not checkpoint:
-        note += ", as no checkpoint is near"
-    return Scene(state, fixed, prompts, config, f"update {number} of {run}", note + ".")
-
-
-def planned_then(run: Path, number: int, config: Config) -> int:
-    """How many updates the run was to have when it made this one, by the learning rate that it logged: a run may have
-    been resumed with more.
-    """
-    logged = [row for row in read_rows(run / STATS) if row["step"] == number and "learning_rate" in row]
-    part = 1 - logged[0]["learning_rate"] / config.learning_rate if logged else 0
-    return max(round(number / part), number + 1) if part > 0 else config.n_updates
-
-
-def compared_with_log(run: Path, number: int, rollout: Rollout, rows: Sequence[int]) -> str:
-    """In a line, whether the responses and their scores are those that the run has logged."""
-    logged = logged_rows(run / RESPONSES, number)
-    differences = []
-    for row in rows:
-        if row >= len(logged):
-            differences.append(f"it has no row {row} of that update")
-        elif rollout.texts[row] != logged[row]["response"]:
-            differences.append(f"the response of row {row} was {logged[row]['response']!r}")
-        elif rollout.raw_scores[row].item() != float(logged[row]["reward"]):
-            differences.append(f"the score of row {row} was {logged[row]['reward']}")
-    if differences:
-        return f"It differs from what {run / RESPONSES} has: {'; '.join(differences)}."
-    return f"Response and score are those of {run / RESPONSES}."
-
-
-def logged_rows(path: Path, number: int) -> list[dict]:
-    """The rows of an update in the log of the responses; none where there is no log."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["step"] == str(number)]
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The task
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -516,12 +382,14 @@ def write(trace: dict, path: Path) -> None:
 
 
 def played(scene: Scene) -> Course:
-    """The update that is asked for, after those of the run that come before it, with a progress bar over all epochs."""
+    """The update that is asked for, after those of the run that come before it, with a progress bar over all epochs:
+    to look at it after each of its epochs, it is made again, with one epoch, with two, and so on.
+    """
     config = scene.config
     n_before = max(config.update, 0) - scene.state.next_update
     n_epochs = config.ppo_epochs
     total = n_before * n_epochs + n_epochs * (n_epochs + 1) // 2
-    with progress(total, "explain", "epoch") as advance:
+    with progress(total, f"explain, an update of 1 to {n_epochs} epochs", "epoch") as advance:
         for _ in islice(train(scene.state, scene.fixed, scene.prompts, config), n_before):
             advance({}, n_epochs)
         return course_of(scene.state, scene.fixed, scene.prompts, config, advance)

@@ -105,7 +105,7 @@ def read_record(folder: Path) -> dict:
 def read_hashes(folder: Path) -> np.ndarray:
     """What stands in the folder's `rows.txt`. Raises UsageError if that is damaged."""
     try:
-        return np.frombuffer(bytes.fromhex((folder / ROWS).read_text(encoding="utf-8")), ">u8")
+        return np.frombuffer(bytes.fromhex((folder / ROWS).read_text(encoding="utf-8")), ">u8").astype(np.uint64)
     except ValueError:
         raise UsageError(f"{folder / ROWS} is damaged: it does not hold 16 hexadecimal digits a line") from None
 

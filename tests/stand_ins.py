@@ -43,7 +43,7 @@ from config import Config
 from fitting import fit, length_grouped, own_loss
 from probe import special_ends
 from randomness import uniforms
-from reward import load_reward_model
+from reward_model import load_reward_model
 from sft import Example, endless_batches, perplexity, token_pieces
 
 CPU = torch.device("cpu")

@@ -30,7 +30,7 @@ from tiny_models import randomise
 import ask
 import classifier
 import evaluation
-import reward
+import reward_model
 import sft
 from arguments import parse_args
 from classifier import pair_batches
@@ -51,8 +51,10 @@ WORSE = {"role": "assistant", "content": "fg"}
 
 def watched_ids(monkeypatch) -> list[list[int]]:
     """The ids of all that a reward model is asked from now on."""
-    seen, real = [], reward.ids_logits
-    monkeypatch.setattr(reward, "ids_logits", lambda c, rows, pad_id: (seen.extend(rows), real(c, rows, pad_id))[1])
+    seen, real = [], reward_model.ids_logits
+    monkeypatch.setattr(
+        "reward_model.ids_logits", lambda c, rows, pad_id: (seen.extend(rows), real(c, rows, pad_id))[1]
+    )
     return seen
 
 

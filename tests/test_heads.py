@@ -15,20 +15,13 @@ from tokenizers import processors
 from transformers import AutoModelForSequenceClassification
 
 import classifier
-import reward
+import reward_model
 from classifier import pair_batches
 from config import Config, RunError, UsageError
 from loading import load_tokenizer
 from probe import context_length
-from reward import (
-    joined,
-    length_batches,
-    load_reward_model,
-    load_reward_terms,
-    padding_is_harmless,
-    reward_from_logits,
-    text_logits,
-)
+from reward import load_reward_terms
+from reward_model import joined, length_batches, load_reward_model, padding_is_harmless, reward_from_logits, text_logits
 from sft import new_tokenizer
 
 pytest_plugins = ["micro"]
@@ -126,7 +119,7 @@ def test_a_texts_reward_does_not_depend_on_those_beside_it(name, tmp_path, monke
         assert_close(rewards(TEXTS), expected, atol=1e-4)
         assert_close(rewards(TEXTS[::-1]), expected[::-1], atol=1e-4)
         assert_close(torch.cat([rewards([text]) for text in TEXTS]), expected, atol=1e-4)
-        monkeypatch.setattr(reward, "text_logits", lambda *a, **k: text_logits(*a, **k | {"batch_size": 3}))
+        monkeypatch.setattr("reward_model.text_logits", lambda *a, **k: text_logits(*a, **k | {"batch_size": 3}))
         assert_close(rewards(TEXTS), expected, atol=1e-4)
         monkeypatch.undo()
 
@@ -333,9 +326,11 @@ def test_a_classifier_in_8_bits_reads_a_text_at_a_time(tmp_path, monkeypatch):
     """Its products round by the largest numbers of the whole batch."""
     save_head("bert", tmp_path)
     seen = []
-    monkeypatch.setattr(reward, "quantized", lambda *_, **__: {})
-    real = reward.text_logits
-    monkeypatch.setattr(reward, "text_logits", lambda *a, **k: (seen.append(k.get("batch_size")), real(*a, **k))[1])
+    monkeypatch.setattr("reward_model.quantized", lambda *_, **__: {})
+    real = reward_model.text_logits
+    monkeypatch.setattr(
+        reward_model, "text_logits", lambda *a, **k: (seen.append(k.get("batch_size")), real(*a, **k))[1]
+    )
     for in_8bit in (False, True):
         load_reward_model(settings(reward_in_8bit=in_8bit), str(tmp_path), CPU)(["a", "b"])
     assert seen == [None, 1]
@@ -344,12 +339,12 @@ def test_a_classifier_in_8_bits_reads_a_text_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("names", [{0: "a", 5: "b"}, {0: "a", 1: 2}])
 def test_labels_that_are_no_names_of_the_logits_are_refused(names):
     with pytest.raises(UsageError, match=r"id2label is .*, expected a name for each of 0, 1"):
-        reward.label_index(names, "a")
+        reward_model.label_index(names, "a")
 
 
 def test_a_label_in_its_own_case_comes_first():
     labels = {0: "x", 1: "X", 2: "y"}
-    assert [reward.label_index(labels, name) for name in ("x", "X", "Y", "2")] == [0, 1, 2, 2]
+    assert [reward_model.label_index(labels, name) for name in ("x", "X", "Y", "2")] == [0, 1, 2, 2]
 
 
 @pytest.mark.parametrize("name", ["fnet", "bert"])

@@ -23,7 +23,7 @@ from classifier import classifier_batch, new_classifier, pair_loss, pairs_in_pas
 from config import Config, UsageError
 from fitting import IGNORED, add_gradient, in_passes, own_loss, part_of, whole
 from loading import load_policy, new_policy
-from reward import load_reward_model, own_reading, text_logits
+from reward_model import load_reward_model, own_reading, text_logits
 from sft import Example, language_batch
 
 pytest_plugins = ["micro"]

@@ -38,7 +38,7 @@ from config import Config, UsageError
 from hub import has_file, load, prepare_config
 from loading import load_language_model, load_policy, load_tokenizer, new_policy, save_policy
 from probe import context_length
-from reward import load_reward_model
+from reward_model import load_reward_model
 from sft import new_language_model, new_tokenizer
 
 CPU = torch.device("cpu")

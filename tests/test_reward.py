@@ -22,6 +22,7 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import reward
+import reward_model
 from config import Config, RunError, UsageError
 from dataset import Row
 from encoding import text_ids
@@ -29,20 +30,15 @@ from loading import save_policy
 from reward import (
     check_weights,
     checked_scores,
-    classifier_term,
-    label_index,
     length_term,
     load_reward_function,
-    load_reward_model,
     load_reward_terms,
     needs_reward_model,
-    reading_of,
     repetition,
-    reward_from_logits,
     term_weights,
-    text_logits,
     total_reward,
 )
+from reward_model import classifier_term, label_index, load_reward_model, reading_of, reward_from_logits, text_logits
 from sft import new_tokenizer
 
 pytest_plugins = ["micro"]
@@ -200,8 +196,10 @@ def test_the_classifier_reads_the_text_that_it_should(reward_input, separator, e
         read.extend(texts)
         return torch.zeros(2)
 
-    monkeypatch.setattr(reward, "load_reward_model", lambda *_: score)
-    monkeypatch.setattr(reward, "own_reading", lambda config, path, default: reading_of(False, default, config, None))
+    monkeypatch.setattr("reward_model.load_reward_model", lambda *_: score)
+    monkeypatch.setattr(
+        reward_model, "own_reading", lambda config, path, default: reading_of(False, default, config, None)
+    )
     term = classifier_term(micro_config(reward_input=reward_input), "classifier", CPU, separator)
     term(["The film", "A"], [" is good", ""], [{}, {}])
     assert read == expected
@@ -568,7 +566,7 @@ def test_a_language_model_is_no_classifier(tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_neither_order_nor_batch_nor_padding_changes_a_reward(classifier_folder, batch_size, monkeypatch):
     texts = ["abcdefghij", "b", "a longer text", "ccc", "dd dd"]
-    monkeypatch.setattr(reward, "text_logits", partial(text_logits, batch_size=batch_size))
+    monkeypatch.setattr("reward_model.text_logits", partial(text_logits, batch_size=batch_size))
     reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
     alone = torch.cat([reward_model([text]) for text in texts])
     assert alone.std() > 0.1
@@ -619,7 +617,7 @@ def test_a_reward_model_is_frozen(classifier_folder, monkeypatch):
         read.append(classifier)
         return text_logits(classifier, tokenizer, texts, **others)
 
-    monkeypatch.setattr(reward, "text_logits", watched)
+    monkeypatch.setattr("reward_model.text_logits", watched)
     reward_model = load_reward_model(settings(), str(classifier_folder), CPU)
     assert not reward_model(["a"]).requires_grad
     [classifier] = read

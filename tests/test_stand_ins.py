@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelF
 
 from config import Config
 from dataset import load_splits
-from reward import load_reward_model
+from reward_model import load_reward_model
 
 pytest_plugins = ["micro"]
 

@@ -26,7 +26,7 @@ from config import Config, UsageError
 from conversations import chat_text
 from dataset import check_places, load_splits
 from loading import load_critic, load_language_model, load_policy, load_tokenizer, new_policy
-from reward import load_classifier
+from reward_model import load_classifier
 from trust import check_function, check_links, check_names, remember_function
 
 pytest_plugins = ["micro"]
