@@ -16,7 +16,6 @@ import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,7 @@ from model import PolicyModel, TokenOutputs, is_frozen, score_in_passes
 from page import known_to_json, write_page
 from progress import progress
 from prompts import Prompt
-from scenes import Scene, compared_with_log, scene_of
+from scenes import Scene, compared_with_log, planned_updates, scene_of
 from tables import is_coloured, text_of
 from train import Fixed, Rollout, State, learning_rate, train, update
 
@@ -70,6 +69,7 @@ def scored(policy: PolicyModel, rollout: Rollout, config: Config) -> TokenOutput
         response_mask=rollout.mask,
         mini_batch_size=config.mini_batch_size,
         temperature=config.temperature,
+        with_entropy=config.entropy_coef > 0,
     )
 
 
@@ -83,21 +83,25 @@ def course_of(
     """The state's next update, which leaves the state as it is; `advance` is told of the epochs that are done.
 
     The order of an epoch's rows is a function of the seed and the epoch's number, so that an update of k epochs is the
-    first k epochs of a longer one.
+    first k epochs of a longer one. With `target_kl` it may take no step in the last of them, which are then left out.
     """
     after = copied(state)
     rollout, stats = next(train(after, fixed, prompts, config))
-    outputs = [TokenOutputs(logprobs=rollout.logprobs, values=rollout.values, entropy=None)]
+    outputs = [TokenOutputs(logprobs=rollout.logprobs, values=rollout.values, entropy=rollout.entropy)]
     updates = []
-    for n_epochs in range(1, config.ppo_epochs):
-        part = copied(state)
-        shorter = replace(config, ppo_epochs=n_epochs)
-        updates.append(update(part.policy, part.optimizer, rollout, shorter, state.next_update))
-        outputs.append(scored(part.policy, rollout, config))
+    for n_epochs in range(1, config.ppo_epochs + 1):
+        part, numbers = after, stats
+        if n_epochs < config.ppo_epochs:
+            part, shorter = copied(state), replace(config, ppo_epochs=n_epochs)
+            numbers = update(part.policy, part.optimizer, rollout, shorter, state.next_update)
+        new = scored(part.policy, rollout, config)
         advance({}, n_epochs)
-    outputs.append(scored(after.policy, rollout, config))
-    advance({}, config.ppo_epochs)
-    return Course(rollout, outputs, [*updates, stats], after)
+        if config.target_kl and updates and torch.equal(new.logprobs, outputs[-1].logprobs):
+            updates[-1] = stats  # they count the step that was not taken
+            break
+        outputs.append(new)
+        updates.append(numbers)
+    return Course(rollout, outputs, updates, after)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ def epoch_numbers(rollout: Rollout, new: TokenOutputs, config: Config) -> dict[s
         "value_loss": value_losses,
         "value_is_clipped": value_is_clipped,
         "value_change": new.values - rollout.values,
-    }
+    } | ({"entropy": new.entropy} if config.entropy_coef > 0 else {})
 
 
 def batch_numbers(rollout: Rollout, new: TokenOutputs, numbers: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -159,6 +163,23 @@ def batch_numbers(rollout: Rollout, new: TokenOutputs, numbers: dict[str, torch.
     found = {name: ppo.masked_mean(values, mask).item() for name, values in means.items()}
     ratios = numbers["ratio"][mask]
     return found | {"ratio_min": ratios.min().item(), "ratio_max": ratios.max().item()}
+
+
+def scores_of(course: Course, config: Config) -> dict:
+    """What `ppo.shape_scores` makes of the scores, all less the penalty for a missing end: the moments by which it
+    scales them, of the run so far or of the batch, if it does, and where it clips.
+    """
+    rollout, moments = course.rollout, course.after.moments
+    penalised = ppo.penalise_missing_eos(rollout.raw_scores, rollout.has_eos, config.missing_eos_penalty)
+    scale = None
+    if config.normalize_scores:
+        variance = moments.squares / max(moments.count - 1, 1)
+        scale = {"over": "run", "mean": moments.mean, "variance": variance, "n_scores": moments.count}
+    if config.whiten_scores:
+        mean = penalised.mean()
+        variance = ((penalised - mean) ** 2).mean().item()
+        scale = {"over": "batch", "mean": mean.item(), "variance": variance, "n_scores": len(penalised)}
+    return {"penalised": penalised.tolist(), "scale": scale, "clip": config.score_clip or None}
 
 
 def whitening_of(rollout: Rollout, advantages: torch.Tensor) -> dict[str, float]:
@@ -276,7 +297,7 @@ def raw_rows(rollout: Rollout) -> list[dict]:
 
 SETTINGS = (
     "gamma lam clip_range clip_range_value value_coef entropy_coef temperature kl_estimator whiten_advantages "
-    "missing_eos_penalty ppo_epochs mini_batch_size gradient_accumulation_steps max_grad_norm"
+    "missing_eos_penalty ppo_epochs mini_batch_size gradient_accumulation_steps max_grad_norm target_kl"
 )
 
 
@@ -298,6 +319,7 @@ def trace_of(
     return told | {
         "update": number,
         "settings": settings,
+        "scores": scores_of(course, config),
         "whitening": whitening_of(rollout, rolled["advantage"]) if config.whiten_advantages else None,
         "batch": {
             "n_rows": len(rollout.mask),
@@ -361,8 +383,13 @@ def explain(config: Config, asked: list[dict], base_model: str, reward_model_pat
         return f"dry run: {scene.title} would be shown, with row {', '.join(map(str, rows))} of its batch\n"
     course = played(scene)
     note = scene.note
+    n_epochs = len(course.updates)
+    if n_epochs < scene.config.ppo_epochs:
+        note += f"\n--target_kl ended the update by epoch {n_epochs} of {scene.config.ppo_epochs}."
     if config.update != NO_UPDATE:
-        note += "\n" + compared_with_log(Path(config.output_dir), config.update, course.rollout, rows)
+        note += "\n" + compared_with_log(
+            Path(config.output_dir), config.update, course.rollout, course.updates[-1], rows
+        )
     model = config.output_dir or config.base_model_name or "built-in"
     number = max(config.update, 0)
     tokenizer = scene.fixed.tokenizer
@@ -385,11 +412,14 @@ def played(scene: Scene) -> Course:
     """The update that is asked for, after those of the run that come before it, with a progress bar over all epochs:
     to look at it after each of its epochs, it is made again, with one epoch, with two, and so on.
     """
-    config = scene.config
-    n_before = max(config.update, 0) - scene.state.next_update
+    config, state = scene.config, scene.state
+    before = range(state.next_update, max(config.update, 0))
+    plan = planned_updates(config) if before else {}
     n_epochs = config.ppo_epochs
-    total = n_before * n_epochs + n_epochs * (n_epochs + 1) // 2
+    total = len(before) * n_epochs + n_epochs * (n_epochs + 1) // 2
     with progress(total, f"explain, an update of 1 to {n_epochs} epochs", "epoch") as advance:
-        for _ in islice(train(scene.state, scene.fixed, scene.prompts, config), n_before):
+        for number in before:
+            then = replace(config, n_updates=plan.get(number, config.n_updates))
+            next(train(state, scene.fixed, scene.prompts, then))
             advance({}, n_epochs)
-        return course_of(scene.state, scene.fixed, scene.prompts, config, advance)
+        return course_of(state, scene.fixed, scene.prompts, config, advance)

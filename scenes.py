@@ -97,7 +97,7 @@ def scene_of_run(config: Config, base_model: str, reward_model_path: str) -> Sce
     any_checkpoint = checkpoint or newest_before(run, sys.maxsize)  # the same in all is what the run began with
     began = read_numbers(any_checkpoint)["began"] if any_checkpoint else None
     policy, fixed, prompts, config = with_data(config, base_model, reward_model_path, began)
-    config = replace(config, n_updates=planned_then(run, number, config))
+    config = replace(config, n_updates=planned_updates(config).get(number, config.n_updates))
     state = new_state(policy, config)
     if began:
         check_reference(fixed.reference.language_model, began, run)
@@ -112,17 +112,21 @@ def scene_of_run(config: Config, base_model: str, reward_model_path: str) -> Sce
     return Scene(state, fixed, prompts, config, f"update {number} of {run}", note + ".")
 
 
-def planned_then(run: Path, number: int, config: Config) -> int:
-    """How many updates the run was to have when it made this one, by the learning rate that it logged: a run may have
-    been resumed with more.
+def planned_updates(config: Config) -> dict[int, int]:
+    """How many updates the run at --output_dir was to have when it made each of them, by the learning rates that it
+    logged: it may have been resumed with more.
     """
-    logged = [row for row in read_rows(run / STATS) if row["step"] == number and "learning_rate" in row]
-    part = 1 - logged[0]["learning_rate"] / config.learning_rate if logged else 0
-    return max(round(number / part), number + 1) if part > 0 else config.n_updates
+    planned = {}
+    for row in read_rows(Path(config.output_dir) / STATS):
+        number, rate = row["step"], row.get("learning_rate", 0)
+        left = rate / config.learning_rate  # 1 - number / planned
+        if number > 0 and 0 < left < 1:
+            planned[number] = max(round(number / (1 - left)), number + 1)
+    return planned
 
 
-def compared_with_log(run: Path, number: int, rollout: Rollout, rows: Sequence[int]) -> str:
-    """In a line, whether the responses and their scores are those that the run has logged."""
+def compared_with_log(run: Path, number: int, rollout: Rollout, stats: dict[str, float], rows: Sequence[int]) -> str:
+    """In a line, whether the responses, their scores and the update's statistics are those that the run has logged."""
     logged = logged_rows(run / RESPONSES, number)
     differences = []
     for row in rows:
@@ -132,9 +136,23 @@ def compared_with_log(run: Path, number: int, rollout: Rollout, rows: Sequence[i
             differences.append(f"the response of row {row} was {logged[row]['response']!r}")
         elif rollout.raw_scores[row].item() != float(logged[row]["reward"]):
             differences.append(f"the score of row {row} was {logged[row]['reward']}")
+    moved = differing_statistics(run, number, stats)
+    if moved:
+        differences.append(f"{moved[0]}, and {len(moved) - 1} more of the update's statistics")
     if differences:
-        return f"It differs from what {run / RESPONSES} has: {'; '.join(differences)}."
-    return f"Response and score are those of {run / RESPONSES}."
+        return f"It differs from what {run / RESPONSES} and {STATS} have: {'; '.join(differences)}."
+    return f"Response, score and statistics are those of {run / RESPONSES} and {STATS}."
+
+
+def differing_statistics(run: Path, number: int, stats: dict[str, float]) -> list[str]:
+    """Those of an update that are not what the run has logged, but for the rounding of several processes."""
+    [logged] = [row for row in read_rows(run / STATS) if row["step"] == number]
+    found = []
+    for name, value in stats.items():
+        before = logged.get(name, value)
+        if repr(before) != repr(value) and not math.isclose(before, value, rel_tol=1e-3, abs_tol=1e-6):
+            found.append(f"its {name} was {before:.4g}, and is {value:.4g}")
+    return found
 
 
 def logged_rows(path: Path, number: int) -> list[dict]:

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import shutil
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -220,6 +221,50 @@ def test_the_epochs_are_those_that_train_goes_through(changes, monkeypatch):
     assert torch.equal(last.logprobs, course.outputs[-1].logprobs)
 
 
+def test_epochs_without_a_step_are_not_shown():
+    """The second step has gone too far for the third: of three epochs of two steps the first alone is whole."""
+    trace, course = traced(target_kl=1e-4)
+    n_epochs = len(trace["updates"])
+    assert n_epochs < 3 and len(trace["batch"]["epochs"]) == n_epochs + 1
+    assert all(len(row["epochs"]) == n_epochs + 1 for row in trace["rows"])
+    for one, other in pairwise(course.outputs):
+        assert not torch.equal(one.logprobs, other.logprobs)
+    assert trace["settings"]["target_kl"] == 1e-4
+    whole, _ = traced(target_kl=1e6)
+    assert len(whole["updates"]) == 3
+
+
+def test_the_bonus_of_entropy_is_part_of_the_loss_that_the_update_reports():
+    """With one step an epoch, whose loss is that before it."""
+    trace, _ = traced(mini_batch_size=4, ppo_epochs=2, entropy_coef=0.4)
+    for k in (0, 1):
+        tokens = [token for row in trace["rows"] for token in row["epochs"][k]["tokens"]]
+        losses = [token["policy_loss"] + 0.5 * token["value_loss"] - 0.4 * token["entropy"] for token in tokens]
+        logged = (
+            trace["updates"][0]["loss"] if k == 0 else 2 * trace["updates"][1]["loss"] - trace["updates"][0]["loss"]
+        )
+        assert_close(sum(losses) / len(losses), logged)
+    assert min(token["entropy"] for token in tokens) > 0.1
+
+
+@pytest.mark.parametrize(("option", "over", "divisor"), [("normalize_scores", "run", 3), ("whiten_scores", "batch", 4)])
+def test_what_became_of_the_scores_is_told(option, over, divisor):
+    """The score of each response from its reward, by the definitions."""
+    trace, _ = traced(ppo_epochs=1, score_clip=0.9, **{option: True})
+    penalised = [row["raw_score"] - (0 if row["has_eos"] else PENALTY) for row in trace["rows"]]
+    assert_close(trace["scores"]["penalised"], penalised)
+    mean = sum(penalised) / 4
+    variance = sum((x - mean) ** 2 for x in penalised) / divisor
+    scale = trace["scores"]["scale"]
+    assert_close([scale["mean"], scale["variance"]], [mean, variance])
+    assert (scale["over"], scale["n_scores"], trace["scores"]["clip"]) == (over, 4, 0.9)
+    scores = [min(max((x - mean) / math.sqrt(variance + 1e-8), -0.9), 0.9) for x in penalised]
+    assert_close([row["score"] for row in trace["rows"]], scores)
+    assert max(map(abs, scores)) == 0.9
+    untouched, _ = traced(ppo_epochs=1)
+    assert (untouched["scores"]["scale"], untouched["scores"]["clip"]) == (None, None)
+
+
 def test_the_state_that_is_looked_at_does_not_move():
     config = settings()
     state, fixed, prompts = world(config=config)
@@ -357,7 +402,7 @@ def assert_is_what_was_logged(trace: dict, run: Path, number: int) -> None:
     assert {name: stats[name] for name in trace["updates"][-1]} == trace["updates"][-1]
     assert trace["settings"]["kl_coef"] == stats["kl_coef"]
     assert trace["settings"]["learning_rate"] == stats["learning_rate"]
-    assert "Response and score are those of steps/training_log.csv." in trace["note"]
+    assert "Response, score and statistics are those of steps/training_log.csv" in trace["note"]
 
 
 @pytest.mark.parametrize(
@@ -394,6 +439,13 @@ def test_an_update_of_a_run_that_went_on_for_longer_is_as_it_was_then(questions,
     trace = shown("--output_dir", "steps", "--update", "0")  # before any checkpoint
     assert trace["note"].startswith("Recomputed from the beginning of the run.\n")
     assert_is_what_was_logged(trace, Path("steps"), 0)
+    for folder in Path("steps/checkpoints").iterdir():  # so that updates of either plan are made again
+        if folder.name != "step_4":
+            shutil.rmtree(folder)
+    for number in (2, 3):
+        trace = shown("--output_dir", "steps", "--update", str(number), "--row", "2")
+        assert trace["note"].startswith(f"Recomputed from the beginning of the run, over {number} updates")
+        assert_is_what_was_logged(trace, Path("steps"), number)
 
 
 def test_numbers_that_are_none_are_null_in_a_file(tmp_path):
@@ -436,10 +488,16 @@ def test_what_differs_from_the_log_is_told(run):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows[:7])
+    stats = read_stats(run)
+    stats[1]["grad_norm"] *= 1.5
+    (run / "training_stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stats))
     trace = shown("--output_dir", "steps", "--update", "1", "--row", "0", "--row", "1", "--row", "2", "--row", "3")
+    norm = trace["updates"][-1]["grad_norm"]
     assert trace["note"].endswith(
-        "It differs from what steps/training_log.csv has: the response of row 1 was 'Something else'; "
-        "the score of row 2 was 0.25; it has no row 3 of that update."
+        "It differs from what steps/training_log.csv and training_stats.jsonl have: "
+        "the response of row 1 was 'Something else'; "
+        "the score of row 2 was 0.25; it has no row 3 of that update; "
+        f"its grad_norm was {1.5 * norm:.4g}, and is {norm:.4g}, and 0 more of the update's statistics."
     )
 
 

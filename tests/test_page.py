@@ -41,7 +41,7 @@ def trace_in(text: str) -> dict:
 
 def test_the_json_in_the_page_is_the_trace(trace):
     """To the last bit of every number; one that is no number, which JSON does not know, is null."""
-    expected = json.loads(json.dumps(trace).replace("NaN", "null"))
+    expected = json.loads(json.dumps(trace).replace(": NaN", ": null"))
     assert math.isnan(trace["updates"][0]["policy_loss"])
     assert trace_in(page(trace)) == expected
     trace = {**trace, "note": [float("inf"), -0.0, 1e-300, 0.1 + 0.2]}

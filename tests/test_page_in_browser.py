@@ -155,16 +155,19 @@ def test_every_number_of_the_table_is_that_worked_out_by_hand(opened, trace):
 
 RESULTS = {  # of each step's last lines
     "token_logprobs-1": ["logprob", "ref_logprob"],
-    "kl_estimate-2": ["kl"],
-    "shape_rewards-3": ["reward"],
-    "estimate_advantages-4": ["td_error"],
-    "estimate_advantages-5": ["advantage"],
-    "estimate_returns-6": ["return"],
-    "masked_whiten-7": ["whitened"],
-    "importance_ratio-8": ["now_ratio"],
-    "policy_losses-9": [None, None, "now_policy_loss"],
-    "value_losses-10": [None, None, "now_value_loss"],
-    "minibatch_loss-11": ["now_share", None, None],
+    "token_entropy-2": ["entropy"],
+    "kl_estimate-3": ["kl"],
+    "penalise_missing_eos-4": ["score"],
+    "shape_scores-5": ["score"],
+    "shape_rewards-6": ["reward"],
+    "estimate_advantages-7": ["td_error"],
+    "estimate_advantages-8": ["advantage"],
+    "estimate_returns-9": ["return"],
+    "masked_whiten-10": ["whitened"],
+    "importance_ratio-11": ["now_ratio"],
+    "policy_losses-12": [None, None, "now_policy_loss"],
+    "value_losses-13": [None, None, "now_value_loss"],
+    "minibatch_loss-14": ["now_share", None, None],
 }
 
 
@@ -183,7 +186,8 @@ def test_every_equation_comes_to_the_number_worked_out_by_hand(opened, trace, ro
         for epoch in (0, N_EPOCHS):
             choose(opened, row, token, epoch)
             right = expected(trace, row, token, epoch)
-            right["ref_logprob"] = trace["rows"][row]["tokens"][token]["ref_logprob"]
+            right |= {name: trace["rows"][row]["tokens"][token][name] for name in ("ref_logprob", "entropy")}
+            right["score"] = toy_tensors()["scores"][row].item()
             found = steps(opened)
             assert found.keys() == RESULTS.keys()
             for step, names in RESULTS.items():
@@ -201,14 +205,14 @@ def test_the_numbers_put_into_an_equation_are_its_own(opened, trace):
         found = steps(opened)
         td_error = [tokens[t]["reward"], SETTINGS["gamma"], after["value"], tokens[t]["value"], tokens[t]["td_error"]]
         gae = [tokens[t]["td_error"], SETTINGS["gamma"], SETTINGS["lam"], after["advantage"], tokens[t]["advantage"]]
-        for step, numbers in {"estimate_advantages-4": td_error, "estimate_advantages-5": gae}.items():
+        for step, numbers in {"estimate_advantages-7": td_error, "estimate_advantages-8": gae}.items():
             assert len(found[step][0]) == len(numbers)
             assert all(map(is_shown, found[step][0], numbers)), (found[step], numbers)
 
 
 def test_the_sum_over_later_tokens_comes_to_the_advantage(opened, trace):
     choose(opened, 0, 2, 0)
-    opened.run("document.querySelector('[data-step=estimate_advantages-5] details').open = true")
+    opened.run("document.querySelector('[data-step=estimate_advantages-8] details').open = true")
     opened.run("new Promise(requestAnimationFrame)")
     sums = opened.run("[...document.querySelectorAll('.sum tbody tr')].map((row) => row.lastChild.title)")
     assert len(sums) == len(WORDS[0]) - 2 + 1
@@ -226,13 +230,14 @@ def test_the_gradient_shown_is_that_of_the_loss(opened):
             moved = {**raw, "new_logprobs": raw["new_logprobs"] + sign * step}
             losses.append(recomputed_epoch(moved, rolled, SETTINGS, 2)["policy_loss"][0, t].item())
         gradient = (losses[0] - losses[1]) / (2 * step) / n_tokens
-        assert is_shown(steps(opened)["minibatch_loss-11"][2][-1], gradient), t
+        assert is_shown(steps(opened)["minibatch_loss-14"][2][-1], gradient), t
 
 
 def test_each_equation_has_its_line_of_code_and_its_paper(opened, trace):
     for equation in trace["equations"]:
         found = opened.run(
-            f"[...document.querySelectorAll('[data-step^={equation['name']}] .code')].map((code) => code.innerText)"
+            "[...document.querySelectorAll('.step .code')].map((code) => code.innerText)"
+            f".filter((text) => text.split('\\n')[0].endsWith(' · {equation['name']}'))"
         )
         assert found, equation["name"]
         for code in found:
@@ -243,6 +248,73 @@ def test_each_equation_has_its_line_of_code_and_its_paper(opened, trace):
             assert written[line - 1].strip() == shown_lines[0]
     marked = opened.run("[...document.querySelectorAll('mark')].map((line) => line.textContent.trim())")
     assert [line.split(" =")[0] for line in marked] == ["return d", "delta", "advantage"]
+
+
+def test_the_bonus_of_entropy_is_in_the_loss(tab, tmp_path):
+    trace = toy_trace(entropy_coef=0.2)
+    write_page(trace, tmp_path / "page.html")
+    tab.open((tmp_path / "page.html").as_uri())
+    for t in range(len(WORDS[0])):
+        choose(tab, 0, t, 2)
+        now = trace["rows"][0]["epochs"][2]["tokens"][t]
+        total = (now["policy_loss"] + 0.5 * now["value_loss"] - 0.2 * now["entropy"]) / sum(map(len, WORDS))
+        assert is_shown(steps(tab)["minibatch_loss-14"][1][-1], total), t
+    assert complaints(tab) == []
+
+
+def test_what_became_of_the_score_is_worked_out(tab, tmp_path):
+    """A text that was cut, whose score is normalised, then clipped."""
+    trace = toy_trace()
+    kept = toy_tensors()["scores"].tolist()
+    moments = {"over": "run", "mean": 0.2, "variance": 0.25, "n_scores": 40}
+    normal = (kept[1] - 0.2) / math.sqrt(0.25 + 1e-8)
+    trace["scores"] = {"penalised": kept, "scale": moments, "clip": 1.5}
+    trace["rows"][1]["score"] = max(normal, -1.5)
+    write_page(trace, tmp_path / "page.html")
+    tab.open((tmp_path / "page.html").as_uri())
+    choose(tab, 1, 0, 0)
+    found = steps(tab)
+    assert [shown(x) for x in found["penalise_missing_eos-4"][0]] == [kept[1] + 0.5, 0.5, kept[1]]
+    lines = found["shape_scores-5"]
+    assert [is_shown(line[-1], x) for line, x in zip(lines, (normal, -1.5), strict=True)] == [True] * 2
+    said = tab.run("document.querySelector('[data-step=shape_scores-5]').innerText")
+    assert "of all scores of the run so far, 40 in number, then held to ±1.5" in said
+
+
+def test_a_number_reads_from_left_to_right_whatever_its_token_does(tab, tmp_path):
+    trace = toy_trace()
+    trace["rows"][0]["tokens"][0]["text"] = " שלום"
+    write_page(trace, tmp_path / "page.html")
+    tab.open((tmp_path / "page.html").as_uri())
+    directions = "['.text', '.number'].map((c) => getComputedStyle(document.querySelector('#token-0 ' + c)).direction)"
+    assert tab.run(directions) == ["rtl", "ltr"]
+
+
+def test_the_row_is_named_as_the_command_line_names_it(tab, tmp_path):
+    trace = toy_trace()
+    for row, number in zip(trace["rows"], (3, 5, 0), strict=True):
+        row["row"] = number
+    write_page(trace, tmp_path / "page.html")
+    tab.open((tmp_path / "page.html").as_uri() + "#row=5")
+    assert tab.run("state.row") == 1
+    assert tab.run("byId('response-label').textContent") == "Response, row 5 of the batch, score −0.750"
+    assert tab.run("[...document.querySelectorAll('#rows label')].map((l) => l.innerText)") == [
+        "row 3",
+        "row 5",
+        "row 0",
+    ]
+
+
+def test_marks_of_a_chart_do_not_lie_on_one_another(opened):
+    """Ratios of 40 beside a band of 0.8 to 1.2, on which its marks would be one smear."""
+    opened.run("for (const epoch of TRACE.rows[0].epochs) epoch.tokens[0].ratio = 40; choose({ row: 0, epoch: 0 })")
+    places = opened.run(
+        "[...document.querySelectorAll('#charts svg:last-of-type text[text-anchor=end]')]"
+        ".filter((t) => !t.hasAttribute('transform')).map((t) => [t.textContent, Number(t.getAttribute('y'))])"
+    )
+    ratio = places[-2:]
+    assert {text for text, _ in ratio} == {"1.00", "40.00"}
+    assert abs(ratio[0][1] - ratio[1][1]) > 11
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -384,11 +456,11 @@ def test_texts_of_a_run_are_shown_as_texts(opened):
 
 
 def test_a_link_opens_at_a_token(tab, url):
-    tab.open(url + "#response=2&token=3&epoch=1")
+    tab.open(url + "#row=1&token=2&epoch=1")
     assert tab.run("[state.row, state.token, state.epoch]") == [1, 2, 1]
     assert tab.run("document.querySelector('input[name=row]:checked').value") == "1"
-    tab.open(url + "#response=99&token=-4&epoch=x")
-    assert tab.run("[state.row, state.token, state.epoch]") == [N_SHOWN - 1, 0, 0]
+    tab.open(url + "#row=99&token=-4&epoch=x")
+    assert tab.run("[state.row, state.token, state.epoch]") == [0, 0, 0]
 
 
 def test_the_mouse_chooses_tokens_responses_colours_and_the_theme(opened):
@@ -583,7 +655,7 @@ def test_roles_and_names(opened, trace):
         if node["role"] == "option" and node["name"] not in ("k1", "k2", "k3", "abs", "yes", "no")
     ]
     whitened = trace["rows"][0]["tokens"][1]["whitened"]
-    assert options[1]["name"] == f"loved, advantage {'+' if whitened > 0 else '−'}{abs(whitened):.4f}, token 2 of 12"
+    assert options[1]["name"] == f"loved, advantage {'+' if whitened > 0 else '−'}{abs(whitened):.4f}, token 1 of 0–11"
     assert [node.get("selected", False) for node in options] == [t == 1 for t in range(12)]
     for role in (
         "button",
@@ -626,7 +698,7 @@ def test_without_mathml_formulas_are_lines_of_text(tab, url, trace, tmp_path):
     tab.open(path.as_uri())
     choose(tab, 0, 3, 0)
     assert complaints(tab) == [] and tab.run("document.querySelectorAll('math').length") == 0
-    line = tab.run("document.querySelector('[data-step=estimate_returns-6] .filled').innerText").replace("\n", " ")
+    line = tab.run("document.querySelector('[data-step=estimate_returns-9] .filled').innerText").replace("\n", " ")
     token = trace["rows"][0]["tokens"][3]
     numbers = [f"{token[name]:.4f}".replace("-", "−") for name in ("advantage", "value", "return")]
     assert all(number in line for number in numbers) and line.startswith("R_t")
@@ -638,7 +710,7 @@ def test_what_is_chosen_is_said(opened):
     assert opened.run("byId('said').getAttribute('aria-live')") == "polite"
     opened.click("#token-2")
     said = opened.run("byId('said').textContent")
-    assert said.startswith("Token 3 of 12, “every”: reward") and "Before the update: ratio 1.0000, unclipped" in said
+    assert said.startswith("Token 2 of 0–11, “every”: reward") and "Before the update: ratio 1.0000, unclipped" in said
     put(opened, "epoch", 3)
     assert "After epoch 3: ratio" in opened.run("byId('said').textContent")
 

@@ -104,7 +104,7 @@ def recomputed_epoch(raw: dict[str, torch.Tensor], rolled: dict, settings: dict,
         "value_loss": value_losses,
         "value_is_clipped": value_is_clipped,
         "value_change": new - old,
-    }
+    } | ({"entropy": raw["new_logprobs"][k].abs() + 0.1 * k} if settings["entropy_coef"] else {})
 
 
 def rows_of(numbers: dict[str, torch.Tensor], row: int) -> list[dict]:
@@ -164,8 +164,10 @@ def toy_trace(**settings) -> dict:
     variance = ppo.masked_mean((advantages - mean) ** 2, mask)
     n_tokens = int(mask.sum())
     whitening = {"mean": mean.item(), "variance": variance.item(), "n_tokens": n_tokens}
-    names = "token_logprobs kl_estimate shape_rewards estimate_advantages estimate_returns masked_whiten"
-    names += " importance_ratio policy_losses value_losses"
+    names = "token_logprobs token_entropy kl_estimate penalise_missing_eos shape_scores shape_rewards"
+    names += (
+        " estimate_advantages estimate_returns masked_whiten importance_ratio policy_losses value_losses masked_mean"
+    )
     equations = [*map(equation, names.split()), equation("minibatch_loss", "train.py")]
     statistics = {"loss": 0.1, "policy_loss": float("nan"), "value_loss": 0.2, "clip_fraction": 0.25, "grad_norm": 1.5}
     return {
@@ -174,6 +176,7 @@ def toy_trace(**settings) -> dict:
         "update": 7,
         "note": "",
         "settings": settings,
+        "scores": {"penalised": raw["scores"].tolist(), "scale": None, "clip": None},
         "whitening": whitening if settings["whiten_advantages"] else None,
         "batch": {"n_rows": len(WORDS), "n_tokens": n_tokens, "raw": raw_rows(raw)},
         "rows": toy_rows(raw, settings),
