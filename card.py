@@ -5,6 +5,7 @@ last name alone. What models, data and users wrote stands in fences and between 
 """
 
 import dataclasses
+import json
 import re
 import shlex
 from contextlib import suppress
@@ -200,10 +201,15 @@ def metadata(
 
 def title_of(config: Config, stage: str) -> str:
     """What is made of what, in a line."""
-    kind = KINDS[stage].what
+    kind = "a language model trained on answers" if learns_answers(config, stage) else KINDS[stage].what
     if config.trains_from_scratch:
         return f"{kind[0].upper()}{kind[1:]}, made from nothing"
     return f"{kind[0].upper()}{kind[1:]}, made of {public_name(config.base_model_name)}"
+
+
+def learns_answers(config: Config, stage: str) -> bool:
+    """Whether what is learned are answers alone, and nothing of what they answer."""
+    return stage == "sft" and bool(config.completion_column or config.chat)
 
 
 def data_line(config: Config, record: dict) -> str:
@@ -226,9 +232,11 @@ def start_line(record: dict) -> str:
 
 
 def prompt_lines(config: Config, stage: str) -> list[str]:
-    """How prompts are made of rows, where that is more than a column's text."""
+    """How prompts are made of rows, where that is more than a column's text; and what of it is learned."""
     if stage == "reward" and not config.chosen_column:
         return []
+    if learns_answers(config, stage):
+        return ["- Learned: the answers alone, and where they end", *prompt_lines(config, "train")]
     if config.chat:
         system = f", after {code(config.system)} as a system's turn" if config.system else ""
         return [f"- Prompts: conversations, by the tokenizer's template of chat{system}"]
@@ -242,6 +250,25 @@ def how_it_was_made(config: Config, stage: str, record: dict, *lines: str) -> st
     again = fenced(command(config, "sft" if stage == "judge" else stage), "bash")
     told = "All settings that are not the defaults; of what is on its maker's disk the name alone:"
     return "\n".join(["## How it was made", "", *listed, "", told, "", again])
+
+
+def bits_of_base(folder: Path, config: Config) -> list[str]:
+    """Of an adapter, in how many bits its base was, which the line that loads it does not say."""
+    found = [name for name in ("load_in_8bit", "load_in_4bit") if getattr(config, name) and is_adapter(folder)]
+    option = "quantization_config=transformers.BitsAndBytesConfig({}=True)"
+    told = "It was trained and measured on a base of few bits, as {} makes it; on a whole one its numbers are others."
+    return [told.format(code(option.format(name))) for name in found]
+
+
+def chat_lines(config: Config) -> list[str]:
+    """How a model of chat is asked: as it was trained."""
+    if not config.chat:
+        return []
+    system = [{"role": "system", "content": config.system}] if config.system else []
+    messages = json.dumps([*system, {"role": "user", "content": "What is PPO?"}], ensure_ascii=False)
+    call = "tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"
+    told = "It answers conversations, written by the template of its tokenizer:"
+    return [told, fenced(f"messages = {messages}\nprompt = {call}", "python")]
 
 
 def how_to_load(folder: Path, line: str, *lines: str) -> str:
@@ -284,14 +311,14 @@ def stage_card(folder: Path, config: Config, stage: str) -> str:
     title = title_of(config, stage)
     line = read_object(folder / MANIFEST)["loads_with"]
     data = metadata(folder, config, stage, title, stage_results(stage, record), line)
-    own = what_it_reads(folder, config) if stage == "reward" else []
+    own = what_it_reads(folder, config) if stage == "reward" else chat_lines(config)
     return card(
         data,
         title,
         demonstration(config),
         how_it_was_made(config, stage, record),
         stage_figures(stage, record),
-        how_to_load(folder, line, *own),
+        how_to_load(folder, line, *bits_of_base(folder, config), *own),
     )
 
 
@@ -334,9 +361,9 @@ def what_it_reads(folder: Path, config: Config) -> list[str]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def run_card(folder: Path, config: Config, comparison: dict, kind: str, has_figure: bool = True) -> str:
-    """The card of a policy that is saved in the folder of a run: with its record, its statistics and the comparison of
-    before and after on prompts of a `kind`.
+def run_card(folder: Path, config: Config, comparison: dict, kind: str, least: int, has_figure: bool = True) -> str:
+    """The card of a policy that is saved in the folder of a run: with its record, its statistics, of which alarms need
+    `least` rows, and the comparison of before and after on prompts of a `kind`.
     """
     record = read_record(folder)
     title = title_of(config, "train")
@@ -349,12 +376,18 @@ def run_card(folder: Path, config: Config, comparison: dict, kind: str, has_figu
         demonstration(config),
         how_it_was_made(config, "train", record, *reward_lines(config)),
         what_came_of_it(comparison, kind),
-        alarms_raised(read_rows(folder / STATS)),
+        alarms_raised(read_rows(folder / STATS), least),
         f"## Training curves\n\n![Reward, KL, losses and more over the updates]({TRAINING_FIGURE})"
         if has_figure
         else "",
         samples(comparison),
-        how_to_load(folder, line, "The value head of the training is in `value_head.safetensors`."),
+        how_to_load(
+            folder,
+            line,
+            *bits_of_base(folder, config),
+            *chat_lines(config),
+            "The value head of the training is in `value_head.safetensors`.",
+        ),
     )
 
 
@@ -420,9 +453,16 @@ def verdict_on(paired: dict) -> str:
     return "The reward has fallen." if paired["high"] < 0 else "The reward has not been shown to change."
 
 
-def alarms_raised(history: list[dict]) -> str:
-    """What the run warned of, the first time and the last, from its rows of statistics."""
+def alarms_raised(history: list[dict], least: int) -> str:
+    """What the run warned of, the first time and the last, from its rows of statistics, of which most alarms need so
+    many at least.
+    """
     raised = [row for row in history if row["alarms"]]
+    if not raised and len(history) < least:
+        told = (
+            f"the latest responses are compared with the first from {least} updates on; it had {len(history)}"
+        )
+        return f"## Alarms\n\nThe run was too short for most of them: {told}."
     if not raised:
         return f"## Alarms\n\nNone was raised (updates: {len(history):,})."
     lines = [f"## Alarms\n\nRaised at {len(raised):,} of all updates ({len(history):,}), first and last:\n"]
@@ -447,8 +487,8 @@ def shortened(text: str) -> str:
     return text if len(text) <= MOST_LETTERS else text[:MOST_LETTERS] + " ..."
 
 
-def write_run_card(folder: Path, config: Config, comparison: dict, kind: str) -> None:
+def write_run_card(folder: Path, config: Config, comparison: dict, kind: str, least: int) -> None:
     """Leave the card in the run's folder, and beside the policy where --final_dir says."""
-    write_whole(folder / CARD, run_card(folder, config, comparison, kind))
+    write_whole(folder / CARD, run_card(folder, config, comparison, kind, least))
     if config.final_dir:
-        write_whole(Path(config.final_dir) / CARD, run_card(folder, config, comparison, kind, has_figure=False))
+        write_whole(Path(config.final_dir) / CARD, run_card(folder, config, comparison, kind, least, has_figure=False))

@@ -173,6 +173,7 @@ def new_classifier(
         base,
         num_labels=len(names),
         id2label=names,
+        label2id={name: label for label, name in names.items()},
         problem_type="single_label_classification" if len(names) > 1 else "regression",  # whatever the base was for
         pad_token_id=pad_id,
     )

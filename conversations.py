@@ -102,11 +102,13 @@ def answered(row: dict, answer: str | list[dict], config: Config) -> list[dict]:
 
 
 def without_whole_pairs(rows: Sequence[dict], config: Config) -> Sequence[dict]:
-    """The rows but for those whose better and worse answer are both conversations with a prompt of their own."""
+    """The rows but for those whose better and worse answer are both conversations with a prompt of their own: where
+    there are such, of the first LOOKED_AT.
+    """
     pair = (config.chosen_column, config.rejected_column)
     if not all(name in rows[0] for name in pair) or not suspects(rows, config.chosen_column):
         return rows
-    return [row for row in rows if not all(is_whole(row[name]) for name in pair)]
+    return [row for row in rows[:LOOKED_AT] if not all(is_whole(row[name]) for name in pair)]
 
 
 def check_answers(rows: Sequence[dict], name: str, flag: str, config: Config) -> None:

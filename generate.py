@@ -117,13 +117,22 @@ def next_inputs(inputs: dict, tokens: TensorType["batch"], cache, width: int) ->
     }
 
 
+class EvenCache(StaticCache):
+    """Keys and values in one type, that of the keys: under autocast rotary positions leave keys in float32, and values
+    are in bfloat16. What is computed of them is taken to bfloat16 again.
+    """
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
+
+
 def new_static_cache(language_model: torch.nn.Module, query_width: int, max_new_tokens: int) -> Cache:
     """Room for the keys and values of all tokens that there will be, which a step writes to and never moves."""
     config = copy.copy(language_model.config.get_text_config(decoder=True))
     if not language_model.config.is_encoder_decoder:
-        return StaticCache(config, max_cache_len=room(query_width + max_new_tokens))
+        return EvenCache(config, max_cache_len=room(query_width + max_new_tokens))
     config.num_hidden_layers = getattr(config, "num_decoder_layers", config.num_hidden_layers)  # as T5 calls them
-    return EncoderDecoderCache(*(StaticCache(config, max_cache_len=width) for width in (max_new_tokens, query_width)))
+    return EncoderDecoderCache(*(EvenCache(config, max_cache_len=width) for width in (max_new_tokens, query_width)))
 
 
 def room(n_tokens: int) -> int:

@@ -498,6 +498,7 @@ def write_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     elif hasattr(model, "peft_config"):
         labels = copy.deepcopy(model.config)
         vars(labels).pop("quantization_config", None)  # of weights that are elsewhere
+        labels.architectures = [type(model.get_base_model()).__name__]  # and not that of the base model's folder
         labels.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -89,6 +89,11 @@ def window(batch_size: int) -> int:
     return max(2, math.ceil(WINDOW / batch_size))
 
 
+def least_to_compare(batch_size: int) -> int:
+    """From how many updates on the latest rollouts are compared with the first."""
+    return 2 * window(batch_size)
+
+
 def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
     """What is wrong with the latest rollouts, in words, by statistic.
 
@@ -102,7 +107,9 @@ def alarms(history: list[dict], batch_size: int) -> dict[str, str]:
             f"{latest['nonfinite_losses']} of them, and in the others the gradient; try a lower --learning_rate"
         )
     n = window(batch_size)
-    return raised | compared(history[:n], history[-n:], batch_size) if len(history) >= 2 * n else raised
+    if len(history) < least_to_compare(batch_size):
+        return raised
+    return raised | compared(history[:n], history[-n:], batch_size)
 
 
 def compared(first: list[dict], latest: list[dict], batch_size: int) -> dict[str, str]:

@@ -22,6 +22,7 @@ import torch
 from torchtyping import TensorType, is_float
 from transformers import AutoConfig
 
+from adapters import base_of
 from config import Config, RunError, UsageError, first_line, nearest
 from hub import load
 from reward_model import check_is_no_language_model, check_says_labels, classifier_term, label_index
@@ -255,7 +256,8 @@ def check_weights(config: Config) -> None:
     if config.task == "train" and config.reward_model_path and needs_reward_model(config):
         check_says_labels(config.reward_model_path)
         classifier = load(AutoConfig.from_pretrained, "reward_model_path", config.reward_model_path)
-        check_is_no_language_model(classifier, config.reward_model_path)
+        if base_of(config.reward_model_path) == config.reward_model_path:  # beside an adapter it may be the base's name
+            check_is_no_language_model(classifier, config.reward_model_path)
         label_index(classifier.id2label, config.reward_label)
 
 

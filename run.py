@@ -423,7 +423,7 @@ def show_result(
     comparison = compare(tables)
     say(f"\non {kind} prompts, before and after:\n{reward_difference(comparison)}\n\n{sample_pairs(comparison)}\n")
     tracker.log_samples(config.n_updates - 1, comparison["samples"])
-    write_run_card(folder, config, comparison, kind)
+    write_run_card(folder, config, comparison, kind, report.least_to_compare(config.batch_size))
     print(f"policy, tokenizer, logs: {folder}")  # first: where there is no room for a figure, that ends the run
     print(f"training curves: {plot_training(folder, notice(config))}")
     print(f"now try: python main.py --task generate --output_dir {shlex.quote(str(folder))}{example(prompts, config)}")

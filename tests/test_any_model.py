@@ -35,7 +35,7 @@ from encoding import bare_ids
 from generate import end_ids, sample
 from hub import prepare_config
 from loading import load_policy, load_tokenizer, new_policy, save_policy
-from model import PolicyModel
+from model import PolicyModel, eval_mode
 from preflight import check_invariants
 from prompts import Prompt
 from randomness import uniforms
@@ -298,6 +298,20 @@ STATIC = {
     "T5 with a deeper decoder": lambda: tiny_t5(num_decoder_layers=4),
     **{name: lambda name=name: BUILDERS[name]() for name in ("neox", "gemma2", "granite")},
 }
+
+
+@pytest.mark.parametrize("name", [*STATIC, "llama"])
+def test_a_static_cache_samples_in_bfloat16_what_scoring_scores(name):
+    """Under autocast rotary positions leave keys in float32, and values are in bfloat16."""
+    policy = PolicyModel((STATIC | BUILDERS)[name](), mixed_precision=True)
+    side = "right" if policy.is_encoder_decoder else "left"
+    query_ids, query_mask = pad([[5, 4, 8], [4, 7, 2, 6, 9], [6], [2, 2]], 3, side)
+    numbers = uniforms(3, "sampling", 0, (4, 12))
+    drawn = sample(policy, query_ids, query_mask, numbers, eos_ids=[EOS], pad_id=3, static_cache=True)
+    with eval_mode(policy):
+        scored = policy.score(query_ids, query_mask, drawn.response_ids, drawn.mask)
+    gaps = (scored.logprobs - drawn.logprobs)[drawn.mask].abs()
+    assert drawn.mask.sum() > 8 and gaps.mean() < 0.02 and gaps.max() < 0.1
 
 
 @pytest.mark.parametrize("name", STATIC)

@@ -12,10 +12,23 @@ import pytest
 from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 from micro import PPO, flags, micro_config, question_flags, run_main
+from tiny_models import letter_tokenizer
 
 import card
 from arguments import is_read, parse_args
-from card import alarms_raised, code, command, fenced, hub_base, prompt_lines, public_name, start_line, verdict_on
+from card import (
+    alarms_raised,
+    bits_of_base,
+    chat_lines,
+    code,
+    command,
+    fenced,
+    hub_base,
+    prompt_lines,
+    public_name,
+    start_line,
+    verdict_on,
+)
 from config import Config
 from files import read_rows
 from intervals import wilson_interval
@@ -69,7 +82,7 @@ def test_the_card_of_a_run_says_what_the_run_says(chain):
         "How it was made",
         "Before and after, on 4 validation prompts",
     ]
-    assert "None was raised (updates: 2)." in text and "](plots/training.png)" in text
+    assert "too short for most of them" in text and "from 64 updates on; it had 2." in text and "](plots/training.png)" in text
     for prompt in re.findall(r"^prompt  '(.*)'$", chain.output, re.MULTILINE):
         assert f"prompt: {prompt}\n" in text
     assert "1 x the probability of label `POSITIVE` by `reward` on prompt and response" in text
@@ -183,14 +196,16 @@ def test_the_alarms_are_the_first_and_the_last():
     def history(*alarms: list[str]) -> list[dict]:
         return [{"step": step, "alarms": raised} for step, raised in enumerate(alarms)]
 
-    assert alarms_raised(history([], [])).endswith("None was raised (updates: 2).")
-    told = alarms_raised(history([], ["a rose"], ["b rose"], ["c fell", "d fell"], []))
+    assert alarms_raised(history([], [], [], []), 4).endswith("None was raised (updates: 4).")
+    told = alarms_raised(history([], [], []), 4)
+    assert told.endswith("the latest responses are compared with the first from 4 updates on; it had 3.")
+    told = alarms_raised(history([], ["a rose"], ["b rose"], ["c fell", "d fell"], []), 4)
     assert (
         "Raised at 3 of all updates (5)" in told
         and "- Update 1: `a rose`\n- Update 3: `c fell`\n- Update 3: `d fell`\n" in told
     )
     assert "b rose" not in told and told.endswith("The run ended without one.")
-    assert alarms_raised(history(["a"])).endswith("- Update 0: `a`\n\nThe run ended with an alarm.")
+    assert alarms_raised(history(["a"]), 4).endswith("- Update 0: `a`\n\nThe run ended with an alarm.")
 
 
 def test_a_reward_has_risen_only_beyond_its_interval():
@@ -331,7 +346,7 @@ def test_a_card_with_any_samples_is_read_by_the_hubs_library(chain, workplace):
     comparison = {"n_prompts": 4, "figures": dict.fromkeys(both, figures), "intervals": {"before": {}, "after": {}}}
     comparison |= {"differences": {"after": paired}, "samples": [sample]}
     config = Config(**json.loads((workplace / PPO / "run_config.json").read_text()))
-    card.write_run_card(workplace / PPO, config, comparison, "test")
+    card.write_run_card(workplace / PPO, config, comparison, "test", 2)
     read = load(workplace / PPO)
     expected = headings(load(chain.root / PPO).text)
     assert headings(read.text) == [heading.replace("validation", "test") for heading in expected]
@@ -360,6 +375,27 @@ def test_how_prompts_are_made_is_said_of_those_who_read_prompts(settings, told):
         prompt_lines(config, "train") == told == prompt_lines(dataclasses.replace(config, chosen_column="a"), "reward")
     )
     assert prompt_lines(config, "reward") == []  # of labels: it reads texts
+    learned = ["- Learned: the answers alone, and where they end"] if config.chat else []
+    assert prompt_lines(config, "sft") == learned + told
+
+
+def test_a_model_of_chat_says_how_it_is_asked():
+    """The lines of Python run, with the tokenizer's template."""
+    assert chat_lines(micro_config()) == []
+    _, asked = chat_lines(micro_config(chat=True, system='Be "brief".'))
+    tokenizer = letter_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    names = {"tokenizer": tokenizer}
+    exec(asked.removeprefix("```python\n").removesuffix("\n```"), names)
+    assert names["prompt"] == 's:Be "brief".;u:What is PPO?;'
+
+
+def test_an_adapter_on_few_bits_says_how_its_base_is_loaded_so(tmp_path):
+    assert bits_of_base(tmp_path, micro_config()) == []
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert bits_of_base(tmp_path, micro_config()) == []
+    [told] = bits_of_base(tmp_path, micro_config(lora_r=2, load_in_4bit=True))
+    assert "`quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True)`" in told
 
 
 def test_a_start_that_an_earlier_stage_left_says_what_that_was_made_of(tmp_path):

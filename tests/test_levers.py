@@ -23,6 +23,7 @@ from classifier import classifier_batch, new_classifier, pair_loss, pairs_in_pas
 from config import Config, UsageError
 from fitting import IGNORED, add_gradient, in_passes, own_loss, part_of, whole
 from loading import load_policy, new_policy
+from reward import check_weights
 from reward_model import load_reward_model, own_reading, text_logits
 from sft import Example, language_batch
 
@@ -334,6 +335,10 @@ def test_a_reward_model_under_an_adapter_scores_as_it_did(base, weights, place, 
     again = load_reward_model(Config(), str(folder), CPU)(TRIED)
     assert_close(again, scored, atol=1e-5)
     assert again.std() > 0.01
+    check_weights(Config(task="train", reward_model_path=str(folder)))  # as the start of a run does
+    saved = json.loads((folder / "config.json").read_text())
+    assert [name for name in saved["architectures"] if name.endswith("ForSequenceClassification")]
+    assert saved["label2id"] == {"NEGATIVE": 0, "POSITIVE": 1}
     if not is_whole:
         weights_saved = load_file(folder / "adapter_model.safetensors")
         head = "score" if base != "BERT" else "classifier"

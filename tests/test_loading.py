@@ -487,7 +487,7 @@ def close(server: http.server.ThreadingHTTPServer) -> None:
 
 def in_a_new_process(code: str, folder: Path, **environment: str) -> str:
     """What the code prints with the loading functions at hand and an empty cache, and without a word of a library's."""
-    modules = ("config", "adapters", "loading", "reward", "sft")
+    modules = ("config", "adapters", "loading", "reward_model", "sft")
     code = "import torch\n" + "".join(f"from {module} import *\n" for module in modules) + code
     online = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "home"), "NO_PROXY": "127.0.0.1"}
     environment = {**os.environ, **online, "PYTHONPATH": str(Path(loading.__file__).parent), **environment}

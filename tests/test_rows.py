@@ -15,6 +15,7 @@ import pytest
 import torch
 from micro import flags, micro_config, run_main
 
+import conversations
 import dataset
 import prompts
 import provenance
@@ -161,6 +162,19 @@ def test_what_is_asked_of_a_column_is_what_a_list_would_say(tmp_path):
     assert rows_of_table({"text": ["é", "日本"]}, [1, 0]).lengths("text").tolist() == [2, 1]  # letters, not bytes
     assert rows_of_table({"text": ["a", None]}, [0, 1]).lengths("text") is None
     assert as_file(tmp_path, [{"a": 1}, {"a": "x"}, {"a": 1}]).distinct("a") == {1, "x"}
+
+
+def test_of_pairs_that_are_messages_the_first_are_looked_at(monkeypatch):
+    """Two of three are whole conversations; the rows beyond the limit are not made."""
+    monkeypatch.setattr(conversations, "LOOKED_AT", 6)
+    whole = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    pairs = {"chosen": [whole, whole, whole[1:]] * 10, "rejected": [whole] * 30}
+    rows, made = rows_of_table(pairs, range(30)), []
+    real = Rows.made
+    monkeypatch.setattr(Rows, "made", lambda self, indices: (made.extend(indices.tolist()), real(self, indices))[1])
+    config = micro_config(task="reward", chosen_column="chosen", rejected_column="rejected", chat=True)
+    assert [row.number for row in conversations.without_whole_pairs(rows, config)] == [3, 6]
+    assert max(made) < 6
 
 
 def test_rows_are_known_by_the_same_hashes_wherever_they_are():
