@@ -1,8 +1,12 @@
 """The benchmark of a PPO step: it counts the work that the shipped code does, and reports it under the agreed names."""
 
+import json
+import runpy
+import sys
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -11,7 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cost, floor, learning, step
 from benchmarks.floor import Size, backward_products, flops, forward_products, matrix_products
+from files import read_rows
 
+ROOT = Path(__file__).parents[1]
 TINY = Size(32, 2, 2, vocab=64, batch=4, minibatch=2, query_len=9, response_len=60, ppo_epochs=3)
 FLAGS = [f"--{name.replace('_', '-')}={value}" for name, value in TINY._asdict().items()]
 KEYS = "impl transformers torch threads matmul_precision attn fused_adam mixed_precision params config generate_s "
@@ -164,3 +170,31 @@ def test_the_time_to_a_reward_that_every_run_reaches_by_hand():
 def test_a_size_is_a_starting_point():
     args = step.parse(["--size=c", "--batch=8"])
     assert Size(*(getattr(args, name) for name in Size._fields)) == step.SIZES["c"]._replace(batch=8)
+
+
+def test_halves_of_pairs_share_no_prompt_and_lose_no_pair(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"prompt {i % 30}", "chosen": f"é\u2028{i}", "rejected": "b"} for i in range(100)]
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    Path("all.jsonl").write_text("".join(lines), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["pairs.py", "all.jsonl"])
+    runpy.run_path(str(ROOT / "benchmarks" / "pairs.py"))
+    parts = [read_rows(Path(f"pairs_{half}/{part}.jsonl")) for half in "ab" for part in ("train", "validation")]
+    prompts = [{row["prompt"] for row in part} for part in parts]
+    assert [len(some) for some in prompts] == [12, 3, 12, 3]
+    assert len(set.union(*prompts)) == 30
+    assert sorted((row for part in parts for row in part), key=rows.index) == rows
+
+
+def test_wins_of_two_runs_by_hand(tmp_path, monkeypatch, capsys):
+    """3 of 4, and 1 of 4 beside equal rewards; Wilson's of 4 of 8: .5 ± Z sqrt(.25/8 + Z²/256) / (1 + Z²/8)."""
+    for run, after in {"one": (1, 2, 3, -1), "two": (0, 0, -1, 0.5)}.items():
+        (tmp_path / run / "results").mkdir(parents=True)
+        lines = ["query,reward_before,reward_after", *(f'"a, b",0,{reward}' for reward in after)]
+        (tmp_path / run / "results" / "samples.csv").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["wins.py", "one", "two"])
+    runpy.run_path(str(ROOT / "benchmarks" / "wins.py"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("one: 3 of 4 = 75% [") and lines[1].startswith("two: 1 of 4 = 25% [")
+    assert lines[2] == "all: 4 of 8 = 50% [22%, 78%]"

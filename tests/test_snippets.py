@@ -43,7 +43,7 @@ NOT_DRY_RUN = {  # words of a command: why it is parsed alone
     "--resume": "it needs a run that was interrupted; test_checkpoint.py interrupts some",
     "--help": "it prints, and there is nothing else to be done",
 }
-NOT_OURS = ("--nproc_per_node", "--logdir")  # flags of torchrun and tensorboard
+NOT_OURS = ("--nproc_per_node", "--logdir", "--target")  # flags of torchrun, tensorboard and pip
 NOT_RUN_HERE = {  # how a block of Python begins, or its page: why it is not executed here
     "for number in range(config.n_updates):": "it is the notebook's loop; test_notebook.py runs that",
     "from_paper_to_code.md": "its blocks are lines of the source; test_papers.py looks them up",
@@ -190,10 +190,10 @@ def world(workplace, monkeypatch) -> Path:
     for review in movie_reviews(60, seed=1):
         start = review["text"][:20]
         rows.append(review | {"query": start, "prompt": start, "chosen": "a good film", "rejected": "a bad film"})
-    for folder in ("imdb", "toxicity", "pairs_a"):
+    for folder in ("imdb", "toxicity", "pairs_a", "pairs_b"):
         Path(folder).mkdir()
     files = ("prompts.jsonl", "texts.jsonl", "openings.jsonl", "instructions.jsonl", "pairs_a/train.jsonl")
-    for file in (*files, "imdb/train.jsonl", "imdb/test.jsonl"):
+    for file in (*files, "pairs_b/train.jsonl", "imdb/train.jsonl", "imdb/test.jsonl"):
         Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows))
     shutil.copy("imdb/train.jsonl", "toxicity/train.jsonl")
     reward = next(text for name, text in PYTHON.items() if name.startswith("README") and "def reward(" in text)
