@@ -33,7 +33,7 @@ from reward_model import label_index
 CARD = "README.md"
 TRAINING_FIGURE = "plots/training.png"
 RELIABILITY_FIGURE = "plots/reliability.png"
-HERE_ALONE = ("run_name", "device", "save_every", "keep_checkpoints")  # settings of a place, as those of a start are
+HERE_ALONE = ("device", "save_every", "keep_checkpoints")  # settings of a place, as those of a start are
 MOST_LETTERS = 1000  # of a prompt or a response among the samples
 
 
@@ -227,6 +227,8 @@ def start_line(record: dict) -> str:
     """The model that training began with; of one that an earlier stage left, what that began with, too."""
     start = record["starts_from"]["path"]
     told = f"the model {code(public_name(start))}" if start else "random weights"
+    if record["starts_from"].get("sha256"):
+        told += f" (the hash of its weights is {code(record['starts_from']['sha256'])})"
     earlier = read_record(run_above(Path(start))).get("starts_from", {}).get("path") if start else ""
     return f"- Start: {told}, made of {code(public_name(earlier))}" if earlier else f"- Start: {told}"
 
@@ -412,7 +414,9 @@ def classifier_line(config: Config) -> str:
         names = load(AutoConfig.from_pretrained, "reward_model_path", path).id2label
         label = names[label_index(names, config.reward_label)]
     reads = "the response" if config.reward_input == "response" else "prompt and response"
-    return f"the {config.reward_output} of label {code(label)} by {code(public_name(path))} on {reads}"
+    accuracy = read_record(Path(path)).get("held_out", {}).get("accuracy")
+    right = f", which is right about {accuracy:.1%} of held-out rows" if accuracy is not None else ""
+    return f"the {config.reward_output} of label {code(label)} by {code(public_name(path))} on {reads}{right}"
 
 
 def with_interval(value: float, interval: tuple[float, float] | None, sign: str = "") -> str:
@@ -459,9 +463,7 @@ def alarms_raised(history: list[dict], least: int) -> str:
     """
     raised = [row for row in history if row["alarms"]]
     if not raised and len(history) < least:
-        told = (
-            f"the latest responses are compared with the first from {least} updates on; it had {len(history)}"
-        )
+        told = f"the latest responses are compared with the first from {least} updates on; it had {len(history)}"
         return f"## Alarms\n\nThe run was too short for most of them: {told}."
     if not raised:
         return f"## Alarms\n\nNone was raised (updates: {len(history):,})."

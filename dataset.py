@@ -341,6 +341,12 @@ def suspects(rows: Sequence[dict], name: str, kind: type | tuple[type, ...] = st
     return rows.suspects(name, kind) if isinstance(rows, Rows) else rows
 
 
+def in_words(kind: type) -> str:
+    """What a value of a column is called."""
+    names = {str: "text", int: "whole number", float: "fraction", dict: "group of columns", type(None): "null"}
+    return names.get(kind, "value" if kind is object else kind.__name__)
+
+
 def check_column(rows: Sequence[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> None:
     """Raise UsageError unless there is the column, naming those that there are, and it holds `kind` in every row.
 
@@ -352,10 +358,10 @@ def check_column(rows: Sequence[dict], name: str, flag: str, kind: type | tuple[
         raise UsageError(f"--{flag} {name!r} is no column of the data; it has {known}")
     for row in in_file_order(suspects(rows, name, kind)):
         if row[name] is None or not isinstance(row[name], kind):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            expected = " or ".join("value" if each is object else each.__name__ for each in kinds)
-            found = "null" if row[name] is None else type(row[name]).__name__
-            raise UsageError(f"--{flag} {name!r} holds a {found} in {place_of(row)}, expected a {expected}")
+            expected = " or ".join(map(in_words, kind if isinstance(kind, tuple) else (kind,)))
+            raise UsageError(
+                f"--{flag} {name!r} holds a {in_words(type(row[name]))} in {place_of(row)}, expected a {expected}"
+            )
 
 
 def column(rows: Sequence[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> list:

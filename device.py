@@ -52,7 +52,8 @@ def pick_device(name: str) -> torch.device:
     with suppress(RuntimeError, AssertionError):
         if torch.device(name).type in ("cpu", "cuda"):
             return torch.empty(0, device=name).device
-    raise UsageError(f"--device {name} cannot be used here; expected auto, cpu or cuda")
+    usable = "auto, cpu or cuda" if torch.cuda.is_available() else "auto or cpu"
+    raise UsageError(f"--device {name} cannot be used here; expected {usable}")
 
 
 def own_gpu(name: str) -> None:

@@ -110,7 +110,9 @@ def new_stage_folder(config: Config) -> Path:
     """The folder of a stage that is about to be trained. Raises UsageError if it is there, or cannot be written."""
     folder = stage_folder(config, config.task)
     if folder.exists():
-        raise UsageError(f"{folder} exists already; name another --output_dir, so that nothing is overwritten")
+        raise UsageError(
+            f"{folder} exists already; name another --output_dir, or move it away, so that nothing is overwritten"
+        )
     check_writable(folder)
     return folder
 

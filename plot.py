@@ -311,7 +311,8 @@ def plot_training(folder: Path, notice: str = "", runs: dict[str, Path] | None =
             draw_curves(axis, columns, own, number)
         draw_frontier(frontier, own, number)
     for axis, (label, columns) in zip(axes, panels.items(), strict=True):
-        axis.set(xlabel="update", ylabel=label)
+        axis.set_xlabel("update")
+        axis.set_ylabel(label, fontsize=min(10, 280 / len(label)))  # points: no longer than its panel is high
         axis.locator_params(axis="x", integer=True)
         if len(columns) > 1:
             axis.legend(axis.lines[: len(columns)], columns, fontsize=8, handlelength=2.5)
@@ -321,6 +322,7 @@ def plot_training(folder: Path, notice: str = "", runs: dict[str, Path] | None =
     title = f"PPO: {len(runs)} runs" if len(runs) > 1 else f"PPO: {last_name(folder)}"
     is_averaged = any(own["step"][0] > 0 for own in stats.values())
     caption = FRONTIER_CAPTION + MEANS_OF_UPDATES_CAPTION if is_averaged else FRONTIER_CAPTION
+    notice = notice if len(runs) == 1 else ""  # it is that of one of them
     return save_figure(frontier.figure, path, title, caption, notice)
 
 

@@ -42,6 +42,7 @@ TOLERANCES = {  # behind them, what sampling and scoring differed by with a Llam
     "bfloat16": Gap(mean=0.1, most=1.0),  # 0.036, 0.3; the larger the batch, the further off is its worst token
     "8 bits": Gap(mean=0.1, most=3.0),  # 0.038, 1.3 where activations are of 8 bits, too
 }
+MOST_ENDS = 2  # special tokens that a tokenizer puts around a prompt
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # of a number
 
 
@@ -177,7 +178,8 @@ def memory_estimate(config: Config, policy: PolicyModel) -> str:
     n_logits = 2 + 2 * (config.entropy_coef > 0)
     rows = min(config.mini_batch_size, config.batch_size)
     logits = n_logits * BYTES["float32"] * rows * config.max_new_tokens * model_config.vocab_size
-    prompt = min(config.max_prompt_length, prompt_room(config, policy))
+    longest = config.prompt_tokens + MOST_ENDS if config.prompt_tokens else config.max_prompt_length
+    prompt = min(longest, config.max_prompt_length, prompt_room(config, policy))
     tokens = rows * (prompt + config.max_new_tokens)
     number_a_layer = BYTES[config.dtype] * tokens * model_config.hidden_size  # bytes of one number a unit of width
     if config.gradient_checkpointing:

@@ -82,7 +82,11 @@ def test_the_card_of_a_run_says_what_the_run_says(chain):
         "How it was made",
         "Before and after, on 4 validation prompts",
     ]
-    assert "too short for most of them" in text and "from 64 updates on; it had 2." in text and "](plots/training.png)" in text
+    assert (
+        "too short for most of them" in text
+        and "from 64 updates on; it had 2." in text
+        and "](plots/training.png)" in text
+    )
     for prompt in re.findall(r"^prompt  '(.*)'$", chain.output, re.MULTILINE):
         assert f"prompt: {prompt}\n" in text
     assert "1 x the probability of label `POSITIVE` by `reward` on prompt and response" in text

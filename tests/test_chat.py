@@ -190,7 +190,7 @@ def test_answers_that_are_none_are_refused_with_their_row(kind, chat_place, caps
 
 def test_messages_where_texts_were_begun_with_are_refused():
     rows = [{"good": "a"}, {"good": [USER, ANSWER]}]
-    with pytest.raises(UsageError, match="--chosen_column 'good' holds a list in a row, expected a str"):
+    with pytest.raises(UsageError, match="--chosen_column 'good' holds a list in a row, expected a text"):
         check_answers(rows, "good", "chosen_column", micro_config())
 
 

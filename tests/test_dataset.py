@@ -124,7 +124,7 @@ def test_a_column_is_found_and_checked():
     assert column(rows, "label", "label_column", int) == [0, 1]
     with pytest.raises(UsageError, match="--prompt_column 'txt' is no column of the data; it has text, label; did you"):
         column(rows, "txt", "prompt_column")
-    with pytest.raises(UsageError, match="--prompt_column 'text' holds a null in a row, expected a str"):
+    with pytest.raises(UsageError, match="--prompt_column 'text' holds a null in a row, expected a text"):
         column(rows, "text", "prompt_column")
 
 
@@ -433,7 +433,7 @@ def test_one_row_with_rows_in_it_is_no_table(rows, is_refused):
 
 def test_what_a_column_holds_is_told_of_its_first_row_in_the_file():
     rows = [Row({"a": 1, "b": 2}, 9), Row({"a": "x", "b": None}, 7), Row({"a": 2.5, "b": 3}, 4)]
-    with pytest.raises(UsageError, match="--flag 'a' holds a float in row 4, expected a str"):
+    with pytest.raises(UsageError, match="--flag 'a' holds a fraction in row 4, expected a text"):
         column(rows, "a", "flag")
     with pytest.raises(UsageError, match="--flag 'b' holds a null in row 7, expected a value"):
         column(rows, "b", "flag", object)
@@ -520,7 +520,7 @@ def test_rows_know_their_number_in_the_file_though_they_are_shuffled(tmp_path):
     assert all(row.number == row["label"] + 1 for row in loaded) and len(loaded) < 40
     loaded += load_rows(config, "judge")
     assert len(loaded) == 40
-    with pytest.raises(UsageError, match="--prompt_column 'text' holds a null in row 1, expected a str"):
+    with pytest.raises(UsageError, match="--prompt_column 'text' holds a null in row 1, expected a text"):
         column(loaded, "text", "prompt_column")
 
 

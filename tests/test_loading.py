@@ -133,7 +133,7 @@ def test_a_policys_tokenizer_needs_an_eos_token_and_a_reward_models_does_not(tmp
 def test_a_file_where_a_model_is_expected_is_refused_as_that(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     for name in ("model.safetensors", "model.safetensors/below"):
-        words = "is no folder, expected one in which a model is saved" if "/" not in name else "is no folder, and"
+        words = "is no folder, expected one in which a model is saved"
         with pytest.raises(UsageError, match=f"--base_model_name {tmp_path / name} {words}"):
             load_tokenizer(str(tmp_path / name))
 

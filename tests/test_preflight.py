@@ -115,7 +115,9 @@ def test_the_memory_estimate_is_what_a_step_takes(size, monkeypatch):
     [
         ({"mini_batch_size": 4}, "same", "more"),
         ({"max_new_tokens": 24}, "same", "more"),
-        ({"max_prompt_length": 24}, "same", "more"),
+        ({"max_prompt_length": 24, "prompt_tokens": 0}, "same", "more"),
+        ({"max_prompt_length": 24}, "same", "same"),  # the first words are no more for that
+        ({"prompt_tokens": 12, "max_prompt_length": 24}, "same", "more"),
         ({"gradient_checkpointing": True}, "same", "less"),
         ({"n_layer": 2}, "more", "more"),
         ({"n_embd": 32}, "more", "more"),

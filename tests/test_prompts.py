@@ -398,7 +398,7 @@ BAD_TALK = {  # the prompt column of row 7, and what is said of it
     "no role": ([{"content": "a"}], "row 7 holds {"),
     "answered only": ([{"role": "assistant", "content": "a"}], "row 7 holds no message to answer"),
     "system role": ([{"role": "system", "content": "no"}, USER], "refuses row 7: no system role here"),
-    "null": (None, "--prompt_column 'messages' holds a null in row 7, expected a str or list"),
+    "null": (None, "--prompt_column 'messages' holds a null in row 7, expected a text or list"),
 }
 
 

@@ -93,7 +93,7 @@ MISTAKES = {
     "weight of no function": (["--task", "train", "--reward_weights", "reward_fn=1"], "needs --reward_fn FILE.py:NAME"),
     "no length range": (["--task", "train", "--reward_weights", "length=1"], "--length_range is '', expected LOW,HIGH"),
     "length range": (["--task", "train", "--length_range", "9,4"], "--length_range is '9,4', expected LOW,HIGH"),
-    "device": (["--task", "train", "--device", "abacus"], "--device abacus cannot be used here; expected auto, cpu"),
+    "device": (["--task", "train", "--device", "abacus"], "--device abacus cannot be used here; expected auto"),
     "no file of a function": (["--task", "train", "--reward_fn", "nowhere.py:reward"], "with an existing file"),
     "no name of a function": (
         ["--task", "train", "--reward_fn", "reward"],
@@ -232,11 +232,11 @@ DATA = {
     ),
     "numbers.csv": (
         "text,label\n" + "7,1\n" * 40,
-        "--prompt_column 'text' holds a int in row 1, expected a str or list",
+        "--prompt_column 'text' holds a whole number in row 1, expected a text or list",
     ),
     "gaps.jsonl": (
         '{"text": "A film."}\n' * 39 + '{"text": null}\n',
-        "--prompt_column 'text' holds a null in row 40, expected a str or list",
+        "--prompt_column 'text' holds a null in row 40, expected a text or list",
     ),
 }
 

@@ -141,10 +141,10 @@ def test_only_rows_that_may_be_wrong_are_looked_at(made, tmp_path):
     assert [row.number for row in rows[2:].suspects("a", int)] == []
     assert len(rows.suspects("a", str)) == len(rows.suspects("b", str)) == 4
     for name, kind, words in (
-        ("a", int, "'a' holds a null in row 2, expected a int"),
-        ("a", str, "'a' holds a int in row 1, expected a str"),
-        ("b", str, "'b' holds a list in row 2, expected a str"),
-        ("b", (str, list), "'b' holds a null in row 3, expected a str or list"),
+        ("a", int, "'a' holds a null in row 2, expected a whole number"),
+        ("a", str, "'a' holds a whole number in row 1, expected a text"),
+        ("b", str, "'b' holds a list in row 2, expected a text"),
+        ("b", (str, list), "'b' holds a null in row 3, expected a text or list"),
     ):
         with pytest.raises(UsageError, match=f"--flag {words}$"):
             check_column(rows, name, "flag", kind)
