@@ -203,7 +203,7 @@ EQUATIONS = {  # functions, with the symbol of what they compute, and where it i
     ppo.shape_rewards: ("r_t", "Ziegler et al. 2019, eq. 2, spread over the tokens"),
     ppo.estimate_advantages: ("Â_t", "GAE, eq. 16"),
     ppo.masked_whiten: ("Â_t, whitened", ""),
-    ppo.estimate_returns: ("R_t", ""),
+    ppo.estimate_returns: ("R_t", "GAE, eq. 28, where λ = 1"),
     ppo.importance_ratio: ("q_t", "PPO, section 3"),
     ppo.policy_losses: ("L^CLIP", "PPO, eq. 7"),
     ppo.value_losses: ("L^VF", "departs from PPO, eq. 9"),

@@ -17,7 +17,8 @@ NAN = float("nan")
 
 
 class Exercise(NamedTuple):
-    """The arguments of an answer, the function that is right, and by a sentence each the ways to be wrong.
+    """The arguments of an answer, the function that is right, and by a sentence each the ways to be wrong; and where
+    an answer may go wrong that is right elsewhere: what is other there, by the sentence that is then said.
 
     A wrong way gives NaN where it leaves open what an answer would have.
     """
@@ -25,6 +26,7 @@ class Exercise(NamedTuple):
     inputs: dict
     right: Callable
     wrong: dict[str, Callable]
+    edges: dict[str, dict]
 
 
 def batch() -> dict[str, torch.Tensor]:
@@ -198,13 +200,22 @@ LOSS = {
 }
 
 
-def exercise(right: Callable, wrong: dict[str, Callable], names: str, **numbers: float) -> Exercise:
+ALIKE = {
+    "where all numbers are alike it divides 0 by 0: 1e-8 beside the variance keeps that finite": {
+        "x": torch.full_like(batch()["x"], 2.0)
+    }
+}
+
+
+def exercise(
+    right: Callable, wrong: dict[str, Callable], names: str, edges: dict[str, dict] | None = None, **numbers: float
+) -> Exercise:
     tensors = batch()
-    return Exercise({name: tensors[name] for name in names.split()} | numbers, right, wrong)
+    return Exercise({name: tensors[name] for name in names.split()} | numbers, right, wrong, edges or {})
 
 
 EXERCISES = {
-    "whiten": exercise(ppo.masked_whiten, WHITEN, "x mask"),
+    "whiten": exercise(ppo.masked_whiten, WHITEN, "x mask", edges=ALIKE),
     "gae": exercise(ppo.estimate_advantages, GAE, "rewards values mask", gamma=0.9, lam=0.8),
     "clipped_loss": exercise(clipped_loss, LOSS, "ratio advantages mask", clip_range=0.2),
 }
@@ -216,10 +227,15 @@ def same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     return bool(said.any()) and torch.allclose(found[said], expected[said], rtol=0, atol=1e-5)
 
 
+def answered(answer: Callable, inputs: dict) -> torch.Tensor | None:
+    """What an answer gives for the inputs, which it may change as it likes."""
+    return answer(**{name: x.clone() if torch.is_tensor(x) else x for name, x in inputs.items()})
+
+
 def check(answer: Callable) -> str:
     """What is to be said of an answer, which is known by its function's name."""
-    inputs, right, wrong = EXERCISES[answer.__name__]
-    found = answer(**{name: x.clone() if torch.is_tensor(x) else x for name, x in inputs.items()})
+    inputs, right, wrong, edges = EXERCISES[answer.__name__]
+    found = answered(answer, inputs)
     if found is None:
         return "Not filled in yet: the function returns nothing."
     expected = right(**inputs)
@@ -228,6 +244,10 @@ def check(answer: Callable) -> str:
         return f"Not yet: it returns {given}, expected a tensor of shape {tuple(expected.shape)}."
     found = found.detach().double()
     if same(found, expected):
+        for sentence, changes in edges.items():
+            there = inputs | changes
+            if not same(answered(answer, there).detach().double(), right(**there)):
+                return f"Nearly: {sentence}."
         return "Right: these are the numbers of ppo.py."
     mask = inputs["mask"]
     beyond = torch.full_like(mask, expected.dim() > 0) & ~mask  # of a single number nothing is
