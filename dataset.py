@@ -22,7 +22,7 @@ from torchtyping import TensorType
 from transformers import PreTrainedTokenizerBase
 
 from config import Config, UsageError, first_line, nearest
-from files import read_object
+from files import format_of, read_object
 from hub import hub_error
 from reviews import movie_reviews
 from rows import IN_A_BATCH, Row, Rows, check_is_utf_8, open_table
@@ -36,7 +36,6 @@ OWN_SPLITS = {  # a dataset's names for parts, of which the last that it has cou
     "test": "test",
 }
 SHARES = {"judge": 25, "validation": 10, "test": 10}  # per cent of the training split, where there is none of its own
-FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 # half of a character as JSON escapes it, first or second
 HALF = rb"\\u[dD][89abAB]..(?!\\u[dD][c-fC-F])|(?<!\\u[dD][89abAB]..)\\u[dD][c-fC-F]"
 CHECKED = "text_is_checked"  # a file beside what `datasets` has made of a file's rows, which stays until it changes
@@ -49,14 +48,7 @@ def load_splits(path: str, name: str = "") -> dict:
 
     Raises UsageError, whatever went wrong there.
     """
-    place = Path(path)
-    kind = None if place.is_dir() else FORMATS.get(place.suffix.lower())
-    if kind and not place.exists():
-        raise UsageError(f"--dataset_path {path} does not exist")
-    if place.exists() and not place.is_dir() and not place.is_file():
-        raise UsageError(f"--dataset_path {path} is neither a file nor a folder")
-    if place.is_file() and not kind:
-        raise UsageError(f"--dataset_path {path} is a file, expected one that ends in {', '.join(FORMATS)}")
+    place, kind = Path(path), format_of(path)
     unreachable = "" if place.exists() else hub_error()
     import datasets  # a second to import, which --help and the built-in data need not wait for
 

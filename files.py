@@ -28,6 +28,7 @@ from config import RunError, UsageError, first_line
 
 LOST = "some are lost; bring it back as it was, or begin again in another folder"
 MANIFEST = "manifest.json"  # what a folder's files are, with their hashes: the last to be written
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}  # of data
 
 
 OURS = re.compile(r"\..*\.\d+-[0-9a-f]{8}\.(unfinished|replaced)")  # names as `beside` makes them
@@ -203,6 +204,29 @@ def whole_lines(path: Path) -> list[bytes]:
     """The lines of a file, or none where there is no file, but for a last one that was not written to its end."""
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
+
+
+def format_of(path: str) -> str | None:
+    """The format of a file of data; None for a folder, and for an id of the Hub. Raises UsageError for a file that is
+    missing, or has none of the formats.
+    """
+    place = Path(path)
+    kind = None if place.is_dir() else FORMATS.get(place.suffix.lower())
+    if kind and not place.exists():
+        raise UsageError(f"--dataset_path {path} does not exist")
+    if place.exists() and not place.is_dir() and not place.is_file():
+        raise UsageError(f"--dataset_path {path} is neither a file nor a folder")
+    if place.is_file() and not kind:
+        raise UsageError(f"--dataset_path {path} is a file, expected one that ends in {', '.join(FORMATS)}")
+    return kind
+
+
+def file_and_name(spec: str) -> tuple[str, str]:
+    """The two parts of --reward_fn. Raises UsageError unless they are FILE.py:NAME, and the file is there."""
+    path, _, name = spec.rpartition(":")
+    if not Path(path).is_file() or Path(path).suffix != ".py":
+        raise UsageError(f"--reward_fn {spec}: expected FILE.py:NAME with an existing file")
+    return path, name
 
 
 def read_rows(path: Path) -> list[dict]:

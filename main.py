@@ -27,7 +27,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # kernels kept,
 
 from arguments import parse_args
 from config import USES_A_RUN, Config, RunError, UsageError, describe
-from files import clear_leftovers
+from files import clear_leftovers, file_and_name, format_of
 from folders import (
     interrupted_runs,
     new_ppo_folder,
@@ -87,8 +87,17 @@ def begin() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def check_files(config: Config) -> None:
+    """Raise UsageError for a file that is not here, at once: what reads it waits for torch."""
+    if config.dataset_path:
+        format_of(config.dataset_path)
+    if config.reward_fn and config.task == "train":
+        file_and_name(config.reward_fn)
+
+
 def run_training(config: Config, base_model: str, reward_model: str) -> None:
     """The task sft, reward or train, and before it the stages whose folders are not there yet."""
+    check_files(config)
     folder = new_ppo_folder(config) if config.task == "train" else new_stage_folder(config)
     begins_a_run = config.task == "train" and not config.resume
     others = interrupted_runs(config.run_folder) if begins_a_run else []

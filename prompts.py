@@ -357,6 +357,8 @@ def load_prompts(config: Config, tokenizer: PreTrainedTokenizerBase, part: str, 
         whose = f"the chat template of {tokenizer.name_or_path}"
         print(f"note: {whose} leaves the system's turn out, of {len(systems)} prompts")
     prompts = limit_length(prompts, config, tokenizer)
+    if len(prompts) == 1 and part != "train":
+        print(f"note: one prompt alone is held out for {part}: no change can be told from chance by it")
     if len(rows) <= LOOKED_AT:
         return prompts
     print(f"{len(prompts):,} of {len(rows):,} prompts in {part} were looked at; the others are when they are drawn")

@@ -16,7 +16,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
 from torchtyping import TensorType, is_float
@@ -24,6 +23,7 @@ from transformers import AutoConfig
 
 from adapters import base_of
 from config import Config, RunError, UsageError, first_line, nearest
+from files import file_and_name
 from hub import load
 from reward_model import check_is_no_language_model, check_says_labels, classifier_term, label_index
 
@@ -209,9 +209,7 @@ def load_reward_function(spec: str) -> RewardTerm:
     """FILE.py:NAME as a term whose result is checked. Raises UsageError if there is no such file or function, or if it
     does not take what it is given.
     """
-    path, _, name = spec.rpartition(":")
-    if not Path(path).is_file() or Path(path).suffix != ".py":
-        raise UsageError(f"--reward_fn {spec}: expected FILE.py:NAME with an existing file")
+    path, name = file_and_name(spec)
     module_spec = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(module_spec)
     sys.modules[module_spec.name] = module  # where dataclasses and pickle look a module up

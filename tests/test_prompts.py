@@ -722,3 +722,15 @@ def test_a_typed_prompt_has_all_its_responses_before_the_next_is_asked_for():
         answered += [row["text"] for row in rows]
         assert set(taken) == set(answered)
     assert answered == ["a"] * 5 + ["b"] * 5
+
+
+def test_a_single_prompt_that_is_held_out_is_told(monkeypatch, capsys):
+    """Its interval has no width, which says nothing."""
+    import prompts
+
+    monkeypatch.setattr(prompts, "load_rows", lambda config, part, limit: [{"text": "abc"}])
+    config = micro_config(prompt_tokens=0)
+    assert len(prompts.load_prompts(config, bos_tokenizer(), "train", 5)) == 1
+    assert capsys.readouterr().out == ""
+    prompts.load_prompts(config, bos_tokenizer(), "test", 5)
+    assert "one prompt alone is held out for test: no change can be told" in capsys.readouterr().out
