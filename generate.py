@@ -8,12 +8,13 @@ both. Top-k, top-p, a minimum length and greedy choice change the distribution, 
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch.nn.functional import pad as pad_columns
 from torchtyping import TensorType, is_float
-from transformers import PreTrainedTokenizerBase, StaticCache, TopKLogitsWarper, TopPLogitsWarper
+from transformers import PretrainedConfig, PreTrainedTokenizerBase, StaticCache, TopKLogitsWarper, TopPLogitsWarper
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from config import BrokenPolicy, Config, UsageError
@@ -117,22 +118,34 @@ def next_inputs(inputs: dict, tokens: TensorType["batch"], cache, width: int) ->
     }
 
 
-class EvenCache(StaticCache):
-    """Keys and values in one type, that of the keys: under autocast rotary positions leave keys in float32, and values
-    are in bfloat16. What is computed of them is taken to bfloat16 again.
-    """
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
-        return super().update(key_states, value_states.to(key_states.dtype), *args, **kwargs)
-
-
 def new_static_cache(language_model: torch.nn.Module, query_width: int, max_new_tokens: int) -> Cache:
     """Room for the keys and values of all tokens that there will be, which a step writes to and never moves."""
     config = copy.copy(language_model.config.get_text_config(decoder=True))
     if not language_model.config.is_encoder_decoder:
-        return EvenCache(config, max_cache_len=room(query_width + max_new_tokens))
+        return roomy_cache(config, room(query_width + max_new_tokens))
     config.num_hidden_layers = getattr(config, "num_decoder_layers", config.num_hidden_layers)  # as T5 calls them
-    return EncoderDecoderCache(*(EvenCache(config, max_cache_len=width) for width in (max_new_tokens, query_width)))
+    return EncoderDecoderCache(*(roomy_cache(config, width) for width in (max_new_tokens, query_width)))
+
+
+def roomy_cache(config: PretrainedConfig, width: int) -> StaticCache:
+    """A static cache in which keys and values have types of their own: under autocast, rotary positions leave keys in
+    float32 where values are in bfloat16.
+    """
+    cache = StaticCache(config, max_cache_len=width)
+    for layer in cache.layers:
+        layer.lazy_initialization = partial(make_room, layer, layer.lazy_initialization)
+    return cache
+
+
+def make_room(layer, in_one_type: Callable, *keys_and_values: torch.Tensor, **others) -> None:
+    """A layer's room, as the library makes it in the type of the keys, with that for the values in theirs; `others` are
+    states of layers that have no attention.
+    """
+    in_one_type(*keys_and_values, **others)
+    if len({states.dtype for states in keys_and_values}) > 1:
+        _, values = keys_and_values
+        layer.values = layer.values.to(values.dtype)
+        torch._dynamo.mark_static_address(layer.values)  # as the library does, or a graph would copy it
 
 
 def room(n_tokens: int) -> int:
