@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -134,7 +135,8 @@ def run_ppo(config: Config, base_model: str, reward_model_path: str, folder: Pat
                 raise
             except RunError as error:
                 raise with_a_way_on(error, folder) from error
-            keep_result(state, fixed, prompts, config, folder, tracker)
+            with told_what_is_left(folder):
+                keep_result(state, fixed, prompts, config, folder, tracker)
             report.finish_logs(folder)
 
 
@@ -320,6 +322,17 @@ def saved_before_an_error(updates: Iterator, save: Callable[[bool], None], folde
         save(at_once=True)
         if in_order(folder):
             tell(f"what was trained before is saved: {how_to_resume(folder)}")
+        raise
+
+
+@contextmanager
+def told_what_is_left(folder: Path) -> Iterator[None]:
+    """Where the work after the updates is interrupted, say how it is done."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if in_order(folder):
+            tell(f"all updates are done, and saved; what comes after them: {how_to_resume(folder)}")
         raise
 
 

@@ -194,6 +194,19 @@ def test_an_interrupted_run_says_so_without_a_traceback(workplace, update, capsy
     assert last_line_of_errors(capsys) == "error: interrupted"
 
 
+def test_a_run_interrupted_behind_its_updates_says_how_it_is_finished(workplace, monkeypatch, capsys):
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("run.plot_training", interrupted)
+        assert run_main("--task", "train", *flags(), "--output_dir", "run") == 130
+    how = "python main.py --task train --resume --output_dir run"
+    assert f"all updates are done, and saved; what comes after them: {how}\n" in capsys.readouterr().err
+    assert run_main("--task", "train", "--resume", "--output_dir", "run") == 0
+    assert (workplace / "run" / "training_stats.json").exists()
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Which stages a task runs
 # ----------------------------------------------------------------------------------------------------------------
