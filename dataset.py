@@ -335,8 +335,9 @@ def suspects(rows: Sequence[dict], name: str, kind: type | tuple[type, ...] = st
 
 def in_words(kind: type) -> str:
     """What a value of a column is called."""
-    names = {str: "text", int: "whole number", float: "fraction", dict: "group of columns", type(None): "null"}
-    return names.get(kind, "value" if kind is object else kind.__name__)
+    names = {str: "text", int: "whole number", float: "fraction", list: "list", dict: "group of columns"}
+    names |= {type(None): "null", object: "value"}
+    return names.get(kind, f"value of type {kind.__name__}")
 
 
 def check_column(rows: Sequence[dict], name: str, flag: str, kind: type | tuple[type, ...] = str) -> None:

@@ -32,9 +32,10 @@ from model import PolicyModel, TokenOutputs, is_frozen, score_in_passes
 from page import known_to_json, write_page
 from progress import progress
 from prompts import Prompt
+from report import log_row
 from scenes import Scene, compared_with_log, planned_updates, scene_of
 from tables import is_coloured, text_of
-from train import Fixed, Rollout, State, learning_rate, train, update
+from train import Fixed, Rollout, State, learning_rate, shuffled_steps, train, update
 
 KINDS = (".html", ".json")  # of files that a trace is written to
 
@@ -51,12 +52,18 @@ class Course(NamedTuple):
     outputs: list[TokenOutputs]  # before the update, and after each of its epochs
     updates: list[dict[str, float]]  # the statistics of `train.update` with one epoch, with two, ..., with all
     after: State
+    n_steps: int  # of the optimizer, that were taken
 
 
 def copied(state: State) -> State:
     """A copy that can be trained without the state's moving; modules with nothing to train are shared."""
     shared = {id(module): module for module in state.policy.modules() if is_frozen(module)}
     return copy.deepcopy(state, shared)
+
+
+def steps_of(state: State) -> int:
+    """How many steps Adam has taken."""
+    return int(max((own["step"] for own in state.optimizer.state.values()), default=0))
 
 
 def scored(policy: PolicyModel, rollout: Rollout, config: Config) -> TokenOutputs:
@@ -101,7 +108,7 @@ def course_of(
             break
         outputs.append(new)
         updates.append(numbers)
-    return Course(rollout, outputs, updates, after)
+    return Course(rollout, outputs, updates, after, steps_of(after) - steps_of(state))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -383,15 +390,14 @@ def explain(config: Config, asked: list[dict], base_model: str, reward_model_pat
         return f"dry run: {scene.title} would be shown, with row {', '.join(map(str, rows))} of its batch\n"
     course = played(scene)
     note = scene.note
-    n_epochs = len(course.updates)
-    if n_epochs < scene.config.ppo_epochs:
-        note += f"\n--target_kl ended the update by epoch {n_epochs} of {scene.config.ppo_epochs}."
-    if config.update != NO_UPDATE:
-        note += "\n" + compared_with_log(
-            Path(config.output_dir), config.update, course.rollout, course.updates[-1], rows
-        )
-    model = config.output_dir or config.base_model_name or "built-in"
     number = max(config.update, 0)
+    planned = len(shuffled_steps(len(course.rollout.mask), scene.config, number))
+    if course.n_steps < planned - course.updates[-1]["skipped_steps"]:
+        note += f"\n--target_kl ended the update after {course.n_steps} of its {planned} optimizer steps."
+    if config.update != NO_UPDATE:
+        stats = log_row(number, course.rollout, course.updates[-1], scene.config)
+        note += "\n" + compared_with_log(Path(config.output_dir), course.rollout, stats, rows)
+    model = config.output_dir or config.base_model_name or "built-in"
     tokenizer = scene.fixed.tokenizer
     trace = trace_of(course, tokenizer, scene.config, number, rows, title=scene.title, model=model, note=note)
     if not config.output:

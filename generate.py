@@ -7,6 +7,7 @@ both. Top-k, top-p, a minimum length and greedy choice change the distribution, 
 
 import copy
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -133,15 +134,16 @@ def roomy_cache(config: PretrainedConfig, width: int) -> StaticCache:
     """
     cache = StaticCache(config, max_cache_len=width)
     for layer in cache.layers:
-        layer.lazy_initialization = partial(make_room, layer, layer.lazy_initialization)
+        layer.lazy_initialization = partial(make_room, weakref.ref(layer))  # or it would hold itself, and its tensors
     return cache
 
 
-def make_room(layer, in_one_type: Callable, *keys_and_values: torch.Tensor, **others) -> None:
+def make_room(own: weakref.ref, *keys_and_values: torch.Tensor, **others) -> None:
     """A layer's room, as the library makes it in the type of the keys, with that for the values in theirs; `others` are
     states of layers that have no attention.
     """
-    in_one_type(*keys_and_values, **others)
+    layer = own()
+    type(layer).lazy_initialization(layer, *keys_and_values, **others)
     if len({states.dtype for states in keys_and_values}) > 1:
         _, values = keys_and_values
         layer.values = layer.values.to(values.dtype)

@@ -70,12 +70,8 @@ def load(from_pretrained: Callable, flag: str, path: str, **settings):
     if Path(path).is_dir():
         check_links(Path(path), flag, depth=2)
         problem = "a folder without a usable model"
-    elif Path(path).exists():
+    elif Path(path).exists() or path.startswith(("/", ".", "~")) or path.count("/") > 1:
         raise UsageError(f"--{flag} {path} is no folder, expected one in which a model is saved, or a Hub id")
-    elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
-        raise UsageError(
-            f"--{flag} {path} is no folder, expected one in which a model is saved, or a Hub id (OWNER/NAME)"
-        )
     else:
         reason = hub_error() or "no reachable Hub model"
         problem = f"no folder, and {reason}"

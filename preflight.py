@@ -191,7 +191,7 @@ def memory_estimate(config: Config, policy: PolicyModel) -> str:
         f"memory, estimated: {gigabytes(static)} for {count_parameters(policy)} with reference, gradients and Adam, "
         f"{gigabytes(forward)} for a forward pass of {rows} rows of {prompt} + "
         f"{config.max_new_tokens} tokens, the longest there may be (less with a smaller --mini_batch_size or "
-        "--max_prompt_length, or with --gradient_checkpointing)"
+        f"{'--prompt_tokens' if config.prompt_tokens else '--max_prompt_length'}, or with --gradient_checkpointing)"
     )
 
 

@@ -125,8 +125,9 @@ def planned_updates(config: Config) -> dict[int, int]:
     return planned
 
 
-def compared_with_log(run: Path, number: int, rollout: Rollout, stats: dict[str, float], rows: Sequence[int]) -> str:
+def compared_with_log(run: Path, rollout: Rollout, stats: dict[str, float], rows: Sequence[int]) -> str:
     """In a line, whether the responses, their scores and the update's statistics are those that the run has logged."""
+    number = stats["step"]
     logged = logged_rows(run / RESPONSES, number)
     differences = []
     for row in rows:
@@ -136,22 +137,23 @@ def compared_with_log(run: Path, number: int, rollout: Rollout, stats: dict[str,
             differences.append(f"the response of row {row} was {logged[row]['response']!r}")
         elif rollout.raw_scores[row].item() != float(logged[row]["reward"]):
             differences.append(f"the score of row {row} was {logged[row]['reward']}")
-    moved = differing_statistics(run, number, stats)
+    moved = differing_statistics(run, stats)
     if moved:
-        differences.append(f"{moved[0]}, and {len(moved) - 1} more of the update's statistics")
+        more = f" ({len(moved) - 1} more of its statistics differ)" if len(moved) > 1 else ""
+        differences.append(f"the update's {moved[0]}{more}")
     if differences:
         return f"It differs from what {run / RESPONSES} and {STATS} have: {'; '.join(differences)}."
     return f"Response, score and statistics are those of {run / RESPONSES} and {STATS}."
 
 
-def differing_statistics(run: Path, number: int, stats: dict[str, float]) -> list[str]:
+def differing_statistics(run: Path, stats: dict[str, float]) -> list[str]:
     """Those of an update that are not what the run has logged, but for the rounding of several processes."""
-    [logged] = [row for row in read_rows(run / STATS) if row["step"] == number]
+    [logged] = [row for row in read_rows(run / STATS) if row["step"] == stats["step"]]
     found = []
     for name, value in stats.items():
         before = logged.get(name, value)
-        if repr(before) != repr(value) and not math.isclose(before, value, rel_tol=1e-3, abs_tol=1e-6):
-            found.append(f"its {name} was {before:.4g}, and is {value:.4g}")
+        if repr(before) != repr(value) and not math.isclose(before, value, rel_tol=1e-4, abs_tol=1e-6):
+            found.append(f"{name} was {before:.4g}, and is {value:.4g}")
     return found
 
 

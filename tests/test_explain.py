@@ -497,8 +497,20 @@ def test_what_differs_from_the_log_is_told(run):
         "It differs from what steps/training_log.csv and training_stats.jsonl have: "
         "the response of row 1 was 'Something else'; "
         "the score of row 2 was 0.25; it has no row 3 of that update; "
-        f"its grad_norm was {1.5 * norm:.4g}, and is {norm:.4g}, and 0 more of the update's statistics."
+        f"the update's grad_norm was {1.5 * norm:.4g}, and is {norm:.4g}."
     )
+    stats[1] |= {"kl": 7.0, "explained_variance": 0.5}
+    (run / "training_stats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in stats))
+    trace = shown("--output_dir", "steps", "--update", "1", "--row", "0")
+    assert "the update's kl was 7, and is" in trace["note"] and "(2 more of its statistics differ)" in trace["note"]
+
+
+def test_an_update_that_ended_early_says_so(run):
+    """Also where its one epoch is not whole: the first step is taken, and the second one finds it too far."""
+    asked = ["--output_dir", "steps", "--target_kl", "1e-12"]
+    trace = shown(*asked, "--ppo_epochs", "1")
+    assert "\n--target_kl ended the update after 1 of its 2 optimizer steps." in trace["note"]
+    assert "ended the update" not in shown("--output_dir", "steps", "--target_kl", "9")["note"]
 
 
 def test_what_cannot_be_shown_is_refused_before_any_work(run, monkeypatch, capsys):

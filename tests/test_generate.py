@@ -1,7 +1,9 @@
 """The sampler: greedy against transformers' own, sampled against the softmax, and what becomes of rows that end."""
 
+import gc
 import math
 import re
+import weakref
 from functools import partial
 
 import pytest
@@ -12,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+import generate
 import ppo
 from config import Config, RunError
 from dataset import pad
@@ -77,6 +80,20 @@ def test_prompts_of_about_a_length_have_steps_of_one_shape(prompt):
         config = Config(max_new_tokens=12, static_cache=True)
         respond(policy, letter_tokenizer(), [[5] * length], uniforms(0, "sampling", 0, (1, 12)), config)
     assert widths == {prompt, prompt + 1, 64}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_static_cache_is_gone_when_the_responses_are_there(family, monkeypatch):
+    """Not when Python looks for cycles the next time, of which it knows nothing of a GPU's memory."""
+    made, real = [], generate.roomy_cache
+    monkeypatch.setattr("generate.roomy_cache", lambda *a: (made.append(weakref.ref(cache := real(*a))), cache)[1])
+    gc.disable()
+    try:
+        config = Config(max_new_tokens=12, static_cache=True)
+        respond(tiny_policy(family), letter_tokenizer(), QUERIES, UNIFORMS, config)
+        assert made and [own() for own in made] == [None] * len(made)
+    finally:
+        gc.enable()
 
 
 @pytest.mark.slow

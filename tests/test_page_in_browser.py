@@ -401,6 +401,14 @@ def test_another_score_of_one_response_moves_all_advantages(opened):
     assert_table(opened, raw, SETTINGS)
 
 
+def test_with_another_score_the_runs_own_is_told_and_what_stands_in_its_place(opened):
+    choose(opened, 1, 0, 0)
+    put(opened, "score-set", 2.0)
+    said = opened.run("['4', '5'].map((n) => byId('step-' + n).nextElementSibling.textContent)")
+    assert said[0].startswith("The reward gave the text −0.2500") and "cut before its end, which costs 0.5" in said[0]
+    assert said[1].endswith("Under What if? +2.0000 stands in its place.")
+
+
 def test_of_a_part_of_the_batch_the_page_keeps_the_runs_moments_and_says_so(tab, trace, tmp_path):
     part = {**trace, "batch": {"n_tokens": trace["batch"]["n_tokens"]}}
     write_page(part, tmp_path / "page.html")
